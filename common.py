@@ -1,0 +1,1971 @@
+"""What the five detectors share: data, boxes, backbone, RPN and RetinaNet towers, and the engine.
+
+A method file builds a `Detector` from these pieces and hands it to `run`, which makes the command
+line and then trains, evaluates, predicts or times it. A Detector has four methods:
+
+    loss(images, targets) -> {name: scalar}       already weighted; their sum is minimised
+    candidates(images) -> {boxes [N, 4], scores [N], labels [N], image [N]}     before the last NMS
+    finish(candidates, B) -> B dicts of boxes [D, 4], scores [D], labels [D]    best score first
+    predict(images) = finish(candidates(images), B)
+
+`images` is a list of uint8 [3, h, w] tensors, resized but neither normalised nor padded.
+A target is a dict: boxes [G, 4], labels [G], ignore [G] (bool: crowd or difficult), image_id, and
+size (h, w) of the image as it is on disk; optionally masks [G, h, w] (bool).
+
+Conventions, here and in every file:
+    Boxes are float32 xyxy in pixels of the network's input image, continuous (width = x2 - x1).
+    Sizes are (h, w). Dense offsets (l, t, r, b) are fractions of the proposal's width and height.
+    Labels: foreground 0..K-1, background K, ignore -1. Data sets' category ids are mapped to labels
+    once, at loading, and back when results are written.
+    B images, R RoIs, G ground-truth boxes, K classes, A anchors per cell, L levels, C channels,
+    S side of an RoI grid, N boxes entering an NMS.
+    The network runs channels_last, in bf16 autocast on a GPU that has it; boxes stay float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import io
+import json
+import math
+import os
+import signal
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+import tyro
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchvision import tv_tensors
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+import kernels
+
+
+@dataclass
+class Config:
+    """Shared settings. The defaults are the `paper` preset; a method adds its own fields."""
+
+    # What to do
+    train: bool = False  # train, then evaluate
+    eval: bool = False  # evaluate --weights on the validation set
+    predict: tuple[str, ...] = ()  # detect in these image files and folders with --weights
+    rows: bool = False  # print the paper's tables and the flags of each row
+    bench: bool = False  # time a step and a prediction against torchvision's detector
+    row: str = ""  # take the settings of this row of the paper's tables (see --rows)
+    preset: Literal["auto", "paper", "tiny"] = "auto"  # auto: tiny for synthetic data without a GPU
+    weights: str = ""  # checkpoint to evaluate, to predict with, or to start training from
+    resume: bool = False  # go on from OUT/last.pt, if there is one
+    out: str = ""  # results folder (default: runs/<script>)
+    device: str = "auto"  # auto: cuda if there is one, else cpu
+    # Data
+    data: str = "synthetic"  # folder in COCO or Pascal VOC layout, or "synthetic"
+    train_json: str = ""  # COCO annotations to train on, given explicitly ...
+    train_images: str = ""  # ... and their image folder
+    val_json: str = ""  # COCO annotations to evaluate on ...
+    val_images: str = ""  # ... and their image folder
+    train_split: str = ""  # VOC: ImageSets/Main/<split>.txt (default: trainval, else train)
+    val_split: str = ""  # VOC: split to evaluate on (default: test, else val)
+    num_train: int = 2000  # synthetic images per epoch
+    num_val: int = 200  # synthetic images to evaluate on
+    image_size: int = 512  # synthetic images' side in px
+    scales: tuple[int, ...] = (800,)  # training: shorter side in px, drawn from these
+    test_scales: tuple[int, ...] = (800,)  # testing: detections of all of these are merged
+    max_size: int = 1333  # longer side in px, at most, at the largest of scales; else in proportion
+    flip: float = 0.5  # probability of a horizontal flip in training
+    test_flip: bool = False  # also test on the mirrored image
+    workers: int = -1  # loader processes per training process; -1: 2 on a CPU, 4 on a GPU
+    # Backbone
+    backbone: str = "resnet50"  # resnet18/34/50/101, resnext101_32x8d, resnext101_64x4d
+    backbone_weights: str = "imagenet"  # imagenet, none, or a file in torchvision's format
+    norm: Literal["auto", "frozen_bn", "bn", "gn"] = "auto"  # auto: frozen_bn, or gn from scratch
+    frozen_stages: int = 2  # stem and first stages kept fixed when starting from weights
+    fpn_channels: int = 256
+    # Optimisation
+    batch: int = 0  # images per step over all processes; 0: 2 per process
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.02  # at lr_batch images a step; scaled linearly to the batch
+    lr_batch: int = 16
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    epochs: float = 12.0  # length of training
+    steps: int = 0  # length of training in steps instead
+    drops: tuple[float, ...] = (8 / 12, 11 / 12)  # lr / 10 at these fractions of training
+    warmup: int = 500  # steps of linear warm-up (at most a tenth of training) ...
+    warmup_factor: float = 1 / 3  # ... from this share of the learning rate
+    clip_norm: float = 0.0  # largest gradient norm; 0: no clipping
+    amp: Literal["auto", "off", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it
+    seed: int = 0
+    # Book-keeping
+    log_every: int = 20  # steps
+    save_every: int = 1000  # steps between checkpoints
+    eval_every: int = 0  # steps between evaluations; 0: only at the end
+    eval_batch: int = 0  # images per process when testing; 0: as in training
+    draw_score: float = 0.5  # detections below this score are not drawn
+
+
+# What `--preset tiny` changes: scratch training on 128 px images, made for a CPU.
+TINY = dict(
+    backbone="resnet18",
+    backbone_weights="none",
+    fpn_channels=64,
+    norm="bn",
+    image_size=128,
+    scales=(128,),
+    test_scales=(128,),
+    max_size=128,
+    batch=16,
+    log_every=20,
+    save_every=200,
+    eval_every=200,
+)
+
+
+class BadInput(ValueError):
+    """Something the user gave cannot be used; the message names the file and the reason."""
+
+
+# ------------------------------------------------------------------------------ boxes
+
+DELTA_CLAMP = math.log(1000 / 16)  # largest |dw|, |dh| before exp
+
+
+def encode_boxes(boxes: Tensor, gt_boxes: Tensor, stds=(1.0, 1.0, 1.0, 1.0)) -> Tensor:
+    """Deltas (dx, dy, dw, dh) that move `boxes` onto `gt_boxes`; both [..., 4].
+
+    Inverse of `decode_boxes`. Degenerate boxes give finite numbers (sizes are clamped at 1e-6).
+
+    >>> box, gt = torch.tensor([0., 0., 10., 20.]), torch.tensor([5., 0., 15., 40.])
+    >>> encode_boxes(box, gt)
+    tensor([0.5000, 0.5000, 0.0000, 0.6931])
+    """
+    size = (boxes[..., 2:] - boxes[..., :2]).clamp(min=1e-6)
+    gt_size = (gt_boxes[..., 2:] - gt_boxes[..., :2]).clamp(min=1e-6)
+    shift = (gt_boxes[..., :2] + gt_boxes[..., 2:] - boxes[..., :2] - boxes[..., 2:]) / 2
+    deltas = torch.cat([shift / size, (gt_size / size).log()], dim=-1)
+    return deltas / deltas.new_tensor(stds)
+
+
+def decode_boxes(boxes: Tensor, deltas: Tensor, stds=(1.0, 1.0, 1.0, 1.0)) -> Tensor:
+    """Boxes [..., 4] moved by deltas (dx, dy, dw, dh) [..., 4]; float32 whatever deltas' dtype."""
+    deltas = deltas.float() * torch.tensor(stds, device=deltas.device)
+    size = boxes[..., 2:] - boxes[..., :2]
+    centre = (boxes[..., :2] + boxes[..., 2:]) / 2 + deltas[..., :2] * size
+    half = size * deltas[..., 2:].clamp(-DELTA_CLAMP, DELTA_CLAMP).exp() / 2
+    return torch.cat([centre - half, centre + half], dim=-1)
+
+
+def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """Boxes [..., 4] cut to images of sizes [..., 2] (h, w), which broadcast over the boxes."""
+    limit = sizes.flip(-1).repeat_interleave(2, -1)[..., [0, 2, 1, 3]]  # (w, h, w, h)
+    return torch.minimum(boxes.clamp(min=0), limit)
+
+
+def _overlaps(boxes: Tensor, gt_boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Intersections [..., G, N] and both areas of boxes [..., N, 4] and gt_boxes [..., G, 4]."""
+    x1, y1, x2, y2 = boxes.unsqueeze(-3).unbind(-1)  # [..., 1, N]
+    gx1, gy1, gx2, gy2 = gt_boxes.unsqueeze(-2).unbind(-1)  # [..., G, 1]
+    inter = torch.minimum(x2, gx2).sub_(torch.maximum(x1, gx1)).clamp_(min=0)
+    inter *= torch.minimum(y2, gy2).sub_(torch.maximum(y1, gy1)).clamp_(min=0)
+    return inter, (x2 - x1) * (y2 - y1), (gx2 - gx1) * (gy2 - gy1)
+
+
+@torch.no_grad()
+def match(
+    boxes: Tensor,
+    gt_boxes: Tensor,
+    high: float,
+    low: float,
+    gt_valid: Tensor | None = None,
+    gt_ignore: Tensor | None = None,
+    low_quality: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Assign each box to the ground truth it overlaps most.
+
+    boxes [..., N, 4], gt_boxes [..., G, 4] (leading dimensions broadcast), gt_valid and gt_ignore
+    [..., G] bool -> labels [..., N] (1: IoU >= high, 0: IoU < low, -1: between), gt index [..., N],
+    IoU with that gt [..., N]. Only valid gts are assigned. A box of which at least half lies in an
+    ignored gt (crowd, difficult) is -1 instead of 0. With `low_quality`, a gt's best boxes are
+    positive for it whatever `high` says, if their IoU is above 0 and at least `low_quality`; of
+    two gts that want one box the later gets it. Runs over gts in chunks: memory stays bounded.
+    """
+    N, G = boxes.shape[-2], gt_boxes.shape[-2]
+    lead = torch.broadcast_shapes(boxes.shape[:-2], gt_boxes.shape[:-2])
+    gt_valid = torch.ones_like(gt_boxes[..., 0], dtype=torch.bool) if gt_valid is None else gt_valid
+    best_iou = boxes.new_zeros(*lead, N)
+    best = torch.zeros(*lead, N, dtype=torch.long, device=boxes.device)
+    forced, covered = torch.full_like(best, -1), torch.zeros_like(best, dtype=torch.bool)
+    chunk = max(1, 2**24 // max(1, N * math.prod(lead)))  # 64 MiB a matrix
+    for g in range(0, G, chunk):
+        inter, area, gt_area = _overlaps(boxes, gt_boxes[..., g : g + chunk, :])
+        if gt_ignore is not None:
+            inside = inter >= 0.5 * area.clamp(min=1e-6)  # choice: half of the box, as for crowds
+            covered |= (inside & gt_ignore[..., g : g + chunk, None]).any(-2)
+        iou = inter / (area + gt_area - inter).clamp_(min=1e-6)  # [..., g, N]
+        iou.masked_fill_(~gt_valid[..., g : g + chunk, None], -1)
+        value, index = iou.max(-2)
+        better = value > best_iou
+        best_iou, best = torch.where(better, value, best_iou), torch.where(better, index + g, best)
+        if low_quality is not None:
+            top = iou.amax(-1, keepdim=True)
+            wants = (iou == top) & (top > 0) & (top >= low_quality)
+            order = torch.arange(1, iou.shape[-2] + 1, device=iou.device)[:, None]
+            last = (wants * order).amax(-2) - 1  # -1: no gt of this chunk wants the box
+            forced = torch.where(last >= 0, last + g, forced)
+    labels = torch.full_like(best, -1)
+    labels[best_iou < low] = 0
+    labels[best_iou >= high] = 1
+    labels[(labels == 0) & covered] = -1
+    labels[forced >= 0] = 1
+    return labels, torch.where(forced >= 0, forced, best), best_iou
+
+
+@torch.no_grad()
+def sample(labels: Tensor, num: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
+    """Draw up to `num` boxes per image, at most that fraction of them positive, without a sync.
+
+    labels [B, N] (1, 0, -1) -> index [B, M], valid [B, M]; positives come first in a row.
+    Negatives fill what positives leave free, so M = num * (1 + positive_fraction) slots.
+    """
+    N, most = labels.shape[1], int(num * positive_fraction)
+    key = torch.rand(labels.shape, device=labels.device)
+    pos, pos_index = torch.where(labels == 1, key, -1.0).topk(min(most, N), dim=1)
+    neg, neg_index = torch.where(labels == 0, key, -1.0).topk(min(num, N), dim=1)
+    pos_valid = pos >= 0
+    room = num - pos_valid.sum(1, keepdim=True)
+    neg_valid = (neg >= 0) & (torch.arange(neg.shape[1], device=neg.device) < room)
+    return torch.cat([pos_index, neg_index], 1), torch.cat([pos_valid, neg_valid], 1)
+
+
+def global_mean(count: Tensor) -> Tensor:
+    """A loss normaliser averaged over the processes, at least 1.
+
+    Dividing each process's sum by it makes DDP's mean gradient that of one process with all images.
+    """
+    count = count.detach().float().clone()
+    if dist.is_initialized():
+        dist.all_reduce(count)
+        count /= dist.get_world_size()
+    return count.clamp(min=1)
+
+
+# ------------------------------------------------------------------------------ synthetic data
+
+
+SHAPES = {  # u, v in [-1, 1] after rotation; r, a their polar form -> inside?
+    "disc": lambda u, v, r, a: r < 1,
+    "ellipse": lambda u, v, r, a: u**2 + (v / 0.45) ** 2 < 1,
+    "ring": lambda u, v, r, a: (r < 1) & (r > 0.62),
+    "arc": lambda u, v, r, a: (r < 1) & (r > 0.55) & (np.abs(a) > 0.9),
+    "bar": lambda u, v, r, a: (np.abs(u) < 1) & (np.abs(v) < 0.17),
+    "cross": lambda u, v, r, a: (np.minimum(np.abs(u), np.abs(v)) < 0.24) & (r < 1),
+    "triangle": lambda u, v, r, a: (v < 0.5) & (v > 1.73 * np.abs(u) - 1),
+    "star": lambda u, v, r, a: r < 0.42 + 0.58 * np.abs(a * 5 / (2 * np.pi) % 1 * 2 - 1) ** 1.3,
+    "crescent": lambda u, v, r, a: (r < 1) & ((u - 0.5) ** 2 + v**2 > 0.66),
+    "frame": lambda u, v, r, a: (
+        (np.maximum(np.abs(u), np.abs(v)) < 0.75) & (np.maximum(np.abs(u), np.abs(v)) > 0.42)
+    ),
+}
+
+
+class SyntheticDetection(Dataset):
+    """Textured shapes on textured ground, made on the fly from (seed, index): a laboratory.
+
+    Ten classes of shape, colour says nothing. Sizes are log-uniform over COCO's small, medium and
+    large thirds (32/3 to 288 px, as far as the image is that large). Objects occlude each other
+    (at least half stays visible), a third has a twin right beside it, and unlabelled fragments of
+    shapes lie around. Boxes and masks are those of the visible part; `visible` [G] is its share.
+    An item is (image uint8 [3, size, size], target), as described at the top of this file.
+    """
+
+    def __init__(self, num_images: int = 2000, size: int = 128, seed: int = 0, masks: bool = False):
+        self.size, self.seed, self.masks = size, seed, masks
+        self.categories = [{"id": i + 1, "name": name} for i, name in enumerate(SHAPES)]
+        self.image_ids = list(range(num_images))
+        self.sizes = np.full((num_images, 2), size)
+        axis = (np.arange(size, dtype=np.float32) + 0.5) / size
+        knots = np.arange(7, dtype=np.float32) / 6
+        self._blend = np.clip(1 - 6 * np.abs(axis[:, None] - knots), 0, None)  # [size, 7] linear
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, index: int):
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        rng = np.random.default_rng((self.seed, index))
+        size = self.size
+        smooth = rng.random((3, 7, 7), dtype=np.float32)  # coarse random colours, blended linearly
+        image = self._blend @ smooth @ self._blend.T  # [3, size, size]
+        image += self._stripes(rng, 0, 0, size, size) * rng.uniform(0, 0.15)
+        owner = np.full((size, size), -1, np.int64)  # which object shows at a pixel
+        area, labels = [], []
+        for _ in range(rng.integers(3)):  # fragments of shapes under and between the objects
+            self._paint(rng, image, owner, None, area, fragment=True)
+        for _ in range(rng.integers(1, 7) if rng.random() > 0.03 else 0):
+            pose = self._pose(rng)
+            if self._paint(rng, image, owner, pose, area):
+                labels.append(pose["label"])
+                if rng.random() < 1 / 3:  # a twin: same shape, size, angle, right beside it
+                    turn = rng.uniform(0, 2 * np.pi)
+                    step = pose["radius"] * rng.uniform(1.7, 2.2)
+                    pose["x"] += step * np.cos(turn)
+                    pose["y"] += step * np.sin(turn)
+                    if self._paint(rng, image, owner, pose, area):
+                        labels.append(pose["label"])
+            if rng.random() < 0.3:
+                self._paint(rng, image, owner, None, area, fragment=True)
+        image += rng.normal(0, rng.uniform(0.01, 0.06), image.shape).astype(np.float32)
+        image = torch.from_numpy((image.clip(0, 1) * 255).astype(np.uint8))
+        return image, self._target(index, owner, np.array(area, np.float32), labels)
+
+    def _pose(self, rng) -> dict:
+        low, high = 32 / 3, min(288, 0.9 * self.size)
+        return {
+            "label": int(rng.integers(len(SHAPES))),
+            "radius": math.exp(rng.uniform(math.log(low), math.log(max(low, high)))) / 2,
+            "angle": rng.uniform(0, 2 * np.pi),
+            "x": rng.uniform(0.05, 0.95) * self.size,
+            "y": rng.uniform(0.05, 0.95) * self.size,
+            "shift": rng.uniform(0.25, 0.75, (3, 1, 1)).astype(np.float32),
+        }
+
+    @staticmethod
+    def _stripes(rng, y0, x0, h, w) -> np.ndarray:
+        """A plane wave or the product of two, of random period, on that window: [h, w]."""
+        turn, period = rng.uniform(0, np.pi), rng.uniform(5, 24)
+        y = np.arange(y0, y0 + h, dtype=np.float32)[:, None] * (2 * np.pi / period)
+        x = np.arange(x0, x0 + w, dtype=np.float32)[None] * (2 * np.pi / period)
+        if rng.random() < 0.5:
+            return np.sin(np.cos(turn) * x + np.sin(turn) * y)
+        return np.sin(x + turn) * np.sin(y)
+
+    def _paint(self, rng, image, owner, pose, area, fragment=False) -> bool:
+        """Draw a shape if no earlier object loses more than half of itself; say whether it was."""
+        pose = pose or self._pose(rng)
+        x0, y0 = int(pose["x"] - pose["radius"]), int(pose["y"] - pose["radius"])
+        side = np.arange(2 * pose["radius"] + 2, dtype=np.float32) + 0.5
+        x = ((side + x0 - pose["x"]) / pose["radius"])[None]
+        y = ((side + y0 - pose["y"]) / pose["radius"])[:, None]
+        cos, sin = np.cos(pose["angle"]), np.sin(pose["angle"])
+        u, v = cos * x + sin * y, cos * y - sin * x
+        shape = list(SHAPES.values())[pose["label"]](u, v, np.hypot(u, v), np.arctan2(v, u))
+        if fragment:  # a slice of the shape, narrower than half of it
+            cut = rng.uniform(-0.6, 0.3)
+            shape &= (u > cut) & (u < cut + rng.uniform(0.2, 0.5))
+        x1, y1 = x0 + len(side), y0 + len(side)
+        if min(x1, y1) <= 0 or max(x0, y0) >= self.size:
+            return False  # a twin outside the image
+        inside = shape[max(0, -y0) : self.size - y0, max(0, -x0) : self.size - x0]
+        x0, y0 = max(0, x0), max(0, y0)
+        under = owner[y0:y1, x0:x1]
+        counts = np.bincount(owner.ravel() + 1, minlength=len(area) + 1)
+        counts -= np.bincount(under[inside] + 1, minlength=len(area) + 1)
+        if (counts[1:] < 0.5 * np.array(area)).any():
+            return False  # an earlier object would lose too much
+        if not fragment and inside.sum() < max(12, 0.5 * shape.sum()):
+            return False  # hardly a pixel, or mostly outside the image
+        window = image[:, y0:y1, x0:x1]
+        # In each channel at least a quarter of the range away from what is there.
+        colour = (window.mean((1, 2), keepdims=True) + pose["shift"]) % 1
+        texture = self._stripes(rng, y0, x0, *under.shape) * rng.uniform(0, 0.15)
+        np.copyto(window, colour + texture, where=inside)
+        under[inside] = -1 if fragment else len(area)
+        if not fragment:
+            area.append(int(shape.sum()))
+        return True
+
+    def _target(self, index, owner, area, labels) -> dict:
+        masks = owner == np.arange(len(labels))[:, None, None]  # [G, size, size]
+        columns, rows = masks.any(1), masks.any(2)
+        first = [columns.argmax(1), rows.argmax(1)]
+        last = [self.size - m[:, ::-1].argmax(1) for m in (columns, rows)]
+        boxes = torch.from_numpy(np.stack(first + last, 1)).float().reshape(-1, 4)
+        target = make_target(boxes, labels, [False] * len(labels), index, (self.size, self.size))
+        target["visible"] = torch.from_numpy(masks.sum((1, 2)) / np.maximum(area, 1)).float()
+        if self.masks:
+            target["masks"] = tv_tensors.Mask(torch.from_numpy(masks))
+        return target
+
+    def coco(self) -> dict:
+        """The ground truth as a COCO dictionary (boxes only)."""
+        images, annotations = [], []
+        for index in range(len(self)):
+            target = self[index][1]
+            images.append({"id": index, "height": self.size, "width": self.size})
+            for (x1, y1, x2, y2), label in zip(target["boxes"].tolist(), target["labels"].tolist()):
+                box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
+                ids = {"id": len(annotations) + 1, "image_id": index, "category_id": label + 1}
+                annotations.append({**box, **ids, "iscrowd": 0})
+        return {"images": images, "annotations": annotations, "categories": self.categories}
+
+
+def make_target(boxes, labels, ignore, image_id, size) -> dict:
+    """A target dict in the form described at the top of this file, ready for v2 transforms."""
+    return {
+        "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(size)),
+        "labels": torch.as_tensor(labels, dtype=torch.long),
+        "ignore": torch.as_tensor(ignore, dtype=torch.bool),
+        "image_id": image_id,
+        "size": tuple(size),
+    }
+
+
+# ------------------------------------------------------------------------------ real data
+
+
+class FolderDetection(Dataset):
+    """Image files with COCO annotations (VOC's are turned into these), checked when loaded.
+
+    Boxes that are broken (not finite, of zero or negative size, outside the image) are dropped and
+    counted; everything else that is wrong raises BadInput with the file and the reason. The boxes
+    are kept as flat arrays: loader processes share them instead of copying a million objects.
+    """
+
+    def __init__(self, source: Path, image_dir: Path, read=None, categories=None):
+        self.source, self.image_dir, self._read = Path(source), Path(image_dir), read or read_json
+        coco = self._read(self.source, categories)
+        try:
+            found = [{"id": c["id"], "name": c["name"]} for c in coco["categories"]]
+            self.categories = sorted(found, key=lambda c: c["id"])
+            self.image_ids = [image["id"] for image in coco["images"]]
+            self.sizes = np.array([(i["height"], i["width"]) for i in coco["images"]]).reshape(
+                -1, 2
+            )
+            self.files = np.array([str(self.image_dir / i["file_name"]) for i in coco["images"]])
+            self._flatten(coco["annotations"])
+        except (KeyError, TypeError) as e:
+            raise BadInput(f"{source}: not COCO annotations: {type(e).__name__} {e}") from e
+        if categories is not None and categories != self.categories:
+            odd = [
+                c
+                for c in self.categories + categories
+                if (c in self.categories) != (c in categories)
+            ]
+            raise BadInput(
+                f"{source}: unknown or missing category, compared with the model's: {odd[:5]}"
+            )
+        check_images(self.files, self.sizes, self.source)
+
+    def _flatten(self, annotations: list[dict]) -> None:
+        if len(set(self.image_ids)) < len(self.image_ids):
+            double = Counter(self.image_ids).most_common(1)[0][0]
+            raise BadInput(f"{self.source}: image id {double} occurs more than once")
+        row = {image_id: i for i, image_id in enumerate(self.image_ids)}
+        label = {c["id"]: i for i, c in enumerate(self.categories)}
+        for a in annotations:
+            if a["image_id"] not in row:
+                raise BadInput(f"{self.source}: annotation {a['id']} has no image {a['image_id']}")
+            if a["category_id"] not in label:
+                raise BadInput(
+                    f"{self.source}: annotation {a['id']} is of unknown category {a['category_id']}"
+                )
+            if len(a["bbox"]) != 4:
+                raise BadInput(f"{self.source}: annotation {a['id']}: bbox {a['bbox']}")
+        rows = np.array([row[a["image_id"]] for a in annotations], np.int64)
+        boxes = np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        limit = self.sizes[rows][:, [1, 0, 1, 0]]
+        whole = np.isfinite(boxes).all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+        boxes = np.clip(np.nan_to_num(boxes), 0, limit)  # annotators reach a little over the border
+        whole &= (boxes[:, 2:] > boxes[:, :2]).all(1)
+        self.dropped = [annotations[i]["id"] for i in np.flatnonzero(~whole)]
+        if self.dropped:
+            print(
+                f"{self.source}: dropped {len(self.dropped)} of {len(whole)} boxes (not finite, no area "
+                f"or outside the image): annotations {str(self.dropped[:10])[1:-1]}"
+            )
+        ignore = [bool(a.get("iscrowd", 0) or a.get("difficult", 0)) for a in annotations]
+        order = np.argsort(rows, kind="stable")
+        order = order[whole[order]]
+        self._boxes = torch.from_numpy(boxes[order]).float()
+        self._labels = torch.tensor([label[a["category_id"]] for a in annotations]).long()[order]
+        self._ignore = torch.tensor(ignore, dtype=torch.bool)[order]
+        self._first = np.searchsorted(rows[order], np.arange(len(self.image_ids) + 1))
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, index: int):
+        part = slice(self._first[index], self._first[index + 1])
+        target = make_target(
+            self._boxes[part],
+            self._labels[part],
+            self._ignore[part],
+            self.image_ids[index],
+            self.sizes[index].tolist(),
+        )
+        return read_image(self.files[index]), target
+
+    def coco(self) -> dict:
+        """The ground truth as a COCO dictionary, read again, without the boxes dropped here."""
+        coco = self._read(self.source, self.categories)
+        dropped = set(self.dropped)
+        coco["annotations"] = [a for a in coco["annotations"] if a["id"] not in dropped]
+        return coco
+
+
+def read_json(path: Path, categories=None) -> dict:
+    """COCO annotations as they are; `categories` are compared by the caller."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except ValueError as e:
+        raise BadInput(f"{path}: broken JSON: {e}") from e
+
+
+def read_image(path: str | Path) -> Tensor:
+    """uint8 RGB [3, h, w]; raises BadInput naming a missing, truncated or foreign file."""
+    try:
+        with Image.open(path) as image:  # EXIF rotation is not applied: COCO annotates raw pixels
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise BadInput(f"{path}: cannot read the image: {e}") from e
+
+
+def check_images(files, sizes=None, source="") -> None:
+    """Open every image file of this process's share; BadInput lists what is wrong with which.
+
+    Reads the header and the last bytes; only a file whose end looks torn is decoded, which decides.
+    `sizes` [n, 2] (h, w) are compared with the files' own where given (0, 0 stands for unknown).
+    """
+
+    def check(i: int) -> str | None:
+        try:
+            with Image.open(files[i]) as image:
+                w, h = image.size
+            with open(files[i], "rb") as f:
+                f.seek(-min(64, os.path.getsize(files[i])), os.SEEK_END)
+                tail = f.read()
+            if b"\xff\xd9" not in tail and b"IEND" not in tail:
+                read_image(files[i])
+        except OSError as e:
+            return f"{files[i]}: cannot read the image: {e}"
+        except BadInput as e:
+            return str(e)
+        if sizes is not None and (h, w) != tuple(sizes[i]):
+            return f"{files[i]}: is {h}x{w} px (h x w), {source} says {sizes[i][0]}x{sizes[i][1]}"
+
+    rank, world = rank_and_world()
+    with ThreadPoolExecutor(16) as pool:
+        todo = progress(
+            pool.map(check, range(rank, len(files), world)), "checking images", len(files)
+        )
+        wrong = [problem for problem in todo if problem]
+    if wrong:
+        more = f"\n... and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise BadInput("\n".join(wrong[:10]) + more)
+
+
+def read_voc(split_file: Path, categories: list[dict] | None = None) -> dict:
+    """COCO dictionary of the images that ImageSets/Main/<split>.txt lists, `difficult` kept.
+
+    VOC boxes are 1-based and inclusive: pixels xmin..xmax cover [xmin - 1, xmax]. Image ids are the
+    files' stems. Categories are the names found, in alphabetical order, unless they are given.
+    Several split files may be joined with os.pathsep (VOC 2007 + 2012).
+    """
+    images, objects = [], []
+    names = {c["name"] for c in categories or ()}
+    for split in str(split_file).split(os.pathsep):
+        root = Path(split).parents[2]
+        for line in Path(split).read_text().split("\n"):
+            if not line.strip():
+                continue
+            stem = line.split()[0]
+            path = root / "Annotations" / f"{stem}.xml"
+            try:
+                tree = ET.parse(path).getroot()
+                size = [int(tree.findtext(f"size/{side}")) for side in ("height", "width")]
+                for item in tree.iter("object"):
+                    corners = ("xmin", "ymin", "xmax", "ymax")
+                    x1, y1, x2, y2 = (float(item.findtext(f"bndbox/{c}")) for c in corners)
+                    name, difficult = item.findtext("name").strip(), item.findtext("difficult", "0")
+                    if categories is None:
+                        names.add(name)
+                    elif name not in names:
+                        raise BadInput(f"{path}: unknown category {name}: training has {names}")
+                    objects.append((stem, name, (x1 - 1, y1 - 1, x2, y2), int(difficult)))
+            except FileNotFoundError:
+                raise BadInput(f"{path}: no such file, but {split} lists {stem}") from None
+            except BadInput:
+                raise
+            except (ET.ParseError, TypeError, ValueError, AttributeError) as e:
+                raise BadInput(f"{path}: broken VOC annotation: {e}") from e
+            file = f"{root / 'JPEGImages' / stem}.jpg"
+            size = dict(zip(("height", "width"), size))
+            images.append({"id": stem, "file_name": file, **size})
+    categories = categories or [{"id": i, "name": n} for i, n in enumerate(sorted(names), 1)]
+    ids = {c["name"]: c["id"] for c in categories}
+    annotations = []
+    for image_id, name, (x1, y1, x2, y2), difficult in objects:
+        box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
+        known = {"id": len(annotations) + 1, "image_id": image_id, "category_id": ids[name]}
+        annotations.append({**known, **box, "iscrowd": 0, "difficult": difficult})
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def load_data(config: Config, train: bool = True, val: bool = True, categories=None):
+    """(training set, validation set) of config.data; None for one that is not asked for.
+
+    Synthetic, COCO (annotations/instances_*2017.json or explicit paths) or VOC (JPEGImages/, also
+    VOC2007/ and VOC2012/ below: both train, 2007 tests). The training set's categories, or those
+    given (a checkpoint's), are the ones that the validation set must have. Raises BadInput.
+    """
+    if config.data == "synthetic" and not (config.train_json or config.val_json):
+        make = SyntheticDetection
+        return (
+            make(config.num_train, config.image_size, config.seed) if train else None,
+            # choice: a seed of its own, so that no --seed ever trains on validation images
+            make(config.num_val, config.image_size, 2**31) if val else None,
+        )
+    root = Path(config.data)
+    if config.train_json or config.val_json:
+        paths = {"train": config.train_json, "val": config.val_json}
+        folders = {"train": config.train_images, "val": config.val_images}
+        for split in ("train", "val"):
+            if (train, val)[split == "val"] and not (paths[split] and folders[split]):
+                raise BadInput(f"--{split}-json and --{split}-images are needed together")
+        read = read_json
+    elif (root / "annotations").is_dir():
+        paths = {s: root / "annotations" / f"instances_{s}2017.json" for s in ("train", "val")}
+        folders = {s: root / "images" / f"{s}2017" for s in ("train", "val")}
+        folders = {s: f if f.is_dir() else root / f"{s}2017" for s, f in folders.items()}
+        read = read_json
+    else:
+        roots = [
+            r for r in (root, root / "VOC2007", root / "VOC2012") if (r / "JPEGImages").is_dir()
+        ]
+        if not roots:
+            looked = "annotations/instances_*2017.json (COCO) nor JPEGImages/ (VOC)"
+            raise BadInput(f"{root}: no data found: neither {looked} in that folder")
+        paths = {
+            "train": os.pathsep.join(_voc_split(r, config.train_split, "trainval") for r in roots),
+            "val": _voc_split(roots[0], config.val_split, "test"),
+        }
+        folders, read = {"train": "", "val": ""}, read_voc
+    load = lambda s, known: FolderDetection(paths[s], folders[s], read, known)  # noqa: E731
+    train_data = load("train", categories) if train else None
+    known = train_data.categories if train_data else categories
+    return train_data, load("val", known) if val else None
+
+
+def _voc_split(root: Path, split: str, default: str) -> str:
+    fallback = {"trainval": "train", "test": "val"}[default]
+    for name in [split] if split else [default, fallback]:
+        if (path := root / "ImageSets" / "Main" / f"{name}.txt").exists():
+            return str(path)
+    raise BadInput(f"{path}: no such file")
+
+
+# ------------------------------------------------------------------------------ batches
+
+
+class Resized(Dataset):
+    """A data set behind the v2 transforms of training or of one test scale.
+
+    Training items are asked for as (epoch, index): the augmentation is a function of (seed, epoch,
+    index) alone, so neither the number of workers nor an interruption changes it.
+    """
+
+    def __init__(self, data: Dataset, config: Config, train: bool, scale: int = 0):
+        self.data, self.seed, self.train = data, config.seed, train
+        scales = config.scales if train else (scale or config.test_scales[0],)
+        longest = {s: round(config.max_size * s / max(config.scales)) for s in scales}
+        self.resize = {s: v2.RandomShortestSize(s, longest[s]) for s in scales}
+        self.flip = v2.RandomHorizontalFlip(config.flip)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, key):
+        epoch, index = key if self.train else (0, key)
+        image, target = self.data[index]
+        image = tv_tensors.Image(image)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(((self.seed << 20) + epoch << 24) + index)
+            scale = list(self.resize)[int(torch.randint(len(self.resize), ()))]
+            image, target = self.resize[scale](image, target)
+            if self.train:
+                image, target = self.flip(image, target)
+        target["boxes"] = target["boxes"].as_subclass(Tensor)
+        return image.as_subclass(Tensor), target
+
+
+class TrainBatches:
+    """Lists of (epoch, index) for this process, from step `start` to step `total`.
+
+    Images wider than tall and the rest go into different batches (less padding); a pure function
+    of (seed, epoch), so that a resumed run continues in the middle of an epoch.
+    """
+
+    def __init__(self, sizes: np.ndarray, batch: int, seed: int, start: int, total: int):
+        self.wide, self.batch, self.seed = sizes[:, 1] > sizes[:, 0], batch, seed
+        self.start, self.total = start, total
+        self.rank, self.world = rank_and_world()
+        per_rank = math.ceil(len(sizes) / self.world)
+        self.per_epoch = max(1, per_rank // batch)
+
+    def epoch(self, epoch: int) -> list[list[tuple[int, int]]]:
+        order = DistributedSampler(range(len(self.wide)), self.world, self.rank, seed=self.seed)
+        order.set_epoch(epoch)
+        batches, rest = [], []
+        for wide in (True, False):
+            group = [(epoch, i) for i in order if self.wide[i] == wide]
+            whole = len(group) // self.batch * self.batch
+            batches += [group[i : i + self.batch] for i in range(0, whole, self.batch)]
+            rest += group[whole:]
+        batches += [rest[i : i + self.batch] for i in range(0, len(rest), self.batch)]
+        # A last, smaller batch is left out (another one each epoch) unless there is no other.
+        batches = [b for b in batches if len(b) == self.batch] or batches
+        mixed = torch.Generator().manual_seed(self.seed + epoch)
+        return [batches[i] for i in torch.randperm(len(batches), generator=mixed)]
+
+    def __len__(self) -> int:
+        return self.total - self.start
+
+    def __iter__(self):
+        step = self.start
+        while step < self.total:
+            epoch, skip = divmod(step, self.per_epoch)
+            for batch in self.epoch(epoch)[skip : skip + self.total - step]:
+                yield batch
+                step += 1
+
+
+def make_loader(data: Dataset, config: Config, device: torch.device, **sampling) -> DataLoader:
+    workers = config.workers if config.workers >= 0 else {"cuda": 4}.get(device.type, 2)
+    return DataLoader(
+        data,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        collate_fn=list,
+        generator=torch.Generator(),  # a loader must not draw from the training's generator
+        **sampling,
+    )
+
+
+def to_device(items, device) -> tuple[list[Tensor], list[dict]]:
+    """Images and targets of a batch, moved without waiting."""
+    targets = [
+        {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in t.items()}
+        for _, t in items
+    ]
+    return [image.to(device, non_blocking=True) for image, _ in items], targets
+
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's weights ask
+
+
+def pad_images(images: list[Tensor], divisor: int = 32) -> tuple[Tensor, Tensor]:
+    """uint8 [3, h, w] images -> normalised, zero-padded batch [B, 3, H, W] and sizes [B, 2]."""
+    H, W = (max(i.shape[d] for i in images) for d in (1, 2))
+    H, W = (math.ceil(side / divisor) * divisor for side in (H, W))
+    batch = torch.zeros(len(images), 3, H, W, device=images[0].device)
+    batch = batch.to(memory_format=torch.channels_last)
+    mean, std = (torch.tensor(v, device=batch.device)[:, None, None] for v in (MEAN, STD))
+    for padded, image in zip(batch, images):  # sizes differ: B copies
+        padded[:, : image.shape[1], : image.shape[2]] = (image.float() / 255 - mean) / std
+    sizes = torch.tensor([i.shape[1:] for i in images], dtype=torch.float32)
+    return batch, sizes.to(batch.device, non_blocking=True)
+
+
+def pad_targets(targets: list[dict]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Targets -> boxes [B, G, 4], labels [B, G], valid [B, G], ignore [B, G]; G at least 1.
+
+    `valid` are the objects to detect; `ignore` the crowds and difficult ones; padding is neither.
+    """
+    boxes = pad_sequence([F.pad(t["boxes"], (0, 0, 0, 1)) for t in targets], batch_first=True)
+    labels = pad_sequence([F.pad(t["labels"], (0, 1)) for t in targets], batch_first=True)
+    valid = pad_sequence([F.pad(~t["ignore"], (0, 1)) for t in targets], batch_first=True)
+    ignore = pad_sequence([F.pad(t["ignore"], (0, 1)) for t in targets], batch_first=True)
+    return boxes, labels, valid, ignore
+
+
+# ------------------------------------------------------------------------------ backbone
+
+
+class ConvP6P7(ExtraFPNBlock):
+    """RetinaNet's extra levels: P6 a stride-2 convolution on C5, P7 one on P6.
+
+    No ReLU between them: so the released models were trained (torchvision has one).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.p6 = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
+        self.p7 = nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1)
+        for conv in (self.p6, self.p7):
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, results, x, names):
+        p6 = self.p6(x[-1])
+        return results + [p6, self.p7(p6)], names + ["p6", "p7"]
+
+
+def make_norm(kind: str):
+    """A constructor channels -> normalisation layer: frozen_bn, bn or gn (32 groups)."""
+    group = lambda channels: nn.GroupNorm(math.gcd(32, channels), channels)  # noqa: E731
+    return {"frozen_bn": FrozenBatchNorm2d, "bn": nn.BatchNorm2d, "gn": group}[kind]
+
+
+class ResNetFPN(nn.Module):
+    """torchvision's ResNet or ResNeXt under a feature pyramid: [B, 3, H, W] -> 5 maps [B, C, .., ..].
+
+    extra="pool": P2..P6, strides 4..64, P6 by subsampling P5 (two-stage detectors).
+    extra="conv": P3..P7, strides 8..128, P6 and P7 by convolution (RetinaNet).
+    With weights, BN is frozen and so are the stem and the first stages; from scratch nothing is,
+    and norm="auto" means GroupNorm, in the pyramid too. Raises BadInput if weights cannot be had.
+    """
+
+    def __init__(
+        self,
+        name: str = "resnet50",
+        out_channels: int = 256,
+        extra: str = "pool",
+        weights: str = "imagenet",
+        norm: str = "auto",
+        frozen_stages: int = 2,
+    ):
+        super().__init__()
+        scratch = weights == "none"
+        norm = ("gn" if scratch else "frozen_bn") if norm == "auto" else norm
+        try:
+            net = torchvision.models.get_model(
+                name,
+                # V1: the recipe behind the papers' weights. V2 classifies better, detects alike.
+                weights="IMAGENET1K_V1" if weights == "imagenet" else None,
+                norm_layer=make_norm(norm),
+            )
+            if weights not in ("imagenet", "none"):
+                state = torch.load(weights, map_location="cpu", weights_only=True)
+                net.load_state_dict(state)
+        except Exception as e:  # a download fails in many ways, a file in as many
+            hint = "--backbone-weights takes a downloaded .pth file, or none to train from scratch"
+            raise BadInput(f"{name}, weights {weights}: {type(e).__name__}: {e}\n{hint}") from e
+        self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
+        self.stages = nn.ModuleList([net.layer1, net.layer2, net.layer3, net.layer4])
+        for part in [self.stem, *self.stages][: 0 if scratch else frozen_stages]:
+            part.requires_grad_(False)
+        width = net.fc.in_features // 8
+        channels = [width, 2 * width, 4 * width, 8 * width]
+        self.first = 1 if extra == "conv" else 0
+        self.strides = tuple(2 ** (i + 2 + self.first) for i in range(5))
+        self.fpn = FeaturePyramidNetwork(
+            channels[self.first :],
+            out_channels,
+            ConvP6P7(channels[-1], out_channels) if extra == "conv" else LastLevelMaxPool(),
+            norm_layer=make_norm(norm) if scratch else None,
+        )
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        x, maps = self.stem(images), {}
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            if i >= self.first:
+                maps[str(i)] = x
+        return list(self.fpn(maps).values())
+
+
+# ------------------------------------------------------------------------------ anchors, RPN
+
+
+def make_anchors(shapes, strides, scales, ratios, device=None) -> Tensor:
+    """Anchors [sum(H*W*A), 4] over maps of those (H, W), level by level, cells row by row.
+
+    Centred on the cells, not rounded; sides scale * stride; ratio is h / w; A runs over ratios, in
+    each over scales.
+    """
+    ratio = torch.tensor(ratios, device=device).sqrt()[:, None]
+    scale = torch.tensor(scales, device=device)
+    w, h = (scale / ratio).flatten() / 2, (scale * ratio).flatten() / 2  # [A] in strides
+    base = torch.stack([-w, -h, w, h], 1)
+    levels = []
+    for (H, W), stride in zip(shapes, strides):
+        y, x = torch.meshgrid(
+            torch.arange(H, device=device) + 0.5,
+            torch.arange(W, device=device) + 0.5,
+            indexing="ij",
+        )
+        centre = torch.stack([x, y, x, y], -1)  # [H, W, 4]
+        levels.append(((centre[:, :, None] + base) * stride).reshape(-1, 4))
+    return torch.cat(levels)
+
+
+def flatten_levels(maps: list[Tensor], width: int) -> Tensor:
+    """L maps [B, A*width, H, W] -> [B, sum(H*W*A), width], in the order of `make_anchors`."""
+    flat = [m.permute(0, 2, 3, 1).reshape(m.shape[0], -1, width) for m in maps]
+    return torch.cat(flat, 1)
+
+
+class RPN(nn.Module):
+    """Region proposal network (Faster R-CNN with FPN): what two-stage detectors start from.
+
+    One 3x3 convolution, shared by the levels, then A objectness logits and 4A deltas per cell.
+    `pre_nms` boxes a level and `post_nms` an image are kept (in training, in testing).
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 256,
+        strides=(4, 8, 16, 32, 64),
+        scale: float = 8.0,
+        ratios=(0.5, 1.0, 2.0),
+        pre_nms=(2000, 1000),
+        post_nms=(2000, 1000),
+        nms_iou: float = 0.7,
+        num_samples: int = 256,
+    ):
+        super().__init__()
+        self.strides, self.scales, self.ratios = strides, (scale,), ratios
+        self.pre_nms, self.post_nms, self.nms_iou = pre_nms, post_nms, nms_iou
+        self.num_samples = num_samples
+        self.conv = nn.Conv2d(in_channels, in_channels, 3, padding=1)
+        self.logits = nn.Conv2d(in_channels, len(ratios), 1)
+        self.deltas = nn.Conv2d(in_channels, 4 * len(ratios), 1)
+        for layer in (self.conv, self.logits, self.deltas):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: list[Tensor]):
+        """-> anchors [N, 4], logits [B, N], deltas [B, N, 4] (float32), anchors per level."""
+        hidden = [F.relu(self.conv(f)) for f in features]
+        shapes = [f.shape[-2:] for f in features]
+        anchors = make_anchors(shapes, self.strides, self.scales, self.ratios, features[0].device)
+        logits = flatten_levels([self.logits(h) for h in hidden], 1).squeeze(-1).float()
+        deltas = flatten_levels([self.deltas(h) for h in hidden], 4).float()
+        return anchors, logits, deltas, [h * w * len(self.ratios) for h, w in shapes]
+
+    @torch.no_grad()
+    def proposals(self, output, sizes: Tensor, training: bool = False) -> tuple[Tensor, Tensor]:
+        """Best proposals of each image: boxes [B, P, 4] (best first, clipped), valid [B, P]."""
+        anchors, logits, deltas, per_level = output
+        logits = torch.where(inside_image(anchors, sizes), logits.detach(), -torch.inf)
+        picked, first = [], 0
+        for n in per_level:
+            index = logits[:, first : first + n].topk(min(n, self.pre_nms[not training]), dim=1)[1]
+            picked.append(index + first)
+            first += n
+        level = torch.cat([torch.full_like(p, i) for i, p in enumerate(picked)], 1)
+        index = torch.cat(picked, 1)  # [B, M]
+        B, M = index.shape
+        scores = logits.gather(1, index)
+        boxes = decode_boxes(anchors[index], deltas.gather(1, index[..., None].expand(-1, -1, 4)))
+        boxes = clip_boxes(boxes, sizes[:, None])
+        scores[(boxes[..., 2:] <= boxes[..., :2]).any(-1)] = -torch.inf
+        image = torch.arange(B, device=index.device)[:, None].expand(-1, M)
+        keep = kernels.batched_nms(
+            boxes.flatten(0, 1),
+            scores.flatten(),
+            (image * len(per_level) + level).flatten(),
+            self.nms_iou,
+        )
+        most = min(self.post_nms[not training], M)
+        kept = torch.full_like(scores, -torch.inf).flatten()
+        kept[keep] = scores.flatten()[keep]
+        best, index = kept.view(B, M).topk(most, dim=1)
+        valid = best > -torch.inf
+        return boxes.gather(1, index[..., None].expand(-1, -1, 4)) * valid[..., None], valid
+
+    def loss(self, output, sizes: Tensor, targets: list[dict]) -> dict[str, Tensor]:
+        """Objectness (BCE) and box (smooth L1, beta 1/9) losses over sampled anchors."""
+        anchors, logits, deltas, _ = output
+        gt_boxes, _, gt_valid, gt_ignore = pad_targets(targets)
+        labels, matched, _ = match(
+            anchors[None], gt_boxes, 0.7, 0.3, gt_valid, gt_ignore, low_quality=0.3
+        )
+        labels[~inside_image(anchors, sizes)] = -1
+        index, valid = sample(labels, self.num_samples, 0.5)
+        positive = valid & (labels.gather(1, index) == 1)
+        num = global_mean(valid.sum())
+        logit = logits.gather(1, index)
+        objectness = F.binary_cross_entropy_with_logits(logit, positive.float(), reduction="none")
+        gt = gt_boxes.gather(1, matched.gather(1, index)[..., None].expand(-1, -1, 4))
+        wanted = encode_boxes(anchors[index], gt)
+        delta = deltas.gather(1, index[..., None].expand(-1, -1, 4))
+        box = F.smooth_l1_loss(delta, wanted, beta=1 / 9, reduction="none").sum(-1)
+        return {
+            "rpn_cls": torch.where(valid, objectness, 0).sum() / num,
+            "rpn_box": torch.where(positive, box, 0).sum() / num,
+        }
+
+
+def inside_image(anchors: Tensor, sizes: Tensor) -> Tensor:
+    """[B, N]: is the anchor's centre in the image, not in the padding of the batch?"""
+    centre = (anchors[:, :2] + anchors[:, 2:]) / 2
+    return (centre < sizes.flip(-1)[:, None]).all(-1)
+
+
+@torch.no_grad()
+def sample_rois(proposals: Tensor, valid: Tensor, targets: list[dict], num: int, fraction: float):
+    """Training RoIs of a two-stage head: gts are added, matched at IoU 0.5, and sampled.
+
+    proposals [B, P, 4], valid [B, P] -> rois [R, 5] (image, box), labels [R] (0..K-1, or -1 for
+    background: the head knows K), gt boxes [R, 4] and gt index in its image [R] (of positives).
+    """
+    gt_boxes, gt_labels, gt_valid, gt_ignore = pad_targets(targets)
+    boxes = torch.cat([gt_boxes, proposals], 1)
+    valid = torch.cat([gt_valid, valid], 1)
+    labels, matched, _ = match(boxes, gt_boxes, 0.5, 0.5, gt_valid, gt_ignore)
+    labels[~valid] = -1
+    index, used = sample(labels, num, fraction)
+    image, slot = used.nonzero(as_tuple=True)  # the one place where the host has to wait: R
+    index = index[image, slot]
+    gt = matched[image, index]
+    rois = torch.cat([image[:, None].float(), boxes[image, index]], 1)
+    foreground = labels[image, index] == 1
+    return rois, torch.where(foreground, gt_labels[image, gt], -1), gt_boxes[image, gt], gt
+
+
+# ------------------------------------------------------------------------------ RetinaNet
+
+
+class RetinaTowers(nn.Module):
+    """RetinaNet's two towers, shared by the levels: four 3x3 convolutions each, then predictions.
+
+    L maps -> cls_logits [B, N, K], box_deltas [B, N, 4], and the box tower's last maps (L, for
+    heads that predict more from them); N = sum(H*W*A).
+    """
+
+    def __init__(self, in_channels: int, num_anchors: int, num_classes: int, num_convs: int = 4):
+        super().__init__()
+
+        def tower() -> nn.Sequential:
+            convs = [nn.Conv2d(in_channels, in_channels, 3, padding=1) for _ in range(num_convs)]
+            return nn.Sequential(*[layer for conv in convs for layer in (conv, nn.ReLU())])
+
+        self.num_classes = num_classes
+        self.cls_tower, self.box_tower = tower(), tower()
+        self.cls_logits = nn.Conv2d(in_channels, num_anchors * num_classes, 3, padding=1)
+        self.box_deltas = nn.Conv2d(in_channels, num_anchors * 4, 3, padding=1)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, std=0.01)
+                nn.init.zeros_(layer.bias)
+        nn.init.constant_(self.cls_logits.bias, -math.log((1 - 0.01) / 0.01))  # prior 0.01
+
+    def forward(self, features: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        box_features = [self.box_tower(f) for f in features]
+        logits = [self.cls_logits(self.cls_tower(f)) for f in features]
+        deltas = [self.box_deltas(f) for f in box_features]
+        logits = flatten_levels(logits, self.num_classes).float()
+        return logits, flatten_levels(deltas, 4).float(), box_features
+
+
+def focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """Sigmoid focal loss [M] of logits [M, K] with integer labels [M]: K background, -1 ignored.
+
+    No one-hot target: every entry is taken as a negative, then the M true ones are exchanged.
+    """
+    probs = logits.sigmoid()
+    negative = (1 - alpha) * probs**gamma * F.softplus(logits)
+    K = logits.shape[1]
+    foreground = (labels >= 0) & (labels < K)
+    true = labels.clamp(0, K - 1)[:, None]
+    logit, prob = logits.gather(1, true)[:, 0], probs.gather(1, true)[:, 0]
+    positive = alpha * (1 - prob) ** gamma * F.softplus(-logit)
+    swap = torch.where(foreground, positive - negative.gather(1, true)[:, 0], 0)
+    return torch.where(labels >= 0, negative.sum(1) + swap, 0)
+
+
+# ------------------------------------------------------------------------------ post-processing
+
+
+def over_threshold(probs: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Entries of probs [R, K] above a threshold: their row [N], label [N] and score [N]."""
+    row, label = (probs > threshold).nonzero(as_tuple=True)
+    return row, label, probs[row, label]
+
+
+def best_per_image(image: Tensor, num_images: int, most: int) -> Tensor:
+    """Mask [N]: the first `most` entries of each image, in the order given (image [N])."""
+    seen = F.one_hot(image, num_images).cumsum(0)  # [N, B]
+    return seen.gather(1, image[:, None])[:, 0] <= most
+
+
+def split_images(boxes: Tensor, scores: Tensor, labels: Tensor, image: Tensor, num_images: int):
+    """Flat detections, best score first -> one dict of boxes, scores, labels per image."""
+    order = image.argsort(stable=True)
+    counts = torch.bincount(image, minlength=num_images).tolist()
+    parts = [x[order].split(counts) for x in (boxes, scores, labels)]
+    return [dict(zip(("boxes", "scores", "labels"), part)) for part in zip(*parts)]
+
+
+# ------------------------------------------------------------------------------ evaluation
+
+
+def rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def progress(iterable, what: str, total: int):
+    """A bar on a terminal, on the first process; nothing elsewhere."""
+    quiet = rank_and_world()[0] > 0 or not sys.stderr.isatty()
+    return tqdm(iterable, desc=what, total=total, disable=quiet, leave=False)
+
+
+def autocast(config: Config, device: torch.device):
+    supported = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    on = config.amp == "bf16" or (config.amp == "auto" and supported)
+    return torch.autocast(device.type, torch.bfloat16, enabled=on)
+
+
+@torch.no_grad()
+def detect(model: nn.Module, data: Dataset, config: Config, device: torch.device):
+    """Yield (target, detections in the original image's pixels) for this process's images.
+
+    With several test scales, or the mirrored image too, the candidates of all are merged before
+    the last NMS. Every image is seen exactly once over all processes.
+    """
+    model.eval()
+    rank, world = rank_and_world()
+    mine = range(rank, len(data), world)
+    batch = config.eval_batch or per_process_batch(config)
+    views = [
+        (s, flip) for s in config.test_scales for flip in (False, True)[: 1 + config.test_flip]
+    ]
+    loaders = [
+        make_loader(Resized(data, config, False, s), config, device, sampler=mine, batch_size=batch)
+        for s in config.test_scales
+    ]
+    for batches in progress(zip(*loaders), "detecting", len(loaders[0])):
+        merged, moved = [], [to_device(items, device) for items in batches]
+        for scale, flip in views:
+            images, targets = moved[config.test_scales.index(scale)]
+            with autocast(config, device):
+                found = model.candidates([i.flip(-1) for i in images] if flip else images)
+            inner = torch.tensor([i.shape[1:] for i in images], device=device)
+            outer = torch.tensor([t["size"] for t in targets], device=device)
+            boxes, index = found["boxes"], found["image"]
+            if flip:
+                width = inner[index, 1]
+                mirrored = [width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]]
+                boxes = torch.stack(mirrored, 1)
+            grow = (outer / inner).flip(-1).repeat(1, 2)  # (w, h, w, h): sides are rounded apart
+            merged.append({**found, "boxes": boxes * grow[index]})
+        candidates = {k: torch.cat([m[k] for m in merged]) for k in merged[0]}
+        for target, found in zip(targets, model.finish(candidates, len(images))):
+            yield target, {k: v.cpu() for k, v in found.items()}
+
+
+def to_coco(image_id, found: dict, categories: list[dict]) -> list[dict]:
+    """Detections of an image -> COCO results: xywh boxes, the data set's own category ids."""
+    results = []
+    for (x1, y1, x2, y2), score, label in zip(
+        found["boxes"].tolist(), found["scores"].tolist(), found["labels"].tolist()
+    ):
+        bbox = [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)]
+        category = categories[label]["id"]
+        results.append(
+            {"image_id": image_id, "category_id": category, "bbox": bbox, "score": score}
+        )
+    return results
+
+
+COCO_NAMES = "AP AP50 AP75 AP_small AP_medium AP_large AR1 AR10 AR100 AR_small AR_medium AR_large"
+
+
+def coco_metrics(truth: dict, results: list[dict]) -> dict:
+    """pycocotools' twelve numbers, AP60..AP90 and per-class AP, in [0, 1]; None where undefined.
+
+    Objects marked `difficult` are ignored like COCO's out-of-range areas; crowds as COCO does. For
+    data with such marks (VOC) the 11-point AP of VOC 2007 at IoU 0.5 is added as `voc07_AP50`.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    class Evaluation(COCOeval):
+        def _prepare(self):
+            super()._prepare()  # which sets `ignore` from iscrowd alone
+            for objects in self._gts.values():
+                for a in objects:
+                    a["ignore"] = a["ignore"] or a.get("difficult", 0)
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = copy.deepcopy(truth)
+        coco.createIndex()
+        found = coco.loadRes(copy.deepcopy(results)) if results else COCO()
+        evaluation = Evaluation(coco, found, "bbox")
+        evaluation.params.imgIds = sorted(image["id"] for image in truth["images"])
+        evaluation.params.catIds = sorted(c["id"] for c in truth["categories"])
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    # precision [10 IoUs, 101 recalls, K, 4 areas, 3 maxDets], -1 where a class has no object
+    precision = torch.from_numpy(evaluation.eval["precision"][:, :, :, 0, -1]).float()
+    precision[precision < 0] = torch.nan
+    number = lambda v: None if v != v or v < 0 else float(v)  # noqa: E731
+    metrics = {k: number(v) for k, v in zip(COCO_NAMES.split(), evaluation.stats)}
+    for iou in (60, 70, 80, 90):
+        metrics[f"AP{iou}"] = number(precision[(iou - 50) // 5].nanmean())
+    if any("difficult" in a for a in truth["annotations"]):
+        metrics["voc07_AP50"] = voc07_ap(truth, results)
+    names = {c["id"]: c["name"] for c in truth["categories"]}
+    per_class = precision.nanmean((0, 1)).tolist()
+    metrics["per_class"] = {
+        names[i]: number(ap) for i, ap in zip(evaluation.params.catIds, per_class)
+    }
+    return metrics
+
+
+def voc07_ap(truth: dict, results: list[dict], iou: float = 0.5) -> float:
+    """Mean over classes of VOC 2007's 11-point AP, with the challenge's own rules of matching.
+
+    A detection belongs to the object it overlaps most; a second one on the same object is false;
+    one on a difficult object counts neither way.
+    """
+    groups: dict = {}
+    for a in truth["annotations"]:
+        groups.setdefault((a["category_id"], a["image_id"]), []).append(a)
+    aps = []
+    for category in truth["categories"]:
+        mine = sorted(
+            (r for r in results if r["category_id"] == category["id"]), key=lambda r: -r["score"]
+        )
+        objects = {k[1]: v for k, v in groups.items() if k[0] == category["id"]}
+        num = sum(not a.get("difficult", 0) for v in objects.values() for a in v)
+        if not num:
+            continue
+        boxes = {k: xywh_to_xyxy([a["bbox"] for a in v]) for k, v in objects.items()}
+        taken, hits = set(), []
+        for r in mine:
+            image_id, value, best = r["image_id"], 0.0, -1
+            if image_id in boxes:
+                overlap = torchvision.ops.box_iou(xywh_to_xyxy([r["bbox"]]), boxes[image_id])[0]
+                value, best = overlap.max(0)
+            if value <= iou:
+                hits.append(False)
+            elif not objects[image_id][best].get("difficult", 0):
+                hits.append((image_id, int(best)) not in taken)
+                taken.add((image_id, int(best)))
+        hits = torch.tensor(hits, dtype=torch.float64).cumsum(0)
+        recall, precision = hits / num, hits / torch.arange(1, len(hits) + 1)
+        at = [precision[recall >= t / 10 - 1e-9] for t in range(11)]
+        aps.append(sum(p.max().item() if len(p) else 0 for p in at) / 11)
+    return sum(aps) / len(aps) if aps else 0.0
+
+
+def xywh_to_xyxy(boxes) -> Tensor:
+    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    return torchvision.ops.box_convert(boxes, "xywh", "xyxy")
+
+
+def evaluate(model: nn.Module, data: Dataset, config: Config, device=None, out=None) -> dict:
+    """Detect in all images of `data` and score with pycocotools; all processes get the metrics.
+
+    With `out` (first process) writes predictions.json, metrics.json and detections.png there.
+    """
+    device = device or next(model.parameters()).device
+    results, seen = [], 0
+    for target, found in detect(model, data, config, device):
+        results += to_coco(target["image_id"], found, data.categories)
+        seen += 1
+    rank, world = rank_and_world()
+    if world > 1:
+        shares = [None] * world if rank == 0 else None
+        dist.gather_object((results, seen), shares)
+        results, seen = (
+            ([r for s, _ in shares for r in s], sum(n for _, n in shares)) if rank == 0 else ([], 0)
+        )
+    metrics = [None]
+    if rank == 0:
+        assert seen == len(data), f"{seen} images evaluated, the set has {len(data)}"
+        metrics = [coco_metrics(data.coco(), results)]
+        if out:
+            write_json(Path(out) / "predictions.json", results)
+            write_json(Path(out) / "metrics.json", metrics[0])
+            draw_grid(data, results, config.draw_score, Path(out) / "detections.png")
+    if world > 1:
+        dist.broadcast_object_list(metrics)
+    return metrics[0]
+
+
+def show_metrics(metrics: dict) -> str:
+    keys = "AP AP50 AP75 AP90 AP_small AP_medium AP_large voc07_AP50".split()
+    return "  ".join(f"{k} {metrics[k]:.3f}" for k in keys if metrics.get(k) is not None)
+
+
+def write_json(path: Path, value) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=None if isinstance(value, list) else 2) + "\n")
+
+
+# ------------------------------------------------------------------------------ pictures
+
+
+def draw(image: Tensor, boxes: Tensor, labels, names: list[str], scores=None, masks=None) -> Tensor:
+    """uint8 [3, h, w] with boxes [G, 4], names and scores written on it; masks [G, h, w] shaded."""
+    import matplotlib
+
+    if not len(boxes):
+        return image
+    palette = matplotlib.colormaps["tab10"].colors
+    colours = [tuple(int(255 * c) for c in palette[label % 10]) for label in labels]
+    text = [f"{names[k]} {s:.2f}" for k, s in zip(labels, scores)] if scores is not None else None
+    text = text or [names[k] for k in labels]
+    if masks is not None:
+        image = torchvision.utils.draw_segmentation_masks(image, masks, 0.5, colours)
+    font = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    side = min(image.shape[1:])
+    return torchvision.utils.draw_bounding_boxes(
+        image,
+        boxes,
+        text,
+        colours,
+        width=max(2, side // 130),
+        label_colors="white",
+        label_background_colors=colours,
+        fill_labels=True,
+        font=font,
+        font_size=max(12, side // 26),
+    )
+
+
+def draw_grid(data: Dataset, results: list[dict], score: float, path: Path, count: int = 6) -> None:
+    """A picture of the first images: ground truth beside detections above `score`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [c["name"] for c in data.categories]
+    label = {c["id"]: i for i, c in enumerate(data.categories)}
+    count = min(count, len(data))
+    rows = math.ceil(count / 2)
+    figure, axes = plt.subplots(rows, 4, figsize=(16, 4 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for i in range(count):
+        image, target = data[i]
+        zoom = max(1, 512 // min(image.shape[1:]))  # enlarge small images, so that text fits
+        image = image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+        mine = [r for r in results if r["image_id"] == target["image_id"] and r["score"] >= score]
+        found = xywh_to_xyxy([r["bbox"] for r in mine])
+        labels = [label[r["category_id"]] for r in mine]
+        truth = draw(image, target["boxes"] * zoom, target["labels"].tolist(), names)
+        seen = draw(image, found * zoom, labels, names, [r["score"] for r in mine])
+        for axis, picture, title in zip(
+            axes.flat[2 * i : 2 * i + 2], (truth, seen), ("ground truth", "detections")
+        ):
+            axis.imshow(picture.permute(1, 2, 0).numpy())
+            axis.set_title(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=70)
+    plt.close(figure)
+
+
+def draw_curves(log: list[dict], path: Path) -> None:
+    """Losses and learning rate by step, and AP where it was measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps, scored = [r for r in log if "losses" in r], [r for r in log if "AP" in r]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5))
+    for name in steps[-1]["losses"] if steps else ():
+        left.plot([r["step"] for r in steps], [r["losses"][name] for r in steps], label=name)
+    left.plot([r["step"] for r in steps], [r["loss"] for r in steps], "k", lw=2, label="total")
+    left.set(xlabel="step", ylabel="loss", title="training losses")
+    left.legend()
+    rate = left.twinx()
+    rate.plot([r["step"] for r in steps], [r["lr"] for r in steps], ":", color="grey")
+    rate.set_ylabel("learning rate (dotted)")
+    for key in ("AP", "AP50", "AP75", "AP90"):
+        values = [math.nan if r[key] is None else r[key] for r in scored]
+        right.plot([r["step"] for r in scored], values, "o-", label=key)
+    right.set(xlabel="step", ylim=(0, 1), title="validation")
+    right.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+
+
+class Files(Dataset):
+    """Images to predict on, from files and folders (searched through, in order of name)."""
+
+    def __init__(self, paths, categories: list[dict]):
+        self.files, self.categories = [], categories
+        for path in map(Path, paths):
+            if path.is_dir():
+                inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS)
+                if not inside:
+                    raise BadInput(f"{path}: no image in this folder ({' '.join(IMAGE_ENDINGS)})")
+                self.files += inside
+            else:
+                self.files.append(path)
+        check_images(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int):
+        image = read_image(self.files[index])
+        empty = torch.zeros(0, 4), [], []
+        return image, make_target(*empty, index, tuple(image.shape[1:]))
+
+
+def predict_files(model, paths, categories: list[dict], config: Config, device, out: Path) -> list:
+    """Detect in files and folders; draws OUT/pictures/* and writes OUT/predictions.json.
+
+    Returns the COCO results; each also names its file.
+    """
+    data = Files(paths, categories)
+    names = [c["name"] for c in categories]
+    (out / "pictures").mkdir(parents=True, exist_ok=True)
+    results = []
+    for target, found in detect(model, data, config, device):
+        file = data.files[target["image_id"]]
+        mine = to_coco(target["image_id"], found, categories)
+        results += [{**r, "file_name": str(file)} for r in mine]
+        sure = found["scores"] >= config.draw_score
+        boxes, labels, scores = (found[k][sure] for k in ("boxes", "labels", "scores"))
+        picture = draw(read_image(file), boxes, labels.tolist(), names, scores.tolist())
+        name = f"{target['image_id']:05d}_{file.stem}.jpg"  # files of one name may meet
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(out / "pictures" / name, quality=92)
+    write_json(out / "predictions.json", results)
+    return results
+
+
+# ------------------------------------------------------------------------------ checkpoints
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write so that a crash at any moment leaves the old file or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # the rename itself
+    os.close(folder)
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """A checkpoint of `train`; BadInput names a file that is none, or holds more than weights."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except Exception as e:  # pickle, zip and torch each have their own
+        raise BadInput(f"{path}: not a checkpoint that is safe to load: {str(e)[:300]}") from e
+    if not isinstance(state, dict) or "model" not in state or "categories" not in state:
+        raise BadInput(f"{path}: not a checkpoint of this project (no model and categories in it)")
+    return state
+
+
+def load_weights(model: nn.Module, state: dict, path, categories: list[dict] | None = None) -> None:
+    """Fill the model; BadInput where classes or shapes differ from the checkpoint's."""
+    if categories is not None and len(categories) != len(state["categories"]):
+        have, want = len(state["categories"]), len(categories)
+        raise BadInput(f"{path}: made for {have} classes, the data has {want}")
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as e:
+        raise BadInput(f"{path}: does not fit this model: {str(e)[:600]}") from e
+
+
+# ------------------------------------------------------------------------------ training
+
+
+def per_process_batch(config: Config) -> int:
+    world = rank_and_world()[1]
+    total = config.batch or 2 * world
+    if total % world:
+        raise BadInput(f"--batch {total} cannot be split over {world} processes")
+    return total // world
+
+
+def learning_rate(config: Config, step: int, total: int, batch: int) -> float:
+    """Linear scaling rule, linear warm-up from warmup_factor, division by ten at each drop."""
+    base = config.lr * batch / config.lr_batch
+    warmup = min(config.warmup, total // 10)
+    warm = min(1.0, config.warmup_factor + (1 - config.warmup_factor) * step / max(1, warmup))
+    return base * warm * 0.1 ** sum(step >= round(drop * total) for drop in config.drops)
+
+
+class LossOnly(nn.Module):
+    """DDP synchronises what `forward` computes, so training calls the loss through this."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images, targets):
+        return self.model.loss(images, targets)
+
+
+# Flags that say what to do now; the others come with a checkpoint.
+ACTIONS = "train eval predict rows bench row preset weights resume out device workers".split()
+# Flags that say where the data is; these come with it unless one of them is given.
+PLACES = "data train_json train_images val_json val_images train_split val_split".split()
+# Flags that may differ when a run is continued: they do not change what is learned.
+FREE = (
+    "log_every save_every eval_every eval_batch test_scales test_flip draw_score".split() + ACTIONS
+)
+
+
+def check_finite(pending) -> None:
+    """Raise if a loss of that step is not finite; waits only for that step's own copy."""
+    step, image_ids, names, values, copied = pending
+    if copied is not None:
+        copied.synchronize()
+    if not values.isfinite().all():
+        shown = ", ".join(f"{n} = {v:.4g}" for n, v in zip(names, values.tolist()))
+        raise FloatingPointError(f"step {step}, images {image_ids}: loss not finite: {shown}")
+
+
+def train(model: nn.Module, config: Config, train_data, val_data=None, out="runs/model") -> dict:
+    """Train to the end of the schedule, or to SIGTERM; returns the last metrics ({} without data).
+
+    OUT receives log.jsonl, last.pt, curves.png and what `evaluate` writes. With config.resume it
+    continues from last.pt exactly where that was written.
+    """
+    out, device = Path(out), next(model.parameters()).device
+    rank, world = rank_and_world()
+    local = per_process_batch(config)
+    batch = local * world
+    batches = TrainBatches(train_data.sizes, local, config.seed, 0, 0)
+    total = config.steps or max(1, round(config.epochs * batches.per_epoch))
+    wrapped = LossOnly(model)
+    if world > 1:
+        wrapped = nn.parallel.DistributedDataParallel(wrapped)
+    groups = [p for p in model.parameters() if p.requires_grad]
+    if config.optimizer == "sgd":
+        decay = dict(momentum=config.momentum, weight_decay=config.weight_decay)
+        optimizer = torch.optim.SGD(groups, lr=config.lr, **decay)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+    torch.manual_seed(config.seed + rank)  # from here on only sampling draws from it
+    start, log = 0, []
+    if config.resume and (out / "last.pt").exists():
+        state = load_checkpoint(out / "last.pt")
+        fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
+        changed = [k for k, v in fields.items() if as_json(v) != state["config"].get(k)]
+        if changed:
+            old = {k: state["config"].get(k) for k in changed}
+            raise BadInput(f"{out / 'last.pt'}: cannot resume, the run was made with {old}")
+        load_weights(model, state, out / "last.pt", train_data.categories)
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+        if len(state["rng"]) == world:
+            set_rng(state["rng"][rank])
+        else:
+            say(f"{len(state['rng'])} processes before, {world} now: sampling starts anew")
+        if rank == 0 and (out / "log.jsonl").exists():  # forget lines of steps that were lost
+            lines = (out / "log.jsonl").read_text().splitlines()
+            log = [r for r in map(json.loads, lines) if r["step"] <= start]
+            (out / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
+        say(f"resumed at step {start} of {total}")
+    elif rank == 0 and (out / "last.pt").exists():
+        numbers = (n for n in range(1, 10**6) if not out.with_name(f"{out.name}-{n}").exists())
+        older = out.with_name(f"{out.name}-{next(numbers)}")
+        out.rename(older)  # never write over somebody's run
+        say(f"moved the earlier run to {older}")
+    if rank == 0:
+        write_json(out / "config.json", dataclasses.asdict(config))
+    say(
+        f"{total} steps of {batch} images ({world} x {local}), {total / batches.per_epoch:.3g} epochs "
+        f"of {len(train_data)}; learning rate {config.lr} x {batch}/{config.lr_batch} = "
+        f"{config.lr * batch / config.lr_batch:.4g}; on {device}, {describe(model)}"
+    )
+
+    def checkpoint(step: int) -> None:
+        rng = gather(get_rng())
+        if rank == 0:
+            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
+            state.update(rng=rng, config=as_json(dataclasses.asdict(config)))
+            save_checkpoint(out / "last.pt", {**state, "categories": train_data.categories})
+
+    def record(line: dict) -> None:
+        if rank == 0:
+            log.append(line)
+            with open(out / "log.jsonl", "a") as f:
+                f.write(json.dumps(line) + "\n")
+
+    stop = []
+    handlers = {
+        s: signal.signal(s, lambda number, _: stop.append(number))
+        for s in (signal.SIGTERM, signal.SIGINT)
+    }
+    batches = TrainBatches(train_data.sizes, local, config.seed, start, total)
+    loader = make_loader(Resized(train_data, config, True), config, device, batch_sampler=batches)
+    metrics, window, clock = {}, [], time.perf_counter()
+    pending = None
+    bar = progress(None, "training", total)
+    bar.update(start)
+    try:
+        for step, items in enumerate(loader, start):
+            model.train()
+            images, targets = to_device(items, device)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step, total, batch)
+            with autocast(config, device):
+                losses = wrapped(images, targets)
+            loss = sum(losses.values())
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if config.clip_norm:
+                nn.utils.clip_grad_norm_(groups, config.clip_norm)
+            optimizer.step()
+            # The copy of this step's losses travels while the next step is being launched.
+            if pending:
+                check_finite(pending)
+            ids = [t["image_id"] for t in targets]
+            values = torch.stack([v.detach().float() for v in losses.values()])
+            copied = torch.cuda.Event() if device.type == "cuda" else None
+            values = values.to("cpu", non_blocking=True)
+            if copied:
+                copied.record()
+            pending = (step + 1, ids, list(losses), values, copied)
+            window.append(values)
+            done = step + 1
+            bar.update()
+            stopping = any(gather(bool(stop)))
+            last = done == total
+            if done % config.log_every == 0 or last or stopping:
+                check_finite(pending)
+                mean = torch.stack(window).mean(0)
+                spent = time.perf_counter() - clock
+                line = {
+                    "step": done,
+                    "epoch": round(done / batches.per_epoch, 3),
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "loss": mean.sum().item(),
+                    "losses": dict(zip(losses, mean.tolist())),
+                    "images_per_s": round(len(window) * batch / spent, 2),
+                    "memory_mib": peak_memory(device) >> 20,
+                }
+                record(line)
+                left = (total - done) * spent / len(window)
+                parts = " ".join(f"{k} {v:.3f}" for k, v in line["losses"].items())
+                text = f"step {done}/{total}  loss {line['loss']:.3f} ({parts})"
+                say(f"{text}  {line['images_per_s']} images/s, {left / 60:.1f} min left", bar)
+                window, clock = [], time.perf_counter()
+            if done % config.save_every == 0 or last or stopping:
+                check_finite(pending)
+                checkpoint(done)
+            if stopping:
+                say(f"stopped by signal after step {done}; --resume goes on from there", bar)
+                sys.exit(128 + (stop[0] if stop else signal.SIGTERM))
+            if val_data and (last or (config.eval_every and done % config.eval_every == 0)):
+                metrics = evaluate(model, val_data, config, device, out if last else None)
+                record({"step": done, **{k: v for k, v in metrics.items() if k != "per_class"}})
+                say(f"step {done}: {show_metrics(metrics)}", bar)
+                clock = time.perf_counter()
+    finally:
+        bar.close()
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+        if rank == 0 and log:
+            draw_curves(log, out / "curves.png")
+    return metrics
+
+
+def gather(value) -> list:
+    """`value` of every process, as a list; [value] where there is one."""
+    world = rank_and_world()[1]
+    values = [value] * world
+    if world > 1:
+        dist.all_gather_object(values, value, group=_cpu_group())
+    return values
+
+
+def as_json(value):
+    return json.loads(json.dumps(value))
+
+
+_GLOO = []
+
+
+def _cpu_group():
+    """A gloo group for small messages, so that they never wait for the GPU."""
+    if not _GLOO:
+        _GLOO.append(dist.new_group(backend="gloo"))
+    return _GLOO[0]
+
+
+def get_rng() -> list[Tensor]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return [torch.get_rng_state(), *cuda]
+
+
+def set_rng(states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if torch.cuda.is_available() and states[1:]:
+        torch.cuda.set_rng_state_all(states[1:])
+
+
+def say(text: str, bar=None) -> None:
+    """Print on the first process, above a progress bar if one is shown."""
+    if rank_and_world()[0] == 0:
+        tqdm.write(text) if bar is not None and not bar.disable else print(text, flush=True)
+
+
+def describe(model: nn.Module) -> str:
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    return f"{millions:.1f} M parameters, torch {torch.__version__}"
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new maximum for `peak_memory`; on a CPU only Linux can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held since the start or the last reset: of the GPU's allocator, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) << 10
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
+
+
+# ------------------------------------------------------------------------------ benchmark
+
+
+def torchvision_detector(kind: str, config: Config, num_classes: int, **options) -> nn.Module:
+    """torchvision's Faster R-CNN (kind "two_stage") or RetinaNet ("one_stage") of the same size.
+
+    Same ResNet, norm, frozen stages, pyramid width and image sizes as `config` asks of ours; the
+    rest is torchvision's own. `options` go to its FasterRCNN or RetinaNet.
+    """
+    from torchvision.models.detection import FasterRCNN, RetinaNet
+    from torchvision.models.detection.backbone_utils import BackboneWithFPN
+    from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+    scratch, width = config.backbone_weights == "none", config.fpn_channels
+    norm = make_norm({"auto": "gn" if scratch else "frozen_bn"}.get(config.norm, config.norm))
+    net = torchvision.models.get_model(config.backbone, weights=None, norm_layer=norm)
+    if not scratch:
+        for part in (net.conv1, net.bn1, net.layer1):
+            part.requires_grad_(False)
+    first = 1 if kind == "one_stage" else 0
+    channels = [net.fc.in_features // 8 * 2**i for i in range(first, 4)]
+    layers = {f"layer{i + 1}": str(i) for i in range(first, 4)}
+    extra = LastLevelP6P7(width, width) if first else LastLevelMaxPool()
+    pyramid = norm if scratch else None
+    body = BackboneWithFPN(net, layers, channels, width, extra, pyramid)
+    settings = dict(min_size=config.scales[0], max_size=config.max_size)
+    labels = num_classes and num_classes + 1 - first  # Faster R-CNN counts the background
+    return (RetinaNet if first else FasterRCNN)(body, labels, **settings, **options)
+
+
+def bench(
+    model, config: Config, num_classes: int, kind: str, device, repeat: int = 5
+) -> list[dict]:
+    """Time a training step and a prediction of one paper-sized image beside torchvision's detector.
+
+    Same process, same image, taken in turns; prints medians, multiply-adds and peak memory. Both
+    have random weights, which propose and detect at random: the work is that of early training.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    torch.manual_seed(0)
+    data = SyntheticDetection(1, config.max_size, 0)
+    image, target = data[0]
+    image = image[:, : config.scales[0]]
+    boxes = clip_boxes(target["boxes"].as_subclass(Tensor), torch.tensor(image.shape[1:]).float())
+    keep = (boxes[:, 2:] - boxes[:, :2] > 1).all(1)
+    target = {k: target[k][keep] for k in ("labels", "ignore")} | {"boxes": boxes[keep]}
+    items = [(image, {**target, "image_id": 0, "size": tuple(image.shape[1:])})]
+    images, targets = to_device(items, device)
+    other = torchvision_detector(kind, config, num_classes).to(device)
+    shift = 1 if kind == "two_stage" else 0  # its label 0 is the background
+    theirs = [{"boxes": t["boxes"], "labels": t["labels"] + shift} for t in targets]
+    floats = [i.float() / 255 for i in images]
+    contenders = {
+        "ours": (model, lambda: model.loss(images, targets), lambda: model.predict(images)),
+        "torchvision": (other, lambda: other(floats, theirs), lambda: other(floats)),
+    }
+    rows = []
+    for job in ("training step", "prediction"):
+        times: dict = {name: [] for name in contenders}
+        adds, memory = {}, {}
+        for i in range(repeat + 1):
+            for name, (net, loss, predict) in contenders.items():
+                net.train(job == "training step")
+                reset_peak_memory(device)
+                counter = FlopCounterMode(display=False) if i == 0 else contextlib.nullcontext()
+                start = time.perf_counter()
+                with counter, autocast(config, device):
+                    if job == "training step":
+                        sum(loss().values()).backward()
+                        net.zero_grad(set_to_none=True)
+                    else:
+                        with torch.no_grad():
+                            predict()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                if i == 0:  # a warm-up
+                    adds[name] = counter.get_total_flops() / 2
+                else:
+                    times[name].append(time.perf_counter() - start)
+                    memory[name] = peak_memory(device)
+        for name in contenders:
+            row = {"job": job, "model": name, "seconds": float(np.median(times[name]))}
+            row |= {"giga_multiply_adds": adds[name] / 1e9, "peak_mib": memory[name] >> 20}
+            rows.append(row | {"ratio": float(np.median(times["ours"]) / row["seconds"])})
+    name = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} threads"
+    )
+    print(
+        f"{device} ({name}), torch {torch.__version__}, {config.backbone}, {tuple(image.shape[1:])} px"
+    )
+    for r in rows:
+        print(
+            f"{r['job']:14} {r['model']:12} {r['seconds']:8.3f} s  {r['giga_multiply_adds']:8.1f} G "
+            f"multiply-adds  {r['peak_mib']:6d} MiB  ours / this: {r['ratio']:.2f}"
+        )
+    return rows
+
+
+# ------------------------------------------------------------------------------ command line
+
+
+def parse(config_class, rows: dict, tiny: dict, name: str, argv=None) -> Config:
+    """Flags over the checkpoint's settings over the row over the preset over the defaults."""
+    cli = lambda default: tyro.cli(  # noqa: E731
+        config_class,
+        args=argv,
+        default=default,
+        prog=f"{name}.py",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    asked = cli(config_class())
+    settings = {}
+    synthetic = asked.data == "synthetic" and not (asked.train_json or asked.val_json)
+    small = synthetic and not torch.cuda.is_available() and not asked.bench
+    if asked.preset == "tiny" or (asked.preset == "auto" and small):
+        settings |= tiny
+    settings |= rows.get(asked.row, {})
+    last = Path(asked.out or f"runs/{name}") / "last.pt"
+    weights = asked.weights
+    if (asked.eval or asked.predict) and not asked.train:
+        weights = weights or (str(last) if last.exists() else "")
+        source = weights
+    else:
+        source = last if asked.resume and last.exists() else None
+    if source:
+        saved = {k: v for k, v in load_checkpoint(source)["config"].items() if k not in ACTIONS}
+        if any(getattr(asked, k) != getattr(config_class(), k) for k in PLACES):
+            saved = {k: v for k, v in saved.items() if k not in PLACES}
+        known = {f.name for f in dataclasses.fields(config_class)}
+        settings |= {
+            k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known
+        }
+    config = cli(dataclasses.replace(config_class(), **settings))
+    return dataclasses.replace(config, out=config.out or f"runs/{name}", weights=weights)
+
+
+def show_rows(rows: dict, paper: dict, not_yet: dict) -> None:
+    def flag(name: str, value) -> str:
+        name = name.replace("_", "-")
+        if isinstance(value, bool):
+            return f"--{name}" if value else f"--no-{name}"
+        return f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+
+    for row, numbers in paper.items():
+        printed = "  ".join(f"{k} {v}" for k, v in numbers.items())
+        flags = " ".join(flag(k, v) for k, v in rows.get(row, {}).items()) or "(defaults)"
+        print(f"{row:{max(map(len, paper))}}  {printed or 'not in the paper'}")
+        print(f"{'':4}{f'not yet: {not_yet[row]}' if row in not_yet else flags}")
+
+
+def run(
+    name, config_class, detector_class, rows, paper, not_yet, tiny, argv=None, kind="two_stage"
+):
+    """A method script's `main`: everything the command line can ask for. Returns the metrics."""
+    try:
+        return _run(name, config_class, detector_class, rows, paper, not_yet, tiny, argv, kind)
+    except (BadInput, FloatingPointError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _run(name, config_class, detector_class, rows, paper, not_yet, tiny, argv, kind):
+    config = parse(config_class, rows, tiny, name, argv)
+    if config.rows:
+        return show_rows(rows, paper, not_yet)
+    if config.row and config.row not in rows:
+        raise BadInput(f"--row {config.row}: {not_yet.get(config.row, 'see --rows for the ids')}")
+    if not (config.train or config.eval or config.predict or config.bench):
+        raise BadInput("nothing to do: --train, --eval, --predict, --rows or --bench (see --help)")
+    kind_of = (
+        config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    )
+    device = torch.device(kind_of)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # started by torchrun
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(config.seed)
+    if config.bench:
+        model = detector_class(config, 80).to(device)
+        return bench(model, config, 80, kind, device)
+    state = load_checkpoint(config.weights) if config.weights else None
+    train_data = val_data = None
+    if config.train or config.eval:
+        known = state["categories"] if state and not config.train else None
+        train_data, val_data = load_data(config, config.train, True, known)
+    elif not state:
+        raise BadInput(f"--predict needs --weights (there is no {config.out}/last.pt)")
+    categories = (
+        (train_data or val_data).categories if config.train or config.eval else state["categories"]
+    )
+    model = detector_class(config, len(categories)).to(device)
+    if state:
+        load_weights(model, state, config.weights, categories)
+    elif not config.train:
+        raise BadInput(f"--eval needs --weights (there is no {config.out}/last.pt)")
+    metrics = None
+    if config.train:
+        metrics = train(model, config, train_data, val_data, config.out)
+    elif config.eval:
+        metrics = evaluate(model, val_data, config, device, config.out)
+        say(show_metrics(metrics))
+    if config.predict:
+        found = predict_files(model, config.predict, categories, config, device, Path(config.out))
+        say(f"{len(found)} detections: {config.out}/predictions.json and {config.out}/pictures/")
+    return metrics

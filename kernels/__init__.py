@@ -1,0 +1,31 @@
+"""Detection ops with a plain torch reference, a Triton implementation and a benchmark each.
+
+Every file here also works when copied alone: it needs torch, and uses triton and torchvision where
+they are installed. `python -m kernels.bench` checks and times all of them.
+"""
+
+from kernels.dense_decode import decode_dense_offsets
+from kernels.nms import (
+    batched_nms,
+    cl_nms,
+    cl_nms_padded,
+    nms,
+    nms_padded,
+    soft_nms,
+    soft_nms_padded,
+)
+from kernels.roi_align import deform_roi_pool, roi_align, roi_level
+
+__all__ = [
+    "batched_nms",
+    "cl_nms",
+    "cl_nms_padded",
+    "decode_dense_offsets",
+    "deform_roi_pool",
+    "nms",
+    "nms_padded",
+    "roi_align",
+    "roi_level",
+    "soft_nms",
+    "soft_nms_padded",
+]

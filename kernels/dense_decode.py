@@ -1,0 +1,274 @@
+"""Dense local regression, decoded (D2Det, section 3.1): S x S cells of a proposal vote for its box.
+
+Contract:
+
+- `proposals` [R, 4] xyxy in pixels; `offsets` [R, 4, S, S], distances (l, t, r, b) from a cell's
+  centre to the sides of the object, as fractions of the proposal's width and height;
+  `overlap_logits` [R, 1, S, S], above 0 where the cell lies on the object.
+- A cell's centre (x, y) is the centre of its bin when the proposal is cut into S x S equal bins.
+  Its box is (x - l w, y - t h, x + r w, y + b h), with w, h the proposal's.
+- The result [R, 4] float32 is the mean box of the cells whose logit is > 0, strictly; a NaN logit
+  is not. With no such cell it is the mean over all cells. R = 0 gives an empty result.
+- With `image_sizes`, one pair (h, w) or a tensor [R, 2] of them, x is clipped to [0, w] and y to
+  [0, h]; without, nothing is clipped.
+- Inputs may be float16 or bfloat16 and of any strides; sums are float32, also under autocast.
+- It serves inference. A backward pass through the result raises; for gradients there is
+  `decode_dense_reference`, which is plain torch.
+"""
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def decode_dense_reference(
+    proposals: Tensor,
+    offsets: Tensor,
+    overlap_logits: Tensor,
+    image_sizes: Tensor | Sequence[float] | None = None,
+) -> Tensor:
+    """Plain torch, any device, differentiable; float64 if any input is float64."""
+    R, _, S, _ = offsets.shape
+    dtype = torch.promote_types(torch.promote_types(proposals.dtype, offsets.dtype), torch.float32)
+    x1, y1, x2, y2 = proposals.to(dtype)[:, :, None, None].unbind(1)  # [R, 1, 1]
+    w, h = x2 - x1, y2 - y1
+    bins = (torch.arange(S, device=proposals.device, dtype=dtype) + 0.5) / S
+    x, y = x1 + bins * w, y1 + bins[:, None] * h  # [R, 1, S], [R, S, 1]
+    left, top, right, bottom = offsets.to(dtype).unbind(1)  # [R, S, S]
+    boxes = torch.stack([x - left * w, y - top * h, x + right * w, y + bottom * h], 1)
+    on_object = overlap_logits > 0  # [R, 1, S, S]
+    used = on_object | ~on_object.any(-1, keepdim=True).any(-2, keepdim=True)
+    box = boxes.where(used, 0).sum((-2, -1)) / used.sum((-2, -1))  # [R, 4]
+    if image_sizes is not None:
+        sizes = torch.as_tensor(image_sizes, device=box.device, dtype=dtype).expand(R, 2)
+        box = torch.minimum(box.clamp(min=0), sizes.flip(1).repeat(1, 2))  # [R, (w, h, w, h)]
+    return box
+
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+_CELLS_PER_PROGRAM = 512  # four a thread: enough loads in flight, and 125 programs at R = 1000
+
+if triton is not None:
+
+    @triton.jit
+    def _mean(values, used, count):
+        return tl.sum(tl.where(used, values, 0.0), 1) / count
+
+    @triton.jit
+    def _clip(value, limit):
+        value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        return tl.minimum(value, limit, propagate_nan=tl.PropagateNan.ALL)
+
+    @triton.jit(do_not_specialize=["R"])
+    def _decode_kernel(
+        proposals_ptr,  # [R, 4] contiguous
+        offsets_ptr,  # [R, 4, S, S], strides below
+        logits_ptr,  # [R, 1, S, S], strides below
+        sizes_ptr,  # [R, 2] (h, w) float32, read if CLIP == 2
+        out_ptr,  # [R, 4] float32
+        R,
+        height,  # used if CLIP == 1
+        width,
+        off_r,
+        off_c,
+        off_y,
+        off_x,
+        log_r,
+        log_y,
+        log_x,
+        S: tl.constexpr,
+        CELLS: tl.constexpr,  # S * S rounded up to a power of two
+        ROIS: tl.constexpr,
+        CLIP: tl.constexpr,
+    ):
+        # Grid (cdiv(R, ROIS),): a program owns ROIS proposals, [ROIS, CELLS] values in registers.
+        roi = tl.program_id(0) * ROIS + tl.arange(0, ROIS)
+        cell = tl.arange(0, CELLS)
+        row, column = cell // S, cell % S
+        valid = roi < R
+        mask = valid[:, None] & (cell < S * S)[None, :]  # [ROIS, CELLS]
+        roi = roi.to(tl.int64)  # R * 4 * S * S may pass 2**31
+
+        logits = logits_ptr + roi[:, None] * log_r + (row * log_y + column * log_x)[None, :]
+        on_object = tl.load(logits, mask, 0.0).to(tl.float32) > 0
+        num = tl.sum(on_object.to(tl.int32), 1)  # [ROIS]
+        used = on_object | (mask & (num == 0)[:, None])
+        count = tl.where(num == 0, S * S, num).to(tl.float32)
+
+        cells = offsets_ptr + roi[:, None] * off_r + (row * off_y + column * off_x)[None, :]
+        left = tl.load(cells, mask, 0.0).to(tl.float32)
+        top = tl.load(cells + off_c, mask, 0.0).to(tl.float32)
+        right = tl.load(cells + 2 * off_c, mask, 0.0).to(tl.float32)
+        bottom = tl.load(cells + 3 * off_c, mask, 0.0).to(tl.float32)
+
+        x1 = tl.load(proposals_ptr + roi * 4, valid, 0.0).to(tl.float32)
+        y1 = tl.load(proposals_ptr + roi * 4 + 1, valid, 0.0).to(tl.float32)
+        w = tl.load(proposals_ptr + roi * 4 + 2, valid, 0.0).to(tl.float32) - x1
+        h = tl.load(proposals_ptr + roi * 4 + 3, valid, 0.0).to(tl.float32) - y1
+        # The mean of x1 + (u -/+ offset) w is x1 + w * mean(u -/+ offset), u in [0, 1].
+        u = ((column + 0.5) / S)[None, :]
+        v = ((row + 0.5) / S)[None, :]
+        left = x1 + w * _mean(u - left, used, count)
+        top = y1 + h * _mean(v - top, used, count)
+        right = x1 + w * _mean(u + right, used, count)
+        bottom = y1 + h * _mean(v + bottom, used, count)
+        if CLIP == 2:
+            height = tl.load(sizes_ptr + roi * 2, valid, 0.0)
+            width = tl.load(sizes_ptr + roi * 2 + 1, valid, 0.0)
+        if CLIP > 0:
+            left = _clip(left, width)
+            top = _clip(top, height)
+            right = _clip(right, width)
+            bottom = _clip(bottom, height)
+        tl.store(out_ptr + roi * 4, left, valid)
+        tl.store(out_ptr + roi * 4 + 1, top, valid)
+        tl.store(out_ptr + roi * 4 + 2, right, valid)
+        tl.store(out_ptr + roi * 4 + 3, bottom, valid)
+
+
+def _decode(
+    proposals: Tensor,
+    offsets: Tensor,
+    overlap_logits: Tensor,
+    sizes: Tensor | None,
+    height: float,
+    width: float,
+    impl: str,
+) -> Tensor:
+    """The work, after all checks; `height` < 0 and no `sizes` mean that nothing is clipped."""
+    R, _, S, _ = offsets.shape
+    clip = 2 if sizes is not None else int(height >= 0)
+    if impl == "torch":
+        image_sizes = (None, (height, width), sizes)[clip]
+        return decode_dense_reference(proposals, offsets, overlap_logits, image_sizes).float()
+    out = torch.empty((R, 4), dtype=torch.float32, device=offsets.device)
+    if R == 0:
+        return out
+    proposals = proposals.contiguous()
+    sizes = out if sizes is None else sizes.to(torch.float32).contiguous()
+    cells = triton.next_power_of_2(S * S)
+    rois = max(1, _CELLS_PER_PROGRAM // cells)
+    log_r, _, log_y, log_x = overlap_logits.stride()
+    strides = (*offsets.stride(), log_r, log_y, log_x)
+    tensors = (proposals, offsets, overlap_logits, sizes, out)
+    with torch.cuda.device_of(out):
+        _decode_kernel[(triton.cdiv(R, rois),)](
+            *tensors, R, height, width, *strides, S=S, CELLS=cells, ROIS=rois, CLIP=clip
+        )
+    return out
+
+
+# A graph being compiled sees one opaque operator; eager calls skip the dispatcher. It bears this
+# module's name, so that a copy of the file elsewhere does not clash.
+_decode_op = torch.library.custom_op(
+    f"{__name__.replace('.', '_')}::decode", _decode, mutates_args=()
+)
+
+
+@_decode_op.register_fake
+def _(proposals, offsets, overlap_logits, sizes, height, width, impl):
+    return proposals.new_empty(proposals.shape, dtype=torch.float32)
+
+
+def _no_backward(ctx, grad):
+    raise RuntimeError(
+        "decode_dense_offsets has no gradient, it serves inference; decode_dense_reference has one"
+    )
+
+
+_decode_op.register_autograd(_no_backward)
+
+
+def decode_dense_offsets(
+    proposals: Tensor,
+    offsets: Tensor,
+    overlap_logits: Tensor,
+    image_sizes: Tensor | Sequence[float] | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Mean box of the cells that lie on the object (D2Det, section 3.1). See the module's docstring.
+
+    Shapes: proposals [R, 4], offsets [R, 4, S, S], overlap_logits [R, 1, S, S], image_sizes None,
+    (h, w) or [R, 2] -> [R, 4] float32.
+    Raises ValueError for other shapes, mixed devices, or an `impl` ("auto", "triton", "torch") that
+    cannot run here; RuntimeError in a backward pass.
+    """
+    R, S = offsets.shape[0], offsets.shape[-1]
+    if offsets.shape != (R, 4, S, S) or S == 0:
+        raise ValueError(f"offsets must be [R, 4, S, S], not {[*offsets.shape]}")
+    if overlap_logits.shape != (R, 1, S, S):
+        raise ValueError(f"overlap_logits must be {[R, 1, S, S]}, not {[*overlap_logits.shape]}")
+    if proposals.shape != (R, 4):
+        raise ValueError(f"proposals must be {[R, 4]}, not {[*proposals.shape]}")
+    if not proposals.device == offsets.device == overlap_logits.device:
+        raise ValueError("proposals, offsets and overlap_logits are on different devices")
+    sizes, height, width = None, -1.0, -1.0
+    if isinstance(image_sizes, Tensor):
+        sizes = image_sizes
+        if sizes.shape != (R, 2) or sizes.device != offsets.device:
+            raise ValueError(f"image_sizes must be {[R, 2]} on {offsets.device}, or a pair (h, w)")
+    elif image_sizes is not None:
+        height, width = (float(size) for size in image_sizes)
+        if not (height >= 0 and width >= 0):
+            raise ValueError(f"image_sizes must not be negative: {image_sizes}")
+    if impl == "auto":
+        impl = "triton" if offsets.is_cuda and triton is not None else "torch"
+    elif impl == "triton":
+        if triton is None or not (offsets.is_cuda or _INTERPRET):
+            raise ValueError(f"impl='triton' needs triton and CUDA tensors, not {offsets.device}")
+    elif impl != "torch":
+        raise ValueError(f"impl must be auto, triton or torch, not {impl!r}")
+    graph = torch.compiler.is_compiling() or (
+        torch.is_grad_enabled()
+        and (proposals.requires_grad or offsets.requires_grad or overlap_logits.requires_grad)
+    )
+    function = _decode_op if graph else _decode
+    return function(proposals, offsets, overlap_logits, sizes, height, width, impl)
+
+
+def bench_cases(device, rois: Tensor):
+    """Cases for `python -m kernels.bench`; `rois` [R, 5] are real proposals (image, xyxy).
+
+    Offsets and logits are what a trained head gives: cells near the truth, jittered, and logits
+    that are positive in the middle of the box.
+    """
+    device = torch.device(device)
+    generator = torch.Generator().manual_seed(0)
+    bins = (torch.arange(7) + 0.5) / 7
+    side = bins.expand(7, 7)
+    exact = torch.stack([side, side.T, 1 - side, 1 - side.T])  # [4, 7, 7] gives the proposal back
+    middle = 0.4 - torch.maximum((side - 0.5).abs(), (side.T - 0.5).abs())  # [7, 7]
+    for R in (1000, 200_000) if device.type == "cuda" else (1000,):
+        proposals = rois[torch.arange(R) % len(rois), 1:].to(device)
+        noise = torch.randn((R, 4, 7, 7), generator=generator)
+        offsets = (exact + 0.1 * noise).relu().to(device)
+        noise = torch.randn((R, 1, 7, 7), generator=generator)
+        logits = (10 * middle + noise).to(device)
+        for dtype in (torch.float32, torch.bfloat16):
+            args = (proposals, offsets.to(dtype), logits.to(dtype), (800, 1333))
+
+            def run(args=args):
+                return decode_dense_offsets(*args)
+
+            def eager(args=args):
+                return decode_dense_offsets(*args, impl="torch")
+
+            def reference(args=args):
+                return decode_dense_reference(*(a.double() for a in args[:3]), args[3]).float()
+
+            yield {
+                "name": f"decode_dense_offsets {R} x 7x7 {str(dtype)[6:]}",
+                "run": run,
+                "baseline": eager if device.type == "cuda" else None,  # on a CPU it is this op
+                "baseline_name": "torch",
+                "reference": reference,
+                "bytes": sum(a.numel() * a.element_size() for a in args[:3]) + R * 16,
+            }

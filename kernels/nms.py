@@ -1,0 +1,785 @@
+"""Non-maximum suppression: greedy, soft, and classification-localisation balanced (CL-NMS).
+
+Contract, the same for every function here:
+
+- `boxes` [N, 4] are xyxy, `scores` [N] floating, `groups` [N] int64 (image x class, any values).
+  Boxes of different groups never meet, exactly: no coordinate is shifted. N = 0 gives empty results.
+- A score that is not finite marks a row that is not there: it is never kept and suppresses nothing.
+  So a buffer of fixed size is padded with scores of -inf. A box with a NaN or infinite coordinate
+  overlaps nothing.
+- All is computed in the boxes' dtype, half precision in float32; IoU = inter / (area + area -
+  inter), each operation rounded on its own, as torchvision does on a CPU. A box is suppressed where IoU > iou_threshold, strictly; IoU
+  equal to the threshold, and 0 / 0 of two boxes without area, suppress nothing.
+- The higher score goes first; among equal scores the lower index.
+- Results are in descending order of score, ties by lower index. No gradient flows through any.
+
+The `*_padded` functions have fixed shapes and never wait for a GPU: kept indices, then -1, and a
+count. The functions without the ending cut at the count, and that alone waits.
+
+`soft_nms` lowers scores instead of removing boxes (Bodla et al., 2017). `cl_nms` is section 2.3 of
+"Dynamic Coefficient loss, IAC score, CL-NMS". The scan lost its equations; rebuilt from the prose:
+the best remaining p names a cluster, all remaining boxes of its group whose IoU with it exceeds
+the threshold, itself included; `centre` is the p-weighted mean of the cluster's centres;
+d = 1 - |c - centre| / (diagonal of the box that encloses the cluster), 1 where that diagonal is 0;
+the box with the highest p + d is kept with its own p and the rest of the cluster is suppressed.
+Taken literally, the text adds the distance itself, which prefers the farthest box: `literal=True`.
+"""
+
+import functools
+import math
+import os
+import struct
+
+import torch
+from torch import Tensor
+
+try:
+    import torchvision  # noqa: F401  (it registers torch.ops.torchvision.nms)
+except ImportError:
+    torchvision = None
+
+# --- references: plain torch, any device, float32 or float64, all groups in lock-step -------------
+
+
+def pairwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """IoU of boxes [..., 4] and others [..., 4], broadcast; NaN where both have no area."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    u1, v1, u2, v2 = others.unbind(-1)
+    width = (torch.minimum(x2, u2) - torch.maximum(x1, u1)).clamp(min=0)
+    height = (torch.minimum(y2, v2) - torch.maximum(y1, v1)).clamp(min=0)
+    inter = width * height
+    return inter / ((x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - inter)
+
+
+def _nms_step(boxes, live, best, iou_threshold):
+    iou = pairwise_iou(_take(boxes, best), boxes)  # [G, M]
+    return best, live.gather(1, best), live.masked_fill(iou > iou_threshold, -torch.inf)
+
+
+def _soft_nms_step(boxes, live, best, iou_threshold, sigma, method, score_threshold):
+    iou = pairwise_iou(_take(boxes, best), boxes)  # [G, M]
+    if method == "linear":
+        decay = torch.where(iou > iou_threshold, 1 - iou, 1)
+    else:
+        decay = torch.where(iou > 0, torch.exp(-(iou * iou) / sigma), 1)
+    lowered = live * decay
+    return best, live.gather(1, best), lowered.where(lowered >= score_threshold, -torch.inf)
+
+
+def _cl_nms_step(boxes, live, best, iou_threshold, literal):
+    member = (pairwise_iou(_take(boxes, best), boxes) > iou_threshold) & (live > -torch.inf)
+    member.scatter_(1, best, True)  # [G, M]
+    # In float64, rounded at the end: boxes placed symmetrically tie whatever the order of the sums.
+    p, (x1, y1, x2, y2) = live.double(), boxes.double().unbind(-1)
+    # choice: where every p of a cluster is 0, the centre is the plain mean.
+    weight = torch.where(p.gather(1, best) > 0, p, 1).where(member, 0)  # [G, M]
+    total = weight.sum(1, keepdim=True)
+    x, y = (x1 + x2) / 2, (y1 + y2) / 2
+    off_x = x - (weight * x).where(member, 0).sum(1, keepdim=True) / total
+    off_y = y - (weight * y).where(member, 0).sum(1, keepdim=True) / total
+    width = x2.where(member, -torch.inf).amax(1) - x1.where(member, torch.inf).amin(1)
+    height = y2.where(member, -torch.inf).amax(1) - y1.where(member, torch.inf).amin(1)
+    diagonal = (width * width + height * height).sqrt()[:, None]  # [G, 1]
+    distance = (off_x * off_x + off_y * off_y).sqrt() / diagonal
+    # No diagonal: points in one place. No finite one: a box without finite corners, always alone.
+    distance = distance.where((diagonal > 0) & (diagonal < torch.inf), 0)
+    select = (p + (distance if literal else 1 - distance)).to(live.dtype)
+    score, keep = select.where(member, -torch.inf).max(1, keepdim=True)
+    return keep, score, live.masked_fill(member, -torch.inf)
+
+
+def _take(boxes, at):
+    return boxes.gather(1, at[..., None].expand(-1, -1, 4))  # [G, 1, 4]
+
+
+def _lockstep(boxes, scores, groups, step):
+    """Repeats `step` on the best remaining box of all groups at once.
+
+    `step(boxes [G, M, 4], live [G, M], best [G, 1])` returns whom it keeps [G, 1], the score to
+    report [G, 1] and the scores that remain [G, M]; the best box itself is taken out here.
+    Returns the reported scores [N], -inf for boxes that are not kept.
+    """
+    out = torch.full_like(scores, -torch.inf)
+    if groups is None:
+        groups = torch.zeros_like(scores, dtype=torch.int64)
+    groups, order = torch.sort(groups, stable=True)
+    sizes = groups.unique_consecutive(return_counts=True)[1]
+    starts = sizes.cumsum(0) - sizes
+    # Groups of like size together: padding to the longest then at most doubles the work.
+    bucket = torch.frexp(sizes.double())[1]
+    for b in bucket.unique().tolist():
+        rows = (bucket == b).nonzero()  # [G, 1]
+        column = torch.arange(int(sizes[rows].max()), device=scores.device)
+        inside = column < sizes[rows]  # [G, M]
+        index = order[(starts[rows] + column).where(inside, 0)]  # [G, M]
+        part, live = boxes[index], scores[index]
+        live = live.where(inside & live.isfinite(), -torch.inf)
+        while True:
+            top, best = live.max(1, keepdim=True)  # the first of equals: the lowest index
+            active = top[:, 0] > -torch.inf
+            if not active.all():
+                part, live, best, index = part[active], live[active], best[active], index[active]
+            if not len(live):
+                break
+            keep, score, live = step(part, live, best)
+            live.scatter_(1, best, -torch.inf)
+            out[index.gather(1, keep)] = score
+    return out
+
+
+def nms_reference(boxes, scores, groups, iou_threshold):
+    """Greedy NMS: the score of the kept boxes [N], -inf for the others."""
+    step = functools.partial(_nms_step, iou_threshold=iou_threshold)
+    return _lockstep(boxes, scores, groups, step)
+
+
+def soft_nms_reference(boxes, scores, groups, iou_threshold, sigma, method, score_threshold):
+    """Soft-NMS: the lowered score of the kept boxes [N], -inf for the others."""
+    step = functools.partial(
+        _soft_nms_step,
+        iou_threshold=iou_threshold,
+        sigma=sigma,
+        method=method,
+        score_threshold=score_threshold,
+    )
+    return _lockstep(boxes, scores.where(scores >= score_threshold, -torch.inf), groups, step)
+
+
+def cl_nms_reference(boxes, scores, groups, iou_threshold, literal=False):
+    """CL-NMS: the selection score p + d of the kept boxes [N], -inf for the others."""
+    step = functools.partial(_cl_nms_step, iou_threshold=iou_threshold, literal=literal)
+    return _lockstep(boxes, scores, groups, step)
+
+
+# --- Triton ---------------------------------------------------------------------------------------
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+_MAX_PROGRAMS = 1024  # about what an H100 holds at once; further groups are taken in turn
+# BLOCK: boxes a program looks at in one go; greedy NMS holds BLOCK x BLOCK pairs in registers.
+# No fma, because an IoU must round as it does on a CPU.
+_GREEDY_LAUNCH = {"BLOCK": 64, "num_warps": 8, "enable_fp_fusion": False}
+_SOFT_LAUNCH = {"BLOCK": 256, "num_warps": 4, "enable_fp_fusion": False}
+
+if triton is not None:
+
+    @triton.jit
+    def _load_boxes(boxes_ptr, at, mask):
+        """Rows `at` of boxes [N, 4] as a tuple; a masked row is a point at the origin."""
+        row = boxes_ptr + at.to(tl.int64) * 4
+        x1 = tl.load(row, mask, 0.0)
+        y1 = tl.load(row + 1, mask, 0.0)
+        x2 = tl.load(row + 2, mask, 0.0)
+        y2 = tl.load(row + 3, mask, 0.0)
+        return x1, y1, x2, y2
+
+    @triton.jit
+    def _iou(box, other):
+        x1, y1, x2, y2 = box
+        u1, v1, u2, v2 = other
+        width = tl.maximum(tl.minimum(x2, u2) - tl.maximum(x1, u1), 0.0)
+        height = tl.maximum(tl.minimum(y2, v2) - tl.maximum(y1, v1), 0.0)
+        inter = width * height
+        # div_rn because `/` is two ulp off in float32.
+        return tl.div_rn(inter, (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - inter)
+
+    @triton.jit
+    def _over(box, other, iou_threshold):
+        """IoU > threshold for every pair: rows are `other`, columns are `box`."""
+        x1, y1, x2, y2 = box
+        u1, v1, u2, v2 = other
+        columns = x1[None, :], y1[None, :], x2[None, :], y2[None, :]
+        rows = u1[:, None], v1[:, None], u2[:, None], v2[:, None]
+        return _iou(columns, rows) > iou_threshold
+
+    @triton.jit
+    def _top(scores, at, N):
+        """Highest of the scores and the lowest row that has it; N where all are -inf."""
+        best_score = tl.max(scores, 0)
+        found = (scores == best_score) & (scores > -float("inf"))
+        return best_score, tl.min(tl.where(found, at, N), 0)
+
+    # All three kernels: grid (P,). Program i owns groups i, i + P, ... Rows of a group lie
+    # together: starts_ptr [N + P + 1] says where, and is N behind the last group. Nobody else
+    # touches a group's rows. Loops are `while` because the interpreter of some Triton releases
+    # cannot count to a loaded number. order_ptr [N] is the original index of each row; out_ptr [N], by
+    # original index, comes filled with -inf and receives the scores to report.
+
+    @triton.jit(do_not_specialize=["N"])
+    def _nms_kernel(
+        boxes_ptr,  # [N, 4] by group, then by descending score
+        live_ptr,  # [N] scores in the same order; -inf for rows that are not there
+        kept_ptr,  # [N, 4] scratch: the boxes a group has kept, from the group's first row on
+        order_ptr,
+        starts_ptr,
+        out_ptr,
+        N,
+        iou_threshold,
+        BLOCK: tl.constexpr,
+    ):
+        lane = tl.arange(0, BLOCK)
+        group = tl.program_id(0)
+        start = tl.load(starts_ptr + group)
+        while start < N:
+            end = tl.load(starts_ptr + group + 1)
+            num_kept = start * 0
+            tile = start
+            while tile < end:
+                at = tile + lane
+                score = tl.load(live_ptr + at, at < end, -float("inf"))
+                # Rows that are not there come last in a group: the first tile of them ends it.
+                end = tl.where(tl.max(score, 0) > -float("inf"), end, tile)
+                box = _load_boxes(boxes_ptr, at, at < end)
+                hit = tl.zeros([BLOCK], tl.int32)
+                first = start * 0
+                while first < num_kept:
+                    known = first + lane < num_kept
+                    earlier = _load_boxes(kept_ptr, start + first + lane, known)
+                    over = _over(box, earlier, iou_threshold) & known[:, None]
+                    hit = hit | tl.max(over.to(tl.int32), 0)
+                    first += BLOCK
+                alive = ((score > -float("inf")) & (hit == 0)).to(tl.int32)
+                # Within the tile: kept = alive and not hit by an earlier kept box. Iterated from
+                # kept = alive, box k is settled after k + 1 rounds at the latest, so the fixed
+                # point is the greedy result; a few rounds do in practice.
+                over = _over(box, _load_boxes(boxes_ptr, at, at < end), iou_threshold)
+                over = (over & (lane[:, None] < lane[None, :])).to(tl.int32)
+                kept = alive
+                changed = tl.max(alive, 0)
+                while changed > 0:
+                    new = alive * (1 - tl.max(over * kept[:, None], 0))
+                    changed = tl.max(new ^ kept, 0)
+                    kept = new
+                slot = start + num_kept + tl.cumsum(kept, 0) - 1
+                row = kept_ptr + slot.to(tl.int64) * 4
+                tl.store(row, box[0], kept > 0)
+                tl.store(row + 1, box[1], kept > 0)
+                tl.store(row + 2, box[2], kept > 0)
+                tl.store(row + 3, box[3], kept > 0)
+                tl.store(out_ptr + tl.load(order_ptr + at, at < end, 0), score, kept > 0)
+                num_kept += tl.sum(kept, 0)
+                tl.debug_barrier()  # the next tile's threads read what these have stored
+                tile += BLOCK
+            group += tl.num_programs(0)
+            start = tl.load(starts_ptr + group)
+
+    @triton.jit(do_not_specialize=["N"])
+    def _soft_nms_kernel(
+        boxes_ptr,  # [N, 4] by group, then by original index
+        live_ptr,  # [N] present scores; -inf for rows not there, picked or under the threshold
+        order_ptr,
+        starts_ptr,
+        out_ptr,
+        N,
+        iou_threshold,
+        sigma,
+        score_threshold,
+        GAUSSIAN: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        lane = tl.arange(0, BLOCK)
+        group = tl.program_id(0)
+        start = tl.load(starts_ptr + group)
+        while start < N:
+            end = tl.load(starts_ptr + group + 1)
+            picked = N  # nobody yet: loads as a point at the origin, which overlaps nothing
+            more = 1
+            while more > 0:
+                # One pass lowers the scores by the last pick and finds the next pick.
+                last = _load_boxes(boxes_ptr, picked, picked < N)
+                top = tl.full([BLOCK], -float("inf"), tl.float32)
+                top_at = tl.zeros([BLOCK], tl.int32)
+                tile = start
+                while tile < end:
+                    at = tile + lane
+                    score = tl.load(live_ptr + at, at < end, -float("inf"))
+                    iou = _iou(_load_boxes(boxes_ptr, at, at < end), last)
+                    if GAUSSIAN:
+                        score = tl.where(iou > 0, score * tl.exp(-(iou * iou) / sigma), score)
+                    else:
+                        score = tl.where(iou > iou_threshold, score * (1 - iou), score)
+                    stays = (score >= score_threshold) & (at != picked)
+                    score = tl.where(stays, score, -float("inf"))
+                    tl.store(live_ptr + at, score, at < end)
+                    top_at = tl.where(score > top, at, top_at)
+                    top = tl.maximum(score, top)
+                    tile += BLOCK
+                best_score, picked = _top(top, top_at, N)
+                index = tl.load(order_ptr + picked, picked < N, 0)
+                tl.store(out_ptr + index, best_score, picked < N)
+                more = (picked < N).to(tl.int32)
+                tl.debug_barrier()
+            group += tl.num_programs(0)
+            start = tl.load(starts_ptr + group)
+
+    @triton.jit(do_not_specialize=["N"])
+    def _cl_nms_kernel(
+        boxes_ptr,  # [N, 4] by group, then by original index
+        live_ptr,  # [N] scores p; -inf for rows not there or suppressed
+        order_ptr,
+        starts_ptr,
+        out_ptr,
+        N,
+        iou_threshold,
+        LITERAL: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        lane = tl.arange(0, BLOCK)
+        group = tl.program_id(0)
+        start = tl.load(starts_ptr + group)
+        while start < N:
+            end = tl.load(starts_ptr + group + 1)
+            top = tl.full([BLOCK], -float("inf"), tl.float32)
+            top_at = tl.zeros([BLOCK], tl.int32)
+            tile = start
+            while tile < end:
+                p = tl.load(live_ptr + tile + lane, tile + lane < end, -float("inf"))
+                top_at = tl.where(p > top, tile + lane, top_at)
+                top = tl.maximum(p, top)
+                tile += BLOCK
+            best_p, best = _top(top, top_at, N)
+            while best < N:
+                # First pass: weighted centre and enclosing box of the cluster of `best`.
+                reference = _load_boxes(boxes_ptr, best, best < N)
+                total = tl.zeros([BLOCK], tl.float64)
+                sum_x = tl.zeros([BLOCK], tl.float64)
+                sum_y = tl.zeros([BLOCK], tl.float64)
+                low_x = tl.full([BLOCK], float("inf"), tl.float32)
+                low_y = tl.full([BLOCK], float("inf"), tl.float32)
+                high_x = tl.full([BLOCK], -float("inf"), tl.float32)
+                high_y = tl.full([BLOCK], -float("inf"), tl.float32)
+                tile = start
+                while tile < end:
+                    at = tile + lane
+                    p = tl.load(live_ptr + at, at < end, -float("inf"))
+                    x1, y1, x2, y2 = _load_boxes(boxes_ptr, at, at < end)
+                    over = _iou((x1, y1, x2, y2), reference) > iou_threshold
+                    member = (over | (at == best)) & (p > -float("inf"))
+                    weight = tl.where(best_p > 0, p, 1.0).to(tl.float64)
+                    total += tl.where(member, weight, 0.0)
+                    sum_x += tl.where(member, weight * (x1.to(tl.float64) + x2) / 2, 0.0)
+                    sum_y += tl.where(member, weight * (y1.to(tl.float64) + y2) / 2, 0.0)
+                    low_x = tl.where(member & (x1 < low_x), x1, low_x)
+                    low_y = tl.where(member & (y1 < low_y), y1, low_y)
+                    high_x = tl.where(member & (x2 > high_x), x2, high_x)
+                    high_y = tl.where(member & (y2 > high_y), y2, high_y)
+                    tile += BLOCK
+                total = tl.sum(total, 0)
+                centre_x = tl.sum(sum_x, 0) / total
+                centre_y = tl.sum(sum_y, 0) / total
+                width = tl.max(high_x, 0).to(tl.float64) - tl.min(low_x, 0)
+                height = tl.max(high_y, 0).to(tl.float64) - tl.min(low_y, 0)
+                diagonal = tl.sqrt(width * width + height * height)
+                measurable = (diagonal > 0) & (diagonal < float("inf"))
+                # Second pass: whom to keep; the cluster leaves; the next reference.
+                top = tl.full([BLOCK], -float("inf"), tl.float32)
+                top_at = tl.zeros([BLOCK], tl.int32)
+                choice = tl.full([BLOCK], -float("inf"), tl.float32)
+                choice_at = tl.zeros([BLOCK], tl.int32)
+                tile = start
+                while tile < end:
+                    at = tile + lane
+                    p = tl.load(live_ptr + at, at < end, -float("inf"))
+                    x1, y1, x2, y2 = _load_boxes(boxes_ptr, at, at < end)
+                    over = _iou((x1, y1, x2, y2), reference) > iou_threshold
+                    member = (over | (at == best)) & (p > -float("inf"))
+                    off_x = (x1.to(tl.float64) + x2) / 2 - centre_x
+                    off_y = (y1.to(tl.float64) + y2) / 2 - centre_y
+                    distance = tl.sqrt(off_x * off_x + off_y * off_y) / diagonal
+                    distance = tl.where(measurable, distance, 0.0)
+                    if not LITERAL:
+                        distance = 1 - distance
+                    select = (p.to(tl.float64) + distance).to(tl.float32)
+                    select = tl.where(member, select, -float("inf"))
+                    choice_at = tl.where(select > choice, at, choice_at)
+                    choice = tl.maximum(select, choice)
+                    p = tl.where(member, -float("inf"), p)
+                    tl.store(live_ptr + at, p, at < end)
+                    top_at = tl.where(p > top, at, top_at)
+                    top = tl.maximum(p, top)
+                    tile += BLOCK
+                select, keep = _top(choice, choice_at, N)
+                tl.store(out_ptr + tl.load(order_ptr + keep, keep < N, 0), select, keep < N)
+                best_p, best = _top(top, top_at, N)
+                tl.debug_barrier()
+            group += tl.num_programs(0)
+            start = tl.load(starts_ptr + group)
+
+
+def _triton_select(boxes, scores, groups, iou_threshold, method, sigma, score_threshold):
+    """Sorts by group, then runs the kernel: scores to report [N]. Never waits for the device."""
+    N, device = len(scores), boxes.device
+    programs = min(N, _MAX_PROGRAMS)
+    # masked_fill, not where: a scalar given to `where` may be copied to the device, which waits.
+    live = scores.masked_fill(~scores.isfinite(), -torch.inf)
+    if method in ("linear", "gaussian"):
+        live = live.masked_fill(live < score_threshold, -torch.inf)
+    order = torch.arange(N, device=device)
+    if method == "greedy":
+        order = torch.argsort(live, descending=True, stable=True)
+    wanted = torch.arange(N + programs + 1, device=device)
+    if groups is None:
+        starts = (wanted > 0).int() * N
+    else:
+        order = order[torch.argsort(groups[order], stable=True)]
+        groups = groups[order]
+        rank = torch.zeros_like(groups)  # [N] number of each row's group, from 0 up
+        rank[1:] = (groups[1:] != groups[:-1]).cumsum(0)
+        starts = torch.searchsorted(rank, wanted, out_int32=True)
+    boxes, live, out = boxes[order], live[order], torch.full_like(scores, -torch.inf)
+    with torch.cuda.device_of(boxes):
+        common = (order, starts, out, N, iou_threshold)
+        if method == "greedy":
+            args = (boxes, live, torch.empty_like(boxes), *common)
+            _nms_kernel[(programs,)](*args, **_GREEDY_LAUNCH)
+        elif method in ("linear", "gaussian"):
+            args = (boxes, live, *common, sigma, score_threshold)
+            gaussian = method == "gaussian"
+            _soft_nms_kernel[(programs,)](*args, GAUSSIAN=gaussian, **_SOFT_LAUNCH)
+        else:
+            literal = method == "cl_literal"
+            _cl_nms_kernel[(programs,)](boxes, live, *common, LITERAL=literal, **_SOFT_LAUNCH)
+    return out
+
+
+# --- torchvision ----------------------------------------------------------------------------------
+
+
+def _torchvision_nms(boxes, scores, groups, iou_threshold):
+    """Kept indices, best first, by torchvision's compiled op."""
+    if not boxes.dtype == scores.dtype == torch.float32:
+        boxes, scores = _compute_dtype(boxes, scores)
+    iou_threshold = _exact_threshold(iou_threshold, boxes.dtype)
+    there = None
+    if not math.isfinite(scores.dot(scores)):  # one short call; an overflow does no harm
+        there = scores.isfinite().nonzero()[:, 0]
+        boxes, scores = boxes[there], scores[there]
+        groups = None if groups is None else groups[there]
+    if groups is None or len(scores) == 0:
+        keep = torch.ops.torchvision.nms(boxes, scores, iou_threshold)
+    else:
+        keep = _torchvision_groups(boxes, scores, groups, iou_threshold)
+    return keep if there is None else there[keep]
+
+
+def _torchvision_groups(boxes, scores, groups, iou_threshold):
+    """One call a group. torchvision's own batched_nms shifts the groups of small inputs apart in
+    float32, on a CPU up to twice as fast but not exact, and searches large ones once for each group.
+    """
+    groups, order = torch.sort(groups, stable=True)
+    sizes = groups.unique_consecutive(return_counts=True)[1].tolist()
+    kept = []
+    for row in order.split(sizes):
+        kept.append(row[torch.ops.torchvision.nms(boxes[row], scores[row], iou_threshold)])
+    keep = torch.cat(kept).sort()[0]
+    return keep[torch.argsort(scores[keep], descending=True, stable=True)]
+
+
+# --- public functions -----------------------------------------------------------------------------
+
+
+def _compute_dtype(boxes, scores):
+    dtype = torch.float64 if boxes.dtype == torch.float64 else torch.float32
+    return boxes.detach().to(dtype), scores.detach().to(dtype)
+
+
+@functools.lru_cache
+def _exact_threshold(threshold: float, dtype: torch.dtype) -> float:
+    """Largest number of the dtype that is not above the threshold.
+
+    A float32 IoU exceeds the one exactly where it exceeds the other, so it no longer matters
+    whether a backend compares in float32 or in float64.
+    """
+    if dtype == torch.float64:
+        return threshold
+    (bits,) = struct.unpack("i", struct.pack("f", threshold))
+    (rounded,) = struct.unpack("f", struct.pack("i", bits))
+    return rounded if rounded <= threshold else struct.unpack("f", struct.pack("i", bits - 1))[0]
+
+
+def _backend(boxes, scores, groups, iou_threshold, method, impl, padded):
+    """Checks the arguments and names the implementation to run."""
+    N = len(scores)
+    if scores.shape != (N,) or boxes.shape != (N, 4):
+        shapes = [*boxes.shape], [*scores.shape]
+        raise ValueError("boxes must be [N, 4] and scores [N], not {} and {}".format(*shapes))
+    if not (boxes.is_floating_point() and scores.is_floating_point()):
+        raise ValueError(f"boxes and scores must be floating, not {boxes.dtype}, {scores.dtype}")
+    if groups is not None and (groups.shape != (N,) or groups.dtype != torch.int64):
+        raise ValueError(f"groups must be int64 [{N}], not {groups.dtype} {[*groups.shape]}")
+    if boxes.device != scores.device or (groups is not None and groups.device != boxes.device):
+        raise ValueError("boxes, scores and groups must be on one device")
+    if not 0 <= iou_threshold <= 1:
+        raise ValueError(f"iou_threshold must be in [0, 1], not {iou_threshold}")
+    if N >= 2**29:
+        raise ValueError(f"{N} boxes are too many: rows are counted in 32 bits")
+    if impl == "auto":
+        # choice: one group keeps a single Triton program busy, where torchvision spreads it over
+        # the GPU; but torchvision waits for the GPU, which a padded function must not.
+        alone = groups is None and not padded and method == "greedy" and torchvision is not None
+        if boxes.is_cuda and triton is not None and boxes.dtype != torch.float64 and not alone:
+            return "triton"
+        usable = method == "greedy" and torchvision is not None and (alone or not boxes.is_cuda)
+        return "torchvision" if usable else "torch"
+    if impl == "triton":
+        if triton is None:
+            raise ValueError("impl='triton': triton is not installed")
+        if not boxes.is_cuda and not _INTERPRET:
+            raise ValueError(f"impl='triton' needs CUDA tensors, not {boxes.device}")
+        if boxes.dtype == torch.float64:
+            raise ValueError("impl='triton' computes in float32; use impl='torch' for float64")
+    elif impl == "torchvision":
+        if torchvision is None:
+            raise ValueError("impl='torchvision': torchvision is not installed")
+        if method != "greedy":
+            raise ValueError(f"impl='torchvision' has no {method} NMS")
+    elif impl != "torch":
+        raise ValueError(f"impl must be auto, triton, torch or torchvision, not {impl!r}")
+    return impl
+
+
+def _padded(
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor | None,
+    iou_threshold: float,
+    method: str,
+    sigma: float,
+    score_threshold: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Kept indices [N], then -1; their reported scores [N], then 0; and the count []."""
+    boxes, scores = _compute_dtype(boxes, scores)
+    threshold = _exact_threshold(iou_threshold, boxes.dtype)
+    soft = method in ("linear", "gaussian")
+    if len(scores) == 0:
+        reported = scores.clone()
+    elif impl == "triton":
+        reported = _triton_select(boxes, scores, groups, threshold, method, sigma, score_threshold)
+    elif impl == "torchvision":
+        keep = _torchvision_nms(boxes, scores, groups, iou_threshold)
+        reported = torch.full_like(scores, -torch.inf).scatter_(0, keep, scores[keep])
+    elif soft:
+        more = (sigma, method, score_threshold)
+        reported = soft_nms_reference(boxes, scores, groups, threshold, *more)
+    elif method == "greedy":
+        reported = nms_reference(boxes, scores, groups, threshold)
+    else:
+        reported = cl_nms_reference(boxes, scores, groups, threshold, method == "cl_literal")
+    kept = reported > -torch.inf
+    # choice: CL-NMS orders by p, its final score; p + d only selects within a cluster.
+    key = (reported if soft else scores).masked_fill(~kept, -torch.inf)
+    keep = torch.argsort(key, descending=True, stable=True)
+    count = kept.sum()
+    unused = torch.arange(len(keep), device=keep.device) >= count
+    return keep.masked_fill(unused, -1), reported[keep].masked_fill(unused, 0), count
+
+
+def _indices(
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor | None,
+    iou_threshold: float,
+    method: str,
+    sigma: float,
+    score_threshold: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """Kept indices and their reported scores. Reading the count is what waits for a GPU."""
+    if impl == "torchvision":
+        keep = _torchvision_nms(boxes, scores, groups, iou_threshold)
+        return keep, _compute_dtype(boxes, scores)[1][keep]
+    keep, reported, count = _padded(
+        boxes, scores, groups, iou_threshold, method, sigma, score_threshold, impl
+    )
+    count = int(count)
+    return keep[:count].clone(), reported[:count].clone()
+
+
+# A graph being compiled sees one opaque operator; eager calls go straight to the function, which
+# saves the dispatcher's time. The operators bear this module's name, so that copies do not clash.
+_NAMESPACE = __name__.replace(".", "_")
+_padded_op = torch.library.custom_op(f"{_NAMESPACE}::padded", _padded, mutates_args=())
+_indices_op = torch.library.custom_op(f"{_NAMESPACE}::indices", _indices, mutates_args=())
+
+
+@_padded_op.register_fake
+def _(boxes, scores, groups, iou_threshold, method, sigma, score_threshold, impl):
+    dtype = torch.float64 if boxes.dtype == torch.float64 else torch.float32
+    keep = torch.empty_like(scores, dtype=torch.int64)
+    return keep, torch.empty_like(scores, dtype=dtype), keep.new_empty(())
+
+
+@_indices_op.register_fake
+def _(boxes, scores, groups, iou_threshold, method, sigma, score_threshold, impl):
+    dtype = torch.float64 if boxes.dtype == torch.float64 else torch.float32
+    size = torch.library.get_ctx().new_dynamic_size()
+    return scores.new_empty([size], dtype=torch.int64), scores.new_empty([size], dtype=dtype)
+
+
+def _run(padded, boxes, scores, groups, iou_threshold, method, impl, sigma=0.0, floor=0.0):
+    impl = _backend(boxes, scores, groups, iou_threshold, method, impl, padded)
+    compiling = torch.compiler.is_compiling()
+    if padded:
+        function = _padded_op if compiling else _padded
+    else:
+        function = _indices_op if compiling else _indices
+    args = (groups, float(iou_threshold), method, float(sigma), float(floor), impl)
+    return function(boxes.detach(), scores.detach(), *args)
+
+
+def nms(boxes, scores, iou_threshold: float, impl="auto") -> Tensor:
+    """Greedy NMS of one group: kept indices int64, best first. The module's docstring says more.
+
+    Shapes: boxes [N, 4], scores [N] -> [count]. Raises ValueError for any other.
+    """
+    return batched_nms(boxes, scores, None, iou_threshold, impl)
+
+
+def batched_nms(boxes, scores, groups, iou_threshold: float, impl="auto") -> Tensor:
+    """Greedy NMS within each group: kept indices int64 over all groups, best first.
+
+    Shapes: boxes [N, 4], scores [N], groups int64 [N] or None -> [count].
+    """
+    impl = _backend(boxes, scores, groups, iou_threshold, "greedy", impl, False)
+    if impl == "torchvision" and not torch.compiler.is_compiling():
+        return _torchvision_nms(boxes, scores, groups, iou_threshold)
+    return _run(False, boxes, scores, groups, iou_threshold, "greedy", impl)[0]
+
+
+def nms_padded(boxes, scores, groups, iou_threshold: float, impl="auto") -> tuple[Tensor, Tensor]:
+    """batched_nms of fixed shape: kept indices [N], best first, then -1; and their count [].
+
+    `groups` None is one group. Rows to leave out have the score -inf. Never waits for a GPU.
+    """
+    keep, _, count = _run(True, boxes, scores, groups, iou_threshold, "greedy", impl)
+    return keep, count
+
+
+def _check_soft(sigma, method, score_threshold):
+    if method not in ("linear", "gaussian"):
+        raise ValueError(f"method must be linear or gaussian, not {method!r}")
+    if not sigma > 0 or not math.isfinite(score_threshold):
+        raise ValueError(
+            f"sigma must be positive, score_threshold finite: {sigma=}, {score_threshold=}"
+        )
+
+
+def soft_nms(
+    boxes,
+    scores,
+    groups,
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    method: str = "linear",
+    score_threshold: float = 1e-3,
+    impl="auto",
+) -> tuple[Tensor, Tensor]:
+    """Soft-NMS within each group: kept indices and lowered scores, the highest of these first.
+
+    The best remaining box is kept with its present score; every other s of its group becomes
+    s * (1 - IoU) where IoU > iou_threshold ("linear") or s * exp(-IoU^2 / sigma) ("gaussian").
+    A box is dropped once its score is below score_threshold.
+    Shapes: boxes [N, 4], scores [N], groups int64 [N] or None -> [count] int64, [count].
+    """
+    _check_soft(sigma, method, score_threshold)
+    more = (sigma, score_threshold)
+    return _run(False, boxes, scores, groups, iou_threshold, method, impl, *more)
+
+
+def soft_nms_padded(
+    boxes,
+    scores,
+    groups,
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    method: str = "linear",
+    score_threshold: float = 1e-3,
+    impl="auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """soft_nms of fixed shape: indices [N], then -1; scores [N], then 0; and their count []."""
+    _check_soft(sigma, method, score_threshold)
+    more = (sigma, score_threshold)
+    return _run(True, boxes, scores, groups, iou_threshold, method, impl, *more)
+
+
+def cl_nms(
+    boxes, scores, groups, iou_threshold: float, impl="auto", literal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """CL-NMS within each group: kept indices, highest own p first, and their p + d.
+
+    A kept box's final score is its own p, `scores[keep]`; p + d is what selected it.
+    Shapes: boxes [N, 4], scores [N] of probabilities, groups int64 [N] or None -> [count] twice.
+    """
+    method = "cl_literal" if literal else "cl"
+    return _run(False, boxes, scores, groups, iou_threshold, method, impl)
+
+
+def cl_nms_padded(
+    boxes, scores, groups, iou_threshold: float, impl="auto", literal: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """cl_nms of fixed shape: indices [N], then -1; p + d [N], then 0; and their count []."""
+    method = "cl_literal" if literal else "cl"
+    return _run(True, boxes, scores, groups, iou_threshold, method, impl)
+
+
+def bench_cases(device, sets):
+    """Cases for `python -m kernels.bench`.
+
+    `sets` maps a name to (boxes [N, 4], scores [N], groups [N], images [N]) of real candidates.
+    torchvision is called once an image, which is how it is used. On a CPU soft_nms and cl_nms are
+    their references.
+    """
+    for name, tensors in sets.items():
+        boxes, scores, groups, images = (t.to(device) for t in tensors)
+        parts = [images == i for i in images.unique().tolist()]
+        parts = [(boxes[part], scores[part], groups[part]) for part in parts]
+        args, one = (boxes, scores, groups), parts[0][:2]
+        per_image = one_image = None
+        if torchvision is not None:
+
+            def per_image(parts=parts):
+                return [torchvision.ops.batched_nms(*part, 0.5) for part in parts]
+
+            one_image = functools.partial(torchvision.ops.nms, *one, 0.5)
+
+        yield {
+            "name": f"batched_nms {name}",
+            "run": functools.partial(batched_nms, *args, 0.5),
+            "baseline": per_image,
+            "baseline_name": "torchvision",
+            "reference": functools.partial(batched_nms, *args, 0.5, impl="torch"),
+            "bytes": None,
+        }
+        yield {
+            "name": f"nms_padded {name}",
+            "run": functools.partial(nms_padded, *args, 0.5),
+            "baseline": per_image,
+            "baseline_name": "torchvision",
+            "reference": functools.partial(nms_padded, *args, 0.5, impl="torch"),
+            "bytes": None,
+        }
+        for impl in ("auto", "triton") if boxes.is_cuda else ("auto",):
+            yield {
+                "name": f"nms, one group of {len(one[0])}, {impl}",
+                "run": functools.partial(nms, *one, 0.5, impl=impl),
+                "baseline": one_image,
+                "baseline_name": "torchvision",
+                "reference": functools.partial(nms, *one, 0.5, impl="torch"),
+                "bytes": None,
+            }
+        for function in (soft_nms, cl_nms):
+            reference = functools.partial(function, *args, 0.5, impl="torch")
+            yield {
+                "name": f"{function.__name__} {name}",
+                "run": functools.partial(function, *args, 0.5),
+                "baseline": reference if boxes.is_cuda else None,
+                "baseline_name": "torch",
+                "reference": reference if boxes.is_cuda else None,
+                "bytes": None,
+            }

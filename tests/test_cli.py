@@ -1,0 +1,283 @@
+"""The command line and the promises about runs: resume, checkpoints, signals, processes, flags."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+import common
+import d2det
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY_RUN = """--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 12 --num-val 4
+ --batch 2 --steps 8 --workers 0 --fpn-channels 8 --conv-channels 8 --num-convs 2 --groups 2
+ --fc-channels 16 --norm gn --log-every 1 --save-every 2 --proposals-train 40 --proposals-test 20
+ --reg-test 20 --device cpu --score-threshold 0.01 --draw-score 0.01""".split()
+
+
+def run(*argv):
+    return d2det.main([*TINY_RUN, *map(str, argv)])
+
+
+def weights(folder):
+    return common.load_checkpoint(Path(folder) / "last.pt")["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that was never interrupted."""
+    out = tmp_path_factory.mktemp("run") / "whole"
+    metrics = run("--train", "--out", out)
+    return out, metrics
+
+
+def test_train_writes_what_it_promises(finished):
+    out, metrics = finished
+    names = "config.json log.jsonl metrics.json predictions.json last.pt curves.png detections.png"
+    assert {p.name for p in out.iterdir()} == set(names.split())
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in log if "loss" in r] == list(range(1, 9))
+    assert json.loads((out / "metrics.json").read_text())["AP75"] == metrics["AP75"]
+    assert {"AP", "AP50", "AP60", "AP70", "AP75", "AP80", "AP90", "AR100", "per_class"} <= set(
+        metrics
+    )
+    assert json.loads((out / "config.json").read_text())["steps"] == 8
+
+
+def test_eval_and_predict_from_a_checkpoint(finished, tmp_path):
+    out, metrics = finished
+    # Only the checkpoint is named: its settings come with it.
+    again = d2det.main(["--eval", "--weights", f"{out}/last.pt", "--out", f"{tmp_path}/e"])
+    assert again == metrics
+    image, _ = common.SyntheticDetection(1, 100)[0]
+    (tmp_path / "in").mkdir()
+    common.Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "in" / "a.png")
+    common.Image.fromarray(image.permute(1, 2, 0).numpy()[:50]).save(tmp_path / "in" / "b.jpg")
+    arguments = ["--weights", f"{out}/last.pt", "--out", f"{tmp_path}/p", "--draw-score", "0"]
+    d2det.main(["--predict", f"{tmp_path}/in/a.png", f"{tmp_path}/in", *arguments])
+    results = json.loads((tmp_path / "p" / "predictions.json").read_text())
+    assert {Path(r["file_name"]).name for r in results} == {"a.png", "b.jpg"}
+    assert {r["image_id"] for r in results} == {0, 1, 2}
+    for r in results:
+        x, y, w, h = r["bbox"]
+        assert x >= 0 and x + w <= 100.01 and 1 <= r["category_id"] <= 10
+        assert y + h <= (50.01 if r["image_id"] == 2 else 100.01)
+    pictures = sorted((tmp_path / "p" / "pictures").iterdir())
+    assert [p.name for p in pictures] == ["00000_a.jpg", "00001_a.jpg", "00002_b.jpg"]
+    assert common.read_image(pictures[2]).shape == (3, 50, 100)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_interrupted_run_resumes_bit_for_bit(finished, tmp_path, number):
+    command = [
+        sys.executable,
+        str(ROOT / "d2det.py"),
+        *TINY_RUN,
+        "--train",
+        "--out",
+        f"{tmp_path}/r",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if line.startswith("step 5/"):
+            process.send_signal(number)
+            break
+    seen += process.stdout.readlines()
+    code, text = process.wait(), "".join(seen)
+    saved = common.load_checkpoint(tmp_path / "r" / "last.pt")["step"]
+    if number == signal.SIGTERM:
+        assert code == 128 + signal.SIGTERM and "stopped by signal" in text, text
+        assert 5 <= saved <= 7, text
+    else:
+        assert code == -signal.SIGKILL and saved < 8, text
+    run("--train", "--resume", "--out", tmp_path / "r")
+    assert same(weights(tmp_path / "r"), weights(finished[0]))
+    log = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in log if "loss" in r] == list(range(1, 9))  # none twice, none lost
+
+
+def test_resume_refuses_other_settings_and_starts_if_there_is_nothing(finished, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("--train", "--resume", "--out", finished[0], "--lr", "0.5")
+    assert "cannot resume, the run was made with {'lr': 0.001}" in capsys.readouterr().err
+    run("--train", "--resume", "--out", tmp_path / "new", "--steps", "1", "--num-val", "1")
+    assert (tmp_path / "new" / "last.pt").exists()
+
+
+def test_an_earlier_run_is_moved_aside(tmp_path):
+    for _ in range(2):
+        run("--train", "--out", tmp_path / "r", "--steps", "1", "--num-val", "1")
+    assert (tmp_path / "r" / "last.pt").exists() and (tmp_path / "r-1" / "last.pt").exists()
+
+
+@pytest.mark.parametrize("where", ["save", "replace"])
+def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch, where):
+    path = tmp_path / "last.pt"
+    good = {"model": {"w": torch.ones(3)}, "categories": []}
+    common.save_checkpoint(path, good)
+
+    def crash(*args):
+        if where == "save":
+            args[1].write(b"half of it")
+        raise OSError("power cut")
+
+    monkeypatch.setattr(torch if where == "save" else os, where, crash)
+    with pytest.raises(OSError, match="power cut"):
+        common.save_checkpoint(path, {"model": {"w": torch.zeros(3)}, "categories": []})
+    monkeypatch.undo()
+    assert same(common.load_checkpoint(path)["model"], good["model"])
+
+
+def test_checkpoints_that_are_unsafe_or_foreign_are_refused(finished, tmp_path):
+    torch.save({"model": Path("x")}, tmp_path / "pickle.pt")
+    with pytest.raises(common.BadInput, match=r"pickle\.pt: not a checkpoint that is safe"):
+        common.load_checkpoint(tmp_path / "pickle.pt")
+    torch.save({"weights": torch.ones(1)}, tmp_path / "foreign.pt")
+    with pytest.raises(common.BadInput, match=r"foreign\.pt: not a checkpoint of this project"):
+        common.load_checkpoint(tmp_path / "foreign.pt")
+    (tmp_path / "torn.pt").write_bytes((finished[0] / "last.pt").read_bytes()[:2000])
+    with pytest.raises(common.BadInput, match=r"torn\.pt"):
+        common.load_checkpoint(tmp_path / "torn.pt")
+    with pytest.raises(common.BadInput, match="no such file"):
+        common.load_checkpoint(tmp_path / "none.pt")
+
+
+def test_class_count_mismatch_is_named(finished, detection_data, capsys):
+    with pytest.raises(SystemExit):
+        d2det.main(["--eval", "--data", f"{detection_data}/coco_tiny", "--weights", f"{finished[0]}/last.pt"])  # fmt: skip
+    assert "category" in capsys.readouterr().err
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(common.BadInput, match="made for 10 classes, the data has 3"):
+        state = {"categories": [{}] * 10, "model": {}}
+        common.load_weights(model, state, "x.pt", [{}] * 3)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "nothing to do"),
+        (["--train", "--row", "table9.x"], "table9.x"),
+        (["--train", "--row", "table4.uavdt"], "needs the UAVDT data set"),
+        (["--eval", "--out", "/nowhere"], "--eval needs --weights"),
+        (["--predict", "a.jpg", "--out", "/nowhere"], "--predict needs --weights"),
+        (["--train", "--data", "/nowhere"], "/nowhere: no data found"),
+    ],
+)
+def test_bad_calls_end_with_a_reason(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        d2det.main(argv)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_rows_lists_every_row(capsys):
+    d2det.main(["--rows"])
+    text = capsys.readouterr().out
+    for row in d2det.PAPER:
+        assert row in text
+        assert (row in d2det.ROWS) != (row in d2det.NOT_YET)
+    assert "45.4" in text and "needs the mask branch" in text
+
+
+def test_non_finite_loss_stops_and_names_it(tmp_path, monkeypatch, capsys):
+    def poisoned(self, images, targets):
+        losses = original(self, images, targets)
+        calls.append(1)
+        return {**losses, "cls": losses["cls"] * (math.nan if len(calls) == 5 else 1)}
+
+    calls, original = [], d2det.Detector.loss
+    monkeypatch.setattr(d2det.Detector, "loss", poisoned)
+    with pytest.raises(SystemExit):
+        run("--train", "--out", tmp_path / "r")
+    error = capsys.readouterr().err
+    assert "step 5, images [" in error and "cls = nan" in error
+    state = common.load_checkpoint(tmp_path / "r" / "last.pt")
+    assert state["step"] == 4 and all(v.isfinite().all() for v in state["model"].values())
+
+
+# ------------------------------------------------------------------------------ processes
+
+
+def ddp_config(**changes):
+    config = dataclasses.replace(d2det.Config(), **d2det.TINY)
+    small = dict(
+        fpn_channels=8, conv_channels=8, num_convs=2, groups=2, fc_channels=16, norm="gn", jitter=0.0,
+        roi_samples=5000, reg_rois=5000, proposals_train=50, workers=0, batch=2, num_val=5,
+    )  # fmt: skip
+    return dataclasses.replace(config, **small, **changes)
+
+
+def ddp_items():
+    data = common.SyntheticDetection(2, 64)
+    return common.to_device([data[3 - 2], data[0]], "cpu")
+
+
+def sampled_all(model):
+    model.rpn.num_samples = 10**6  # nothing random is left: every anchor and RoI takes part
+    return model
+
+
+def ddp_process(rank, port, out):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    config = ddp_config()
+    torch.manual_seed(rank)  # DDP sends the first process's weights
+    model = sampled_all(d2det.Detector(config, 10))
+    wrapped = torch.nn.parallel.DistributedDataParallel(common.LossOnly(model))
+    images, targets = ddp_items()
+    sum(wrapped(images[rank : rank + 1], targets[rank : rank + 1]).values()).backward()
+    seen = [t["image_id"] for t, _ in common.detect(model, common.SyntheticDetection(5, 64), config, torch.device("cpu"))]  # fmt: skip
+    metrics = common.evaluate(model, common.SyntheticDetection(5, 64), config)
+    gradients = {n: p.grad for n, p in model.named_parameters()}
+    torch.save({"gradients": gradients, "seen": seen, "AP": metrics["AP"]}, f"{out}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_have_the_gradients_of_one_with_both_images(tmp_path):
+    mp.spawn(ddp_process, (29500 + os.getpid() % 2000, str(tmp_path)), nprocs=2)
+    one, two = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
+    torch.manual_seed(0)
+    model = sampled_all(d2det.Detector(ddp_config(), 10))
+    sum(model.loss(*ddp_items()).values()).backward()
+    largest = max(p.grad.abs().max().item() for p in model.parameters())
+    for name, p in model.named_parameters():
+        assert torch.equal(one["gradients"][name], two["gradients"][name])
+        difference = (one["gradients"][name] - p.grad).abs().max().item()
+        assert difference < 1e-4 * max(p.grad.abs().max().item(), 1e-3 * largest), name
+    assert sorted(one["seen"] + two["seen"]) == [0, 1, 2, 3, 4]
+    assert one["AP"] == two["AP"] and one["AP"] == one["AP"]
+
+
+def test_torchrun_trains_and_evaluates(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
+    command += [str(ROOT / "d2det.py"), *TINY_RUN, "--train", "--out", str(tmp_path / "r")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "8 steps of 2 images (2 x 1)" in done.stdout
+    assert len(common.load_checkpoint(tmp_path / "r" / "last.pt")["rng"]) == 2
+    assert "AP" in json.loads((tmp_path / "r" / "metrics.json").read_text())

@@ -1,0 +1,283 @@
+"""D2Det: its equations by hand, its heads, and what a whole step must satisfy."""
+
+import dataclasses
+import doctest
+import math
+
+import pytest
+import torch
+import torchvision
+
+import common
+import d2det
+import kernels
+from d2det import Config, Detector
+
+SMALL = dict(
+    d2det.TINY,
+    fpn_channels=16,
+    conv_channels=16,
+    num_convs=2,
+    groups=4,
+    fc_channels=32,
+    norm="gn",
+    proposals_train=100,
+    proposals_test=50,
+    workers=0,
+)
+
+
+def make(**changes):
+    torch.manual_seed(0)
+    config = dataclasses.replace(Config(), **{**SMALL, **changes})
+    return Detector(config, 10)
+
+
+def batch(count=2, size=96, seed=0):
+    data = common.SyntheticDetection(count, size, seed)
+    items = [data[i] for i in range(count)]
+    return common.to_device(items, "cpu")
+
+
+def some_boxes(n, seed=0):
+    torch.manual_seed(seed)
+    corner = torch.rand(n, 2) * 50
+    return torch.cat([corner, corner + 5 + torch.rand(n, 2) * 60], 1)
+
+
+def test_examples_in_docstrings():
+    assert doctest.testmod(d2det).attempted >= 5 and doctest.testmod(d2det).failed == 0
+    assert doctest.testmod(common).failed == 0
+
+
+def test_targets_by_hand():
+    """A 70x140 proposal at (10, 20): bins of 10x20 px, first centre (15, 30)."""
+    proposal, gt = torch.tensor([[10.0, 20, 80, 160]]), torch.tensor([[24.0, 20, 80, 132]])
+    offsets, inside = d2det.dense_offset_targets(proposal, gt)
+    assert offsets.shape == (1, 4, 7, 7) and inside.shape == (1, 1, 7, 7)
+    # l = (15 - 24) / 70, t = (30 - 20) / 140, r = (80 - 15) / 70, b = (132 - 30) / 140
+    want = torch.tensor([-9 / 70, 10 / 140, 65 / 70, 102 / 140])
+    torch.testing.assert_close(offsets[0, :, 0, 0], want)
+    # row 2, column 5: centre (65, 70); x runs along the last dimension
+    want = torch.tensor([41 / 70, 50 / 140, 15 / 70, 62 / 140])
+    torch.testing.assert_close(offsets[0, :, 2, 5], want)
+    # centres inside the gt: columns 1..6 (x > 24), rows 0..5 (y < 132)
+    assert inside[0, 0].sum() == 36 and inside[0, 0, :6, 1:].all()
+    # a sixth of the proposal from every side: x in [35.7, 68.3], y in [43.3, 108.7]
+    _, inside = d2det.dense_offset_targets(proposal, gt, margin=1 / 6)
+    assert inside[0, 0].nonzero().tolist() == [[r, c] for r in (1, 2, 3) for c in (3, 4, 5)]
+
+
+def test_targets_and_decode_are_inverse():
+    proposals, gts = some_boxes(200), some_boxes(200, seed=1)
+    offsets, inside = d2det.dense_offset_targets(proposals, gts)
+    cells = d2det.cell_boxes(proposals, offsets)
+    torch.testing.assert_close(cells, gts[..., None, None].expand_as(cells), atol=1e-3, rtol=0)
+    for logits in (inside - 0.5, torch.full_like(inside, -1)):  # also with no cell at all
+        decoded = kernels.decode_dense_offsets(proposals, offsets, logits)
+        torch.testing.assert_close(decoded, gts, atol=1e-3, rtol=0)
+
+
+def test_only_cells_on_the_object_are_averaged():
+    proposals, gts = some_boxes(50), some_boxes(50, seed=1)
+    gts[:, :2] = torch.maximum(gts[:, :2], proposals[:, :2])
+    offsets, inside = d2det.dense_offset_targets(proposals, proposals, margin=0.2)
+    spoiled = torch.where(inside > 0, offsets, torch.rand_like(offsets) * 9)
+    decoded = kernels.decode_dense_offsets(proposals, spoiled, inside - 0.5)
+    torch.testing.assert_close(decoded, proposals, atol=1e-3, rtol=0)
+    off = kernels.decode_dense_offsets(proposals, spoiled, torch.ones_like(inside))
+    assert (off - proposals).abs().max() > 1
+
+
+def test_losses_by_hand():
+    """Proposal 14x14, gt its right part 8..14: 3 of 7 columns of cells (centres 9, 11, 13) inside."""
+    proposal, gt = torch.tensor([[0.0, 0, 14, 14]]), torch.tensor([[8.0, 0, 14, 14]])
+    offsets = torch.full((1, 4, 7, 7), 0.5)  # each cell says: a 14x14 box centred on me
+    logits = torch.zeros(1, 1, 7, 7)
+    iou = []
+    for column in (9, 11, 13):
+        for row in range(1, 14, 2):
+            w = 14 - max(8, column - 7)
+            w = min(w, column + 7 - max(8, column - 7))
+            h = min(14, row + 7) - max(0, row - 7)
+            iou.append(w * h / (196 + 84 - w * h))
+    config = Config(overlap_margin=0.0)
+    losses = d2det.dense_losses(offsets, logits, proposal, gt, config)
+    want = 2.0 * sum(-math.log(v) for v in iou) / 21
+    assert losses["reg"].item() == pytest.approx(want, rel=1e-5)
+    assert losses["overlap"].item() == pytest.approx(math.log(2), rel=1e-5)
+    logits[..., 4:] = 2.0  # and the overlap loss knows which columns are inside
+    sure, other = math.log1p(math.exp(-2)), math.log(2)
+    losses = d2det.dense_losses(offsets, logits, proposal, gt, config)
+    assert losses["overlap"].item() == pytest.approx((3 * sure + 4 * other) / 7, rel=1e-5)
+    everywhere = d2det.dense_losses(offsets, logits, proposal, gt, Config(reg_cells="all"))
+    assert everywhere["reg"].item() > want
+
+
+def test_iou_loss_gradient_and_disjoint_boxes():
+    box = torch.tensor([[0.0, 0, 10, 10]], requires_grad=True)
+    loss = d2det.iou_loss(box, torch.tensor([[0.0, 0, 20, 10]]))
+    assert loss.item() == pytest.approx(math.log(2))
+    loss.backward()
+    assert box.grad[0, 2] == pytest.approx(-0.1)  # d(-log(x2 / 20)) / dx2
+    far = d2det.iou_loss(torch.tensor([[0.0, 0, 1, 1]]), torch.tensor([[5.0, 5, 6, 6]]))
+    assert far.item() == pytest.approx(-math.log(1e-6), rel=1e-4)
+
+
+def test_baseline_box_loss_by_hand():
+    rois = torch.tensor([[0.0, 0, 0, 10, 10], [0, 0, 0, 10, 10]])
+    gt = torch.tensor([[1.0, 0, 11, 10], [0, 0, 0, 0]])  # the second is background
+    deltas = torch.zeros(2, 12)
+    deltas[0, 4:8] = torch.tensor([3.0, 0, 0, 0])  # class 1; dx should be 0.1 / 0.1 = 1
+    loss = d2det.single_box_loss(deltas, rois, torch.tensor([1, 3]), gt, 3)
+    assert loss.item() == pytest.approx(1.5 / 2)
+
+
+def test_jitter_keeps_to_its_range():
+    boxes = torch.tensor([[40.0, 40, 60, 80]]).repeat(5000, 1)
+    moved = d2det.jitter_boxes(boxes, 0.15, torch.full((5000, 2), 1000.0))
+    shift = (moved[:, :2] + moved[:, 2:]) / 2 - torch.tensor([50.0, 60.0])
+    size = (moved[:, 2:] - moved[:, :2]) / torch.tensor([20.0, 40.0])
+    assert shift.abs().max(0)[0].tolist() == pytest.approx([3, 6], rel=0.01)
+    assert size.min() > 0.85 and size.max() < 1.15 and size.std() > 0.07
+    assert torch.equal(d2det.jitter_boxes(boxes, 0.0, torch.full((5000, 2), 1000.0)), boxes)
+
+
+def test_paper_sized_head_has_the_releases_parameters():
+    head = d2det.DenseLocalHead()
+    convs = [m for m in head.trunk if isinstance(m, torch.nn.Conv2d)]
+    assert [(c.in_channels, c.stride[0], c.groups) for c in convs] == [(256, 2, 1)] + [
+        (576, 1, 1)
+    ] * 7
+    assert all(c.bias is None for c in convs)
+    count = sum(p.numel() for p in head.parameters())
+    trunk = 9 * 576 * (256 + 7 * 576) + 8 * 2 * 576
+    assert count == trunk + 5 * (9 * 576 + 1)
+    drp = d2det.DiscriminativePool(256, 1024)
+    fc = 2304 * 1024 + 1024 + 1024 * 1024 + 1024 + 1024 * 98 + 98
+    assert sum(p.numel() for p in drp.parameters()) == fc + 9 * 256 * 256 + 2 * 256
+
+
+def test_weighted_pool_starts_as_average_and_prefers_heavy_samples():
+    pool = d2det.AdaptiveWeightedPool(3)
+    x = torch.rand(2, 3, 14, 14)
+    ones = torch.nn.functional.avg_pool2d(torch.ones_like(x), 3, 2, 1)
+    torch.testing.assert_close(pool(x), torch.nn.functional.avg_pool2d(x, 3, 2, 1) / ones)
+    torch.nn.init.dirac_(pool.conv.weight)  # weight follows the value itself
+    heavy = pool(x)
+    average = torch.nn.functional.avg_pool2d(x, 3, 2, 1) / ones
+    assert (heavy > average).float().mean() > 0.99
+    assert (heavy <= torch.nn.functional.max_pool2d(x, 3, 2, 1) + 1e-5).all()
+    assert pool(x[:0]).shape == (0, 3, 7, 7)
+
+
+@pytest.mark.parametrize("row", [*d2det.ROWS])
+def test_every_row_builds_and_trains(row):
+    keep = ("backbone", "scales", "test_scales", "max_size")  # sizes stay small here
+    changes = {k: v for k, v in d2det.ROWS[row].items() if k not in keep}
+    model = make(**changes)
+    images, targets = batch()
+    losses = model.loss(images, targets)
+    sum(losses.values()).backward()
+    for name, p in model.named_parameters():
+        assert p.grad is None or p.grad.isfinite().all(), name
+    assert {"rpn_cls", "rpn_box", "cls", "reg"} <= set(losses)
+    for found in model.eval().predict(images):
+        assert set(found) == {"boxes", "scores", "labels"}
+
+
+def test_every_weight_learns():
+    """After two steps (some layers start at zero) every trainable tensor has a gradient."""
+    model = make(drp_per_level=False)
+    images, targets = batch(4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        sum(model.loss(images, targets).values()).backward()
+        optimizer.step()
+    still = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+    assert not still
+
+
+@pytest.mark.parametrize("row", ["table2.dlr_drp", "table2.baseline"])
+def test_images_without_objects_train(row):
+    model = make(**d2det.ROWS[row])
+    images, targets = batch()
+    for t in targets:
+        t.update({k: t[k][:0] for k in ("boxes", "labels", "ignore")})
+    losses = model.loss(images, targets)
+    assert losses["reg"] == 0 and losses["rpn_box"] == 0
+    sum(losses.values()).backward()
+    assert all(v.isfinite() for v in losses.values())
+    missing = [n for n, p in model.named_parameters() if p.grad is None]
+    assert not missing  # DDP waits for every gradient
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_batch_of_two_equals_two_singles():
+    model = make(roi_samples=4000, reg_rois=4000, jitter=0.0, proposals_train=30).eval()
+    images, targets = batch()
+    together = model.predict(images)
+    for image, both in zip(images, together):
+        (alone,) = model.predict([image])
+        torch.testing.assert_close(alone["boxes"], both["boxes"], atol=1e-2, rtol=0)
+        torch.testing.assert_close(alone["scores"], both["scores"], atol=1e-4, rtol=0)
+        assert torch.equal(alone["labels"], both["labels"])
+    features = model.backbone(common.pad_images(images)[0])
+    first = model.backbone(common.pad_images(images[:1])[0])
+    torch.testing.assert_close(features[0][:1], first[0], atol=1e-4, rtol=1e-4)
+
+
+def test_predictions_are_inside_sorted_and_few():
+    model = make(max_detections=7, score_threshold=0.01).eval()
+    images, _ = batch(3)
+    for found in model.predict([images[0], images[1][:, :50, :70], images[2]]):
+        assert len(found["boxes"]) <= 7
+        assert (found["scores"].diff() <= 0).all()
+        assert (found["boxes"] >= 0).all() and found["boxes"][:, 2].max() <= 96
+    small = model.predict([images[1][:, :50, :70]])[0]["boxes"]
+    assert len(small) and small[:, 2].max() <= 70 and small[:, 3].max() <= 50
+
+
+def test_drp_samples_are_restored_to_the_rois_order():
+    """With one set of weights a level, each RoI must get its own level's."""
+    model = make(drp_per_level=True, anchor_scale=4.0).eval()
+    features = [torch.rand(1, 16, 128 // s, 128 // s) for s in (1, 2, 4, 8)]
+    rois = torch.tensor([[0, 0, 0, 500.0, 500], [0, 10, 10, 40, 40], [0, 0, 0, 200, 200]])
+    together = model.class_logits(features, rois)
+    for i in range(3):
+        torch.testing.assert_close(
+            together[i : i + 1], model.class_logits(features, rois[i : i + 1])
+        )
+
+
+def largest_of_the_smallest(boxes):
+    """Side of an image's smallest object, for images with at least three."""
+    sides = (boxes[:, 2:] - boxes[:, :2]).min(1)[0]
+    return sides.min().item() if len(boxes) >= 3 else 0
+
+
+def test_one_image_can_be_overfitted():
+    model = make(fpn_channels=32, conv_channels=32, jitter=0.1)
+    data = common.SyntheticDetection(40, 128)
+    index = max(range(40), key=lambda i: largest_of_the_smallest(data[i][1]["boxes"]))
+    images, targets = common.to_device([data[index]], "cpu")
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for step in range(200):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, step / 10) * (0.1 if step > 150 else 1)
+        optimizer.zero_grad()
+        sum(model.loss(images, targets).values()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10)
+        optimizer.step()
+    (found,) = model.eval().predict(images)
+    truth = targets[0]["boxes"]
+    annotations = [
+        {"id": i + 1, "image_id": 0, "category_id": label + 1, "bbox": b, "area": 1, "iscrowd": 0}
+        for i, (label, b) in enumerate(
+            zip(targets[0]["labels"].tolist(), torchvision.ops.box_convert(truth, "xyxy", "xywh").tolist())
+        )
+    ]  # fmt: skip
+    dictionary = {"images": [{"id": 0}], "annotations": annotations, "categories": data.categories}
+    metrics = common.coco_metrics(dictionary, common.to_coco(0, found, data.categories))
+    assert metrics["AP"] > 0.9, (metrics, found, targets)

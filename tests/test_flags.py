@@ -1,0 +1,159 @@
+"""Every flag does something: changing it alone changes what a small run does or writes."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+import common
+import d2det
+
+BASE = dict(
+    d2det.TINY, image_size=48, scales=(48,), test_scales=(48,), max_size=48, num_train=4, num_val=2,
+    steps=3, batch=2, workers=0, fpn_channels=8, conv_channels=8, num_convs=2, groups=2, fc_channels=8,
+    norm="gn", optimizer="sgd", lr=0.1, clip_norm=0.0, proposals_train=30, proposals_test=20,
+    reg_test=15, score_threshold=0.05, draw_score=0.01, log_every=1, save_every=10, eval_every=0,
+    device="cpu", roi_samples=16, roi_positive=0.5, weight_decay=1e-4, flip=0.5,
+)  # fmt: skip
+
+# What else decides what to do is tested where it is done: flag -> the test's name.
+ELSEWHERE = {
+    "train": "test_train_writes_what_it_promises",
+    "eval": "test_eval_and_predict_from_a_checkpoint",
+    "predict": "test_eval_and_predict_from_a_checkpoint",
+    "weights": "test_eval_and_predict_from_a_checkpoint",
+    "out": "test_train_writes_what_it_promises",
+    "resume": "test_interrupted_run_resumes_bit_for_bit",
+    "rows": "test_rows_lists_every_row",
+    "row": "test_row_and_preset_set_what_flags_override",
+    "preset": "test_row_and_preset_set_what_flags_override",
+    "bench": "test_bench_compares_with_torchvision",
+    "device": "test_device_is_obeyed",
+    "data": "test_voc_layout",
+    "train_json": "test_coco_explicit_paths",
+    "train_images": "test_coco_explicit_paths",
+    "val_json": "test_coco_explicit_paths",
+    "val_images": "test_coco_explicit_paths",
+    "train_split": "test_voc_layout",
+    "val_split": "test_voc_layout",
+}
+
+CHANGED = dict(
+    num_train=5, num_val=3, image_size=40, scales=(32,), test_scales=(32,), max_size=32, flip=1.0,
+    test_flip=True, workers=1, backbone="resnet34", backbone_weights="FILE", norm="bn",
+    frozen_stages=0, fpn_channels=16, batch=4, optimizer="adamw", lr=0.05, lr_batch=8, momentum=0.5,
+    weight_decay=0.1, epochs=2.0, steps=2, drops=(0.4,), warmup=2, warmup_factor=0.5, clip_norm=0.01,
+    amp="bf16", seed=1, log_every=2, save_every=1, eval_every=1, eval_batch=1, draw_score=0.2,
+    dlr=False, drp=False, overlap=False, weighting=False, conv_channels=16, num_convs=1, groups=4,
+    fc_channels=16, drp_per_level=False, gamma=0.5, overlap_margin=0.0, reg_cells="all", cls_weight=1.0,
+    reg_weight=1.0, overlap_weight=2.0, jitter=0.0, reg_rois=1, roi_samples=8, roi_positive=0.1,
+    anchor_scale=2.0, proposals_train=10, proposals_test=5, score_threshold=0.13, nms_iou=0.2,
+    reg_test=3, soft_nms=False, soft_nms_iou=0.1, soft_nms_score=0.09, max_detections=2,
+)  # fmt: skip
+
+# Flags that act only together with another one.
+GIVEN = {
+    "frozen_stages": dict(backbone_weights="FILE", norm="auto"),
+    "backbone_weights": dict(norm="auto"),
+    "epochs": dict(steps=0),
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flags")
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18().state_dict(), folder / "FILE")
+    return folder
+
+
+def behaviour(work, **changes):
+    """Everything observable about a run: losses, weights, rates, predictions, files, calls."""
+    values = {k: str(work / v) if v == "FILE" else v for k, v in {**BASE, **changes}.items()}
+    config = dataclasses.replace(d2det.Config(), **values)
+    torch.manual_seed(config.seed)
+    train_data, val_data = common.load_data(config)
+    model, seen = d2det.Detector(config, 10), []
+    out = work / f"run{len(list(work.iterdir()))}"
+
+    def spy(name, note):
+        original = getattr(common, name)
+
+        def wrapped(*args, **kwargs):
+            seen.append((name, note(*args, **kwargs)))
+            return original(*args, **kwargs)
+
+        patch.setattr(common, name, wrapped)
+
+    with pytest.MonkeyPatch.context() as patch:
+        spy("save_checkpoint", lambda path, state: state["step"])
+        spy("pad_images", lambda images: [tuple(i.shape) for i in images])
+        spy("DataLoader", lambda *args, **kwargs: kwargs["num_workers"])
+        metrics = common.train(model, config, train_data, val_data, out)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    for line in log:
+        line.pop("images_per_s", None), line.pop("memory_mib", None)
+    state = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        state.update(name.encode() + value.float().contiguous().numpy().tobytes())
+    rates = [common.learning_rate(config, s, 100, 2) for s in range(0, 100, 5)]
+    picture = hashlib.sha256((out / "detections.png").read_bytes()).hexdigest()
+    predictions = (out / "predictions.json").read_text()
+    return [log, state.hexdigest(), rates, picture, predictions, metrics, seen, rates]
+
+
+def test_every_flag_is_covered():
+    flags = {f.name for f in dataclasses.fields(d2det.Config)}
+    assert flags == set(CHANGED) | set(ELSEWHERE) and not set(CHANGED) & set(ELSEWHERE)
+    tests = "".join(p.read_text() for p in Path(__file__).parent.glob("test_*.py"))
+    for name in ELSEWHERE.values():
+        assert f"def {name}(" in tests, name
+
+
+@pytest.fixture(scope="module")
+def known(work):
+    return {}
+
+
+@pytest.mark.parametrize("flag", list(CHANGED))
+def test_flag_changes_the_run(work, known, flag):
+    given = GIVEN.get(flag, {})
+    key = tuple(given)
+    if key not in known:
+        known[key] = behaviour(work, **given)
+        assert known[key] == behaviour(work, **given)  # the same settings do the same
+    assert behaviour(work, **given, **{flag: CHANGED[flag]}) != known[key]
+
+
+def test_row_and_preset_set_what_flags_override():
+    parse = lambda *argv: common.parse(d2det.Config, d2det.ROWS, d2det.TINY, "d2det", argv)  # noqa: E731
+    assert parse("--train").backbone == "resnet18" or torch.cuda.is_available()
+    paper = parse("--train", "--preset", "paper")
+    assert (paper.backbone, paper.scales, paper.epochs) == ("resnet50", (800,), 24)
+    assert parse("--train", "--data", "x").backbone == "resnet50"  # real data: the paper's settings
+    tiny = parse("--train", "--data", "x", "--preset", "tiny", "--row", "table2.dlr")
+    assert tiny.backbone == "resnet18" and not tiny.drp and tiny.dlr
+    assert parse("--train", "--row", "table2.dlr", "--drp").drp
+    assert parse("--train", "--preset", "paper", "--lr", "0.5").lr == 0.5
+
+
+def test_device_is_obeyed(tmp_path):
+    argv = [f"--{k.replace('_', '-')} {' '.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in BASE.items()]  # fmt: skip
+    argv = " ".join(argv).replace("--device cpu", "").split()
+    with pytest.raises(Exception, match="meta"):
+        d2det.main([*argv, "--train", "--device", "meta", "--out", str(tmp_path / "m")])
+
+
+def test_bench_compares_with_torchvision(capsys):
+    argv = "--bench --device cpu --backbone resnet18 --backbone-weights none --fpn-channels 16"
+    sizes = " --scales 96 --max-size 128 --conv-channels 16 --groups 4 --fc-channels 32"
+    rows = d2det.main((argv + sizes).split())
+    assert [(r["job"], r["model"]) for r in rows] == [
+        (job, who) for job in ("training step", "prediction") for who in ("ours", "torchvision")
+    ]
+    assert all(r["seconds"] > 0 and r["giga_multiply_adds"] > 0 for r in rows)
+    assert "ours / this" in capsys.readouterr().out

@@ -1,0 +1,282 @@
+"""NMS against pure Python, against torchvision, and all its implementations against one another."""
+
+import importlib
+import itertools
+import math
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.nms import (
+    batched_nms,
+    cl_nms,
+    nms,
+    soft_nms,
+)
+
+torchvision = pytest.importorskip("torchvision")
+module = importlib.import_module("kernels.nms")  # `kernels.nms` itself is the function
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # its 0 / 0, in numpy
+METHODS = ("greedy", "linear", "gaussian", "cl", "cl_literal")
+
+
+# --- ten-line references ---------------------------------------------------------------------------
+
+
+def py_iou(a, b):
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    inter = max(width, 0) * max(height, 0)
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter
+    return inter / union if union else 0.0
+
+
+def py_greedy(boxes, scores, threshold, rank=lambda score, i: (-score, i)):
+    kept = []
+    for i in sorted(range(len(boxes)), key=lambda i: rank(scores[i], i)):
+        if not any(py_iou(boxes[i], boxes[k]) > threshold for k in kept):
+            kept.append(i)
+    return {i: scores[i] for i in kept}
+
+
+def py_soft(boxes, scores, threshold, gaussian, sigma=0.5, floor=1e-3):
+    live, out = {i: s for i, s in enumerate(scores) if s >= floor}, {}
+    while live:
+        best = min(live, key=lambda i: (-live[i], i))
+        out[best] = live.pop(best)
+        for i in list(live):
+            iou = py_iou(boxes[i], boxes[best])
+            if gaussian:
+                live[i] *= math.exp(-iou * iou / sigma)
+            elif iou > threshold:
+                live[i] *= 1 - iou
+            if live[i] < floor:
+                del live[i]
+    return out
+
+
+def py_cl(boxes, scores, threshold, literal):
+    live, out = dict(enumerate(scores)), {}
+    while live:
+        best = min(live, key=lambda i: (-live[i], i))
+        cluster = [i for i in live if i == best or py_iou(boxes[i], boxes[best]) > threshold]
+        weight = {i: scores[i] if scores[best] > 0 else 1.0 for i in cluster}
+        centre = {
+            i: ((boxes[i][0] + boxes[i][2]) / 2, (boxes[i][1] + boxes[i][3]) / 2) for i in live
+        }
+        mean = [
+            sum(weight[i] * centre[i][a] for i in cluster) / sum(weight.values()) for a in (0, 1)
+        ]
+        low = [min(boxes[i][a] for i in cluster) for a in (0, 1)]
+        high = [max(boxes[i][a] for i in cluster) for a in (2, 3)]
+        far = {i: math.dist(centre[i], mean) / (math.dist(low, high) or math.inf) for i in cluster}
+        select = {i: f32(scores[i] + (far[i] if literal else 1 - far[i])) for i in cluster}
+        keep = min(cluster, key=lambda i: (-select[i], i))
+        out[keep] = select[keep]
+        live = {i: s for i, s in live.items() if i not in cluster}
+    return out
+
+
+def f32(value):
+    return struct.unpack("f", struct.pack("f", value))[0]
+
+
+def expected(method, boxes, scores, groups, threshold):
+    """Kept indices and reported scores, by the references above, in the promised order."""
+    rows, p, out = boxes.tolist(), scores.tolist(), {}
+    for group in groups.unique().tolist():
+        index = (groups == group).nonzero()[:, 0].tolist()
+        part = [rows[i] for i in index], [p[i] for i in index], threshold
+        if method == "greedy":
+            found = py_greedy(*part)
+        elif method in ("linear", "gaussian"):
+            found = py_soft(*part, method == "gaussian")
+        else:
+            found = py_cl(*part, method == "cl_literal")
+        out |= {index[i]: score for i, score in found.items()}
+    key = out if method in ("linear", "gaussian") else p
+    keep = sorted(out, key=lambda i: (-key[i], i))
+    return keep, [out[i] for i in keep]
+
+
+def actual(method, boxes, scores, groups, threshold, impl):
+    args = [t.to(DEVICE) for t in (boxes, scores, groups)]
+    if method == "greedy":
+        keep = batched_nms(*args, threshold, impl=impl)
+        return keep.tolist(), scores.to(DEVICE)[keep].tolist()
+    if method in ("linear", "gaussian"):
+        keep, new = soft_nms(*args, threshold, method=method, impl=impl)
+    else:
+        keep, new = cl_nms(*args, threshold, impl=impl, literal=method == "cl_literal")
+    return keep.tolist(), new.tolist()
+
+
+def check(out, wanted):
+    assert out[0] == wanted[0]
+    assert out[1] == pytest.approx(wanted[1], rel=1e-5, abs=1e-6)
+
+
+def random_case(seed, most=12, kind=None):
+    """Small boxes: on a coarse grid with tied scores and duplicates, continuous, or degenerate."""
+    g = torch.Generator().manual_seed(seed)
+    n = int(torch.randint(0, most + 1, (), generator=g))
+    kind = seed % 3 if kind is None else kind
+    if kind == 1:
+        corner, size = torch.rand((n, 2), generator=g) * 6, torch.rand((n, 2), generator=g) * 6
+        scores = torch.rand(n, generator=g)
+    else:
+        corner = torch.randint(0, 5, (n, 2), generator=g).float()
+        size = torch.randint(0 if kind == 2 else 1, 6, (n, 2), generator=g).float()
+        scores = torch.randint(0, 6, (n,), generator=g).float() / 8
+    groups = torch.randint(-1, 2, (n,), generator=g) * 10**12
+    threshold = (0.0, 0.25, 0.5, 0.75, 1.0)[seed % 5]
+    return torch.cat([corner, corner + size], 1), scores, groups, threshold
+
+
+# --- tests -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_torch_against_python(method):
+    for seed in range(1000):
+        boxes, scores, groups, threshold = random_case(seed)
+        if method in ("linear", "gaussian"):  # scores that tie in float64 need not in float32
+            boxes, scores = boxes.double(), scores.double()
+        case = boxes, scores, groups, threshold
+        check(actual(method, *case, "torch"), expected(method, *case))
+
+
+@pytest.mark.parametrize("impl", ["auto", "torchvision"])
+def test_torchvision_against_python(impl):
+    for seed in range(1000):
+        case = random_case(seed)
+        check(actual("greedy", *case, impl), expected("greedy", *case))
+
+
+@pytest.mark.parametrize("impl", ["torch", "torchvision", "triton"])
+def test_rows_that_are_not_there_and_boxes_that_are_broken(impl):
+    nan, inf = math.nan, math.inf
+    box = [0.0, 0.0, 4.0, 4.0]
+    boxes = torch.tensor([box, box, box, box, [nan, 0, 4, 4], [0, 0, inf, 4], [2, 2, 2, 2], box])
+    scores = torch.tensor([nan, inf, -inf, 0.5, 0.9, 0.8, 0.7, 0.5])
+    groups = torch.zeros(8, dtype=torch.int64)
+    for method in METHODS if impl != "torchvision" else ("greedy",):
+        keep, new = actual(method, boxes, scores, groups, 0.5, impl)
+        assert set(keep) - {7} == {3, 4, 5, 6}, method  # 7 duplicates 3; Gaussian only lowers it
+        assert all(map(math.isfinite, new))
+    empty = boxes[:0], scores[:0], groups[:0], 0.5
+    none = torch.full_like(scores, -inf)
+    for method in METHODS if impl != "torchvision" else ("greedy",):
+        assert actual(method, *empty, impl) == ([], [])
+        assert actual(method, boxes, none, groups, 0.5, impl) == ([], [])
+
+
+def test_worked_by_hand():
+    # IoU of the first two: 80 / 120 = 2/3. CL: centre x = (0.9*5 + 0.8*7 + 0.7*7) / 2.4 = 6.25.
+    boxes = torch.tensor([[0.0, 0, 10, 10], [2, 0, 12, 10], [2, 0, 12, 10], [50, 0, 60, 10]])
+    scores, groups = torch.tensor([0.9, 0.8, 0.7, 0.95]), torch.zeros(4, dtype=torch.int64)
+    assert nms(boxes, scores, 0.5).tolist() == [3, 0]
+    assert nms(boxes, scores, 0.7).tolist() == [3, 0, 1]
+    keep, new = soft_nms(boxes, scores, groups, 0.5, score_threshold=0.1)
+    assert keep.tolist() == [3, 0, 1]  # then 0.7 * (1/3) * 0 is dropped
+    torch.testing.assert_close(new, torch.tensor([0.95, 0.9, 0.8 / 3]))
+    diagonal = math.hypot(12, 10)
+    keep, new = cl_nms(boxes, scores, groups, 0.5)
+    assert keep.tolist() == [3, 0]
+    torch.testing.assert_close(new, torch.tensor([1.95, 0.9 + 1 - 1.25 / diagonal]))
+    keep, new = cl_nms(boxes, torch.tensor([0.82, 0.8, 0.79, 0.95]), groups, 0.5)
+    assert keep.tolist() == [3, 1]  # near the others' centre beats a slightly higher p
+    keep, _ = cl_nms(boxes, scores, groups, 0.5, literal=True)
+    assert keep.tolist() == [3, 0]
+
+
+def test_threshold_is_strict_and_the_same_everywhere():
+    """IoU equal to the threshold suppresses nothing, also where float32 cannot hold it."""
+    for overlap, impl in itertools.product((3, 5, 7), ("torch", "torchvision", "triton")):
+        boxes = torch.tensor([[0.0, 0, 10, 1], [0, 0, overlap, 1]])  # IoU = overlap / 10
+        case = boxes, torch.tensor([0.9, 0.8]), torch.zeros(2, dtype=torch.int64)
+        thresholds = (overlap / 10 - 1e-6, overlap / 10, overlap / 10 + 1e-6)
+        sizes = [len(actual("greedy", *case, t, impl)[0]) for t in thresholds]
+        same = torchvision.ops.nms(*case[:2], overlap / 10)
+        assert sizes == [1, len(same), 2]
+
+
+def big():
+    return random_case(11, most=60, kind=1)
+
+
+def test_half_precision_and_arguments():
+    boxes, scores, groups, _ = big()
+    wanted = batched_nms(boxes.half().float(), scores.half().float(), groups, 0.5)
+    assert torch.equal(batched_nms(boxes.half(), scores.half(), groups, 0.5), wanted)
+    boxes.requires_grad_()
+    assert not cl_nms(boxes, scores, groups, 0.5)[1].requires_grad
+    for bad in (
+        lambda: nms(boxes[:, :3], scores, 0.5),
+        lambda: nms(boxes, scores[1:], 0.5),
+        lambda: nms(boxes.long(), scores, 0.5),
+        lambda: nms(boxes, scores, 1.5),
+        lambda: nms(boxes, scores, 0.5, impl="cuda"),
+        lambda: batched_nms(boxes, scores, groups.int(), 0.5),
+        lambda: batched_nms(boxes, scores, groups[1:], 0.5),
+        lambda: batched_nms(boxes.double(), scores, groups, 0.5, impl="triton"),
+        lambda: soft_nms(boxes, scores, groups, method="cubic"),
+        lambda: soft_nms(boxes, scores, groups, sigma=0.0),
+        lambda: cl_nms(boxes, scores, groups, 0.5, impl="torchvision"),
+    ):
+        with pytest.raises(ValueError):
+            bad()
+
+
+def test_negative_controls():
+    """What `check` must not let pass: nothing found, a flipped tie rule, >= for >, x/y swapped."""
+    boxes = torch.tensor(
+        [[0.0, 0, 4, 2], [0, 0, 4, 2], [3, 0, 5, 4], [0, 0, 8, 2], [9, 9, 9.5, 12]]
+    )
+    scores, groups = torch.tensor([0.5, 0.5, 0.4, 0.3, 0.1]), torch.zeros(5, dtype=torch.int64)
+    rows, p = boxes.tolist(), scores.tolist()
+    wanted = expected("greedy", boxes, scores, groups, 0.5)
+    check(actual("greedy", boxes, scores, groups, 0.5, "auto"), wanted)
+    flipped = py_greedy(rows, p, 0.5, rank=lambda score, i: (-score, -i))
+    not_strict = py_greedy(rows, p, 0.5 - 1e-9)
+    mixed = py_greedy([[x1, y2, x2, y1] for x1, y1, x2, y2 in rows], p, 0.5)
+    for wrong in ({}, flipped, not_strict, mixed, dict.fromkeys(range(5), 0.0)):
+        with pytest.raises(AssertionError):
+            check((list(wrong), list(wrong.values())), wanted)
+
+
+def test_candidates_of_real_images(detection_data):
+    from kernels.bench import class_candidates, scenes
+
+    boxes, scores, groups, images = class_candidates(scenes(2, str(detection_data)), 2000)
+    for image in (0, 1):
+        part = boxes[images == image], scores[images == image], groups[images == image]
+        wanted = [
+            torchvision.ops.nms(part[0][part[2] == c], part[1][part[2] == c], 0.5)
+            for c in part[2].unique()
+        ]
+        keep = batched_nms(*part, 0.5)
+        assert len(keep) == sum(map(len, wanted)) < 2000
+        assert torch.equal(keep, batched_nms(*part, 0.5, impl="torch"))
+
+
+def test_files_work_when_copied_alone(tmp_path):
+    """With neither triton nor torchvision installed, and with nothing of this project around."""
+    folder = Path(module.__file__).parent
+    for name in ("nms.py", "dense_decode.py"):
+        (tmp_path / name).write_text((folder / name).read_text())
+    program = """
+import sys; sys.modules |= {"triton": None, "torchvision": None}
+import torch, nms, dense_decode
+boxes, scores = torch.tensor([[0., 0, 4, 4], [0, 0, 4, 4]]), torch.tensor([.4, .5])
+assert nms.nms(boxes, scores, .5).tolist() == [1]
+offsets = torch.full((2, 4, 1, 1), .5)
+assert dense_decode.decode_dense_offsets(boxes, offsets, offsets[:, :1]).equal(boxes)
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,124 @@
+"""The Triton kernels of NMS: against torch, compiled for GPUs, of fixed shape, in a graph."""
+
+import importlib
+import itertools
+
+import pytest
+import torch
+from test_nms import DEVICE, METHODS, actual, big, check, random_case
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from kernels.nms import (
+    batched_nms,
+    cl_nms,
+    cl_nms_padded,
+    nms,
+    nms_padded,
+    soft_nms,
+    soft_nms_padded,
+)
+
+module = importlib.import_module("kernels.nms")  # `kernels.nms` itself is the function
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # its 0 / 0, in numpy
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_triton_against_torch(method, monkeypatch):
+    """Many small groups in one call, and two programs that take them in turn."""
+    monkeypatch.setattr(module, "_MAX_PROGRAMS", 2)
+    for kind, threshold in itertools.product((0, 1, 2), (0.25, 0.5)):
+        cases = [random_case(seed, 8, kind) for seed in range(20)]
+        boxes, scores = (torch.cat([case[i] for case in cases]) for i in (0, 1))
+        groups = torch.cat([case[2] + 7 * i for i, case in enumerate(cases)])
+        case = boxes, scores, groups, threshold
+        check(actual(method, *case, "triton"), actual(method, *case, "torch"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_triton_groups_larger_than_a_block(method, monkeypatch):
+    monkeypatch.setattr(module, "_MAX_PROGRAMS", 3)
+    for name in ("_GREEDY_LAUNCH", "_SOFT_LAUNCH"):
+        monkeypatch.setitem(getattr(module, name), "BLOCK", 16)
+    g = torch.Generator().manual_seed(0)
+    centre = torch.randint(4, (90, 2), generator=g) * 10 + torch.randn((90, 2), generator=g)
+    boxes = torch.cat([centre - 5, centre + 5], 1)
+    scores = torch.randint(0, 50, (90,), generator=g) / 50
+    scores[::4] = -torch.inf  # rows that are not there, among the others
+    case = boxes, scores, (torch.arange(90) % 9 == 0).long(), 0.4
+    check(actual(method, *case, "triton"), actual(method, *case, "torch"))
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch", "triton"])
+def test_padded_has_fixed_shapes(impl):
+    boxes, scores, groups, _ = (t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in big())
+    keep, count = nms_padded(boxes, scores, groups, 0.5, impl=impl)
+    wanted = batched_nms(boxes, scores, groups, 0.5)
+    assert keep.shape == scores.shape and count.shape == ()
+    assert torch.equal(keep[:count], wanted) and (keep[count:] == -1).all() and count < len(keep)
+    keep, count = nms_padded(boxes, scores, None, 0.5, impl=impl)
+    assert torch.equal(keep[:count], nms(boxes, scores, 0.5, impl="torch"))
+    for padded, plain in ((soft_nms_padded, soft_nms), (cl_nms_padded, cl_nms)):
+        keep, new, count = padded(boxes, scores, groups, 0.5, impl=impl)
+        assert torch.equal(keep[:count], plain(boxes, scores, groups, 0.5)[0])
+        assert (keep[count:] == -1).all() and (new[count:] == 0).all()
+
+
+def test_compiles_without_a_graph_break():
+    def everything(boxes, scores, groups):
+        keep = batched_nms(boxes, scores, groups, 0.5)
+        padded, count = nms_padded(boxes, scores, groups, 0.5)
+        soft, cl = soft_nms(boxes, scores, groups), cl_nms(boxes, scores, groups, 0.5)
+        return boxes[keep] * 2, nms(boxes, scores, 0.5), padded, count, *soft, *cl
+
+    tensors = big()[:3]
+    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
+    for out, wanted in zip(compiled(*tensors), everything(*tensors), strict=True):
+        assert torch.equal(out, wanted)
+
+
+@pytest.mark.parametrize("kernel", ["_nms_kernel", "_soft_nms_kernel", "_cl_nms_kernel"])
+def test_compiles_for_gpus_without_spills(kernel, gpu_usage):
+    greedy, soft = kernel == "_nms_kernel", kernel == "_soft_nms_kernel"
+    signature = {"boxes_ptr": "*fp32", "live_ptr": "*fp32"} | (
+        {"kept_ptr": "*fp32"} if greedy else {}
+    )
+    signature |= {"order_ptr": "*i64", "starts_ptr": "*i32", "out_ptr": "*fp32", "N": "i32"}
+    signature |= {"iou_threshold": "fp32"}
+    signature |= {"sigma": "fp32", "score_threshold": "fp32"} if soft else {}
+    options = dict(module._GREEDY_LAUNCH if greedy else module._SOFT_LAUNCH)
+    constants = {"BLOCK": options.pop("BLOCK")}
+    constants |= {} if greedy else {"GAUSSIAN": True} if soft else {"LITERAL": False}
+    for usage in gpu_usage("kernels.nms", kernel, signature, constants, options).values():
+        assert usage["STACK"] == usage["LOCAL"] == 0 < usage["REG"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_padded_asks_for_no_value(method, monkeypatch):
+    """On tensors without values, any step that needs one, and would wait for a GPU, raises."""
+
+    class NoKernel:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: None
+
+    for kernel in ("_nms_kernel", "_soft_nms_kernel", "_cl_nms_kernel"):
+        monkeypatch.setattr(module, kernel, NoKernel())
+    tensors = big()[:3]
+    with FakeTensorMode() as mode:
+        boxes, scores, groups = (mode.from_tensor(t) for t in tensors)
+        args = (boxes, scores, groups, 0.5, method, 0.5, 0.001)
+        keep, new, count = module._padded(*args, "triton")
+        assert keep.shape == new.shape == scores.shape and count.shape == ()
+        with pytest.raises(DataDependentOutputException):  # the control
+            module._indices(*args, "triton")
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU to wait for")
+def test_padded_does_not_wait_for_the_gpu():
+    boxes, scores, groups = (t.cuda() for t in big()[:3])
+    for padded in (nms_padded, soft_nms_padded, cl_nms_padded):
+        padded(boxes, scores, groups, 0.5)  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            padded(boxes, scores, groups, 0.5)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

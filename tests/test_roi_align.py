@@ -1,0 +1,324 @@
+"""RoIAlign and deformable RoI pooling: every implementation against float64 and torchvision.
+
+Without a GPU the Triton kernels run in Triton's interpreter (conftest.py sets it), which is slow:
+maps are small. They are compiled for GPUs all the same.
+"""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import deform_roi_pool, roi_align
+
+module = importlib.import_module("kernels.roi_align")  # `kernels.roi_align` itself is the function
+triton = pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # its inf * 0, in numpy
+STRIDES = (8, 16, 32)
+EPS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def make_maps(C=4, dtype=torch.float32, layout="nchw", strides=STRIDES, image=(72, 104), batch=2):
+    maps = [torch.randn(batch, C, -(-image[0] // s), -(-image[1] // s)) for s in strides]
+    return [f.to(DEVICE, dtype, memory_format=LAYOUTS[layout]).requires_grad_() for f in maps]
+
+
+def make_rois(R, image=(72, 104), batch=2):
+    """Boxes of all sizes, some over the image's edge, some outside it."""
+    height, width = image
+    centre = torch.rand(R, 2) * torch.tensor([width, height]) * 1.3 - 10
+    half = torch.exp(torch.rand(R, 2) * 4.5 + 1) / 2  # sides of 3 to 245 px
+    index = torch.randint(batch, (R, 1)).float()
+    return torch.cat([index, centre - half, centre + half], 1).to(DEVICE)
+
+
+def run(impl, maps, rois, offsets=None, size=3, strides=STRIDES, samples=2, deform=False):
+    """Result and gradients (of the maps, then of the offsets) of one implementation."""
+    options = (size, strides, samples)
+    if deform:
+        out = deform_roi_pool(maps, rois, offsets, *options, impl=impl)
+    else:
+        out = roi_align(maps, rois, *options, impl=impl)
+    inputs = maps if offsets is None else [*maps, offsets]
+    weight = torch.linspace(-1, 2, out.numel(), device=DEVICE).view_as(out).to(out.dtype)
+    return out.detach(), *torch.autograd.grad(out, inputs, weight)
+
+
+def exact(maps, rois, offsets=None, **options):
+    """The reference in float64, at the very values that the maps have."""
+    maps = [f.detach().double().requires_grad_() for f in maps]
+    offsets = None if offsets is None else offsets.detach().double().requires_grad_()
+    return run("torch", maps, rois.double(), offsets, **options)
+
+
+def check(results, expected, rivals=None, dtype=torch.float32):
+    """Largest error at most twice that of torch at the same dtype, plus eps, both relative to the
+    largest value."""
+    for i, (result, truth) in enumerate(zip(results, expected, strict=True)):
+        assert result.shape == truth.shape
+        scale = truth.abs().max().clamp(min=1e-3)
+        error = (result.double() - truth).abs().max() / scale
+        allowed = (rivals[i].double() - truth).abs().max() / scale if rivals else 0
+        assert error <= 2 * allowed + EPS[dtype], (i, error, allowed)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("deform", [False, True])
+def test_triton_equals_float64(layout, dtype, deform):
+    # 16 channels are the vector path; with NCHW the interpreter walks through channels one by one.
+    maps = make_maps(C=16 if layout == "channels_last" else 2, dtype=dtype, layout=layout)
+    rois = make_rois(4)
+    offsets = torch.randn(4, 2, 3, 3, device=DEVICE).requires_grad_() if deform else None
+    options = {"deform": deform}
+    result = run("triton", maps, rois, offsets, **options)
+    rival = run("torch", maps, rois, offsets, **options)
+    check(result, exact(maps, rois, offsets, **options), rival, dtype)
+    for tensor in result[: 1 + len(maps)]:
+        assert tensor.dtype == dtype and tensor.is_contiguous(memory_format=LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("trial", range(6))
+def test_random_shapes(trial):
+    torch.manual_seed(trial)
+    C, R, size, samples, levels, batch = (int(torch.randint(1, n, ())) for n in (8, 6, 5, 4, 6, 4))
+    strides = tuple(2 ** (i + 2) for i in range(levels))
+    image = tuple(torch.randint(1, 60, (2,)).tolist())
+    # Channels sliced from a larger map: memory that is dense in no layout.
+    maps = [f[:, :C] for f in make_maps(C + trial % 2, strides=strides, image=image, batch=batch)]
+    rois, deform = make_rois(R, image, batch), trial % 3 > 0
+    offsets = torch.randn(R, 2, size, size).to(DEVICE).requires_grad_() if trial % 3 == 2 else None
+    options = dict(size=size, strides=strides, samples=samples, deform=deform)
+    check(run("triton", maps, rois, offsets, **options), exact(maps, rois, offsets, **options))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_torchvision_agrees(layout):
+    pytest.importorskip("torchvision")
+    maps, rois = make_maps(C=5, layout=layout), make_rois(60)
+    for size, samples in ((7, 2), (2, 3), (1, 1)):
+        options = {"size": size, "samples": samples}
+        second = run("torchvision", maps, rois, **options)
+        check(run("torch", maps, rois, **options), [t.double() for t in second])
+
+
+def test_negative_controls():
+    """The check refuses zeros, a shift by half a cell, and exchanged axes."""
+    maps, rois = make_maps(), make_rois(8)
+    truth = exact(maps, rois)
+    check(run("torch", maps, rois), truth)
+    half = torch.tensor([0, 4, 4, 4, 4.0], device=DEVICE)
+    wrong = {
+        "zeros": [torch.zeros_like(t) for t in truth],
+        "shift": run("torch", maps, rois + half),
+        "axes": [truth[0].transpose(2, 3), *truth[1:]],
+        "gradient": [truth[0], *(0 * t for t in truth[1:])],
+    }
+    for name, result in wrong.items():
+        with pytest.raises(AssertionError):
+            check(result, truth)
+            pytest.fail(f"{name} passed")
+
+
+def test_by_hand():
+    """A plane x + 10 y pools to its value at the bins' centres; levels change at 112 and 224 px."""
+    y, x = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    plane = (x + 10 * y)[None, None].to(DEVICE)
+    roi = torch.tensor([[0, 8.0, 16.0, 40.0, 32.0]], device=DEVICE)  # cells 1..5 by 2..4
+    truth = torch.tensor([[[[21.5, 23.5], [31.5, 33.5]]]], device=DEVICE)
+    for impl in ("torch", "triton"):
+        for pool in (roi_align, lambda f, r, *a, **k: deform_roi_pool(f, r, None, *a, **k)):
+            assert torch.allclose(pool([plane], roi, 2, (8,), impl=impl), truth)
+        # A tenth of dx = 1/4, dy = -1/2 of a box of 4 x 2 cells: 0.1 right, 0.1 up.
+        offsets = torch.tensor([0.25, -0.5], device=DEVICE).view(1, 2, 1, 1).expand(1, 2, 2, 2)
+        moved = deform_roi_pool([plane], roi, offsets, 2, (8,), impl=impl)
+        assert torch.allclose(moved, truth + 0.1 - 1.0)
+    sides = torch.tensor([1, 111.9, 112, 223.9, 224, 448, 5000.0, 0.0, -3.0])
+    rois = torch.stack([0 * sides, 0 * sides, 0 * sides, sides, sides], 1)
+    assert module.roi_level(rois, (4, 8, 16, 32)).tolist() == [0, 0, 1, 1, 2, 3, 3, 0, 0]
+    assert module.roi_level(rois, (16, 32)).tolist() == [0, 0, 0, 0, 0, 1, 1, 0, 0]
+
+
+def test_degenerate_input():
+    nan, inf = float("nan"), float("inf")
+    boxes = [[0, 5, 5, 5, 5], [1, 30, 20, 10, 10], [0, -500, -500, -400, -400]]
+    boxes += [[0, 900, 0, 990, 50], [-1, 0, 0, 50, 50], [2, 0, 0, 50, 50], [0, nan, 0, 9, 9]]
+    boxes += [[nan, 0, 0, 9, 9], [0, 0, 0, inf, 9], [0, -3, -3, 3, 3]]
+    rois = torch.tensor(boxes, device=DEVICE)
+    for image in ((72, 104), (1, 1)):  # maps of size 1 in the second
+        maps = make_maps(C=1, image=image)
+        for options in ({"deform": False, "size": 2}, {"deform": True, "size": 2}):
+            truth = exact(maps, rois, **options)
+            check(run("triton", maps, rois, **options), truth)
+            check(run("torch", maps, rois, **options), truth)
+            assert not truth[0][2:9].any() and truth[0].isfinite().all()
+    # A deformable bin without a sample inside is zero; with some, their mean: the last box reaches
+    # over the corner, so that its first row and column lie outside and half of its middle ones.
+    ones = [torch.ones_like(f) for f in make_maps()]
+    truth = torch.ones(1, 4, 3, 3, device=DEVICE)
+    truth[..., 0] = truth[..., 0, :] = 0
+    for impl in ("torch", "triton"):
+        out = deform_roi_pool(ones, rois[-1:], None, 3, STRIDES, impl=impl)
+        assert torch.equal(out, truth)
+    for impl in ("torch", "triton"):
+        maps, offsets = make_maps(), torch.zeros(0, 2, 3, 3, device=DEVICE).requires_grad_()
+        out, *grads = run(impl, maps, rois[:0], offsets, deform=True)
+        assert out.shape == (0, 4, 3, 3) and not any(g.any() for g in grads)
+
+
+def test_gradcheck_reference():
+    maps = [f.detach().double().requires_grad_() for f in make_maps(C=2, strides=(16, 32))]
+    rois, offsets = make_rois(3).double(), torch.randn(3, 2, 2, 2, device=DEVICE).double()
+
+    def align(*maps):
+        return module.roi_align_reference(maps, rois, 2, (16, 32))
+
+    def deform(offsets, *maps):
+        return module.deform_roi_pool_reference(maps, rois, offsets, 2, (16, 32))
+
+    assert torch.autograd.gradcheck(align, maps)
+    assert torch.autograd.gradcheck(deform, (offsets.requires_grad_(), *maps))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_deterministic_backward(dtype):
+    maps, rois = make_maps(3, dtype, "channels_last", strides=(16, 32)), make_rois(4)
+    offsets = torch.randn(4, 2, 2, 2, device=DEVICE).requires_grad_()
+    options = {"strides": (16, 32), "size": 2, "deform": True}
+    atomic = run("triton", maps, rois, offsets, **options)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (run("triton", maps, rois, offsets, **options) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    truth = exact(maps, rois, offsets, **options)
+    check(first, truth, dtype=dtype)
+    check(first, [t.double() for t in atomic], dtype=dtype)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_double_backward_raises(impl):
+    maps, rois = make_maps(C=1), make_rois(2)
+    offsets = torch.zeros(2, 2, 1, 1, device=DEVICE).requires_grad_()
+    for out, inputs in (
+        (roi_align(maps, rois, 1, STRIDES, impl=impl), maps),
+        (deform_roi_pool(maps, rois, offsets, 1, STRIDES, impl=impl), [*maps, offsets]),
+    ):
+        grads = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+        with pytest.raises(RuntimeError, match="backward|derivative|differentiate"):
+            torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+@pytest.mark.parametrize("deform", [False, True])
+def test_compiles_without_graph_break(impl, deform):
+    maps, rois = make_maps(C=2, layout="channels_last"), make_rois(4)
+    offsets = torch.randn(4, 2, 3, 3, device=DEVICE).requires_grad_() if deform else None
+
+    def pool(*maps):
+        if offsets is None:
+            return roi_align(maps, rois, 3, STRIDES, impl=impl)
+        return deform_roi_pool(maps, rois, offsets, 3, STRIDES, impl=impl)
+
+    out = torch.compile(pool, fullgraph=True, backend="aot_eager")(*maps)
+    inputs = maps if offsets is None else [*maps, offsets]
+    weight = torch.linspace(-1, 2, out.numel(), device=DEVICE).view_as(out)
+    grads = torch.autograd.grad(out, inputs, weight)
+    check([out, *grads], exact(maps, rois, offsets, deform=deform))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton", "torchvision"])
+def test_autocast(impl):
+    """Under autocast the boxes stay float32 and the result has the maps' dtype."""
+    maps, rois = make_maps(C=1, dtype=torch.bfloat16), make_rois(3) + 0.123
+    plain = run(impl, maps, rois, size=2)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        for a, b in zip(run(impl, maps, rois, size=2), plain, strict=True):
+            assert a.dtype == torch.bfloat16
+            check([a], [b.double()])  # atomics may round the last bit either way
+
+
+COMPILE = """
+import importlib, subprocess, sys
+sys.path.insert(0, sys.argv[1])
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+module = importlib.import_module("kernels.roi_align")
+ALIGNED = [["tt.divisibility", 16]]
+
+FLOAT32 = ("rois", "offsets", "grad_offsets", "weights")
+
+def argument(kernel, name, dtype, last):  # type, and is it known to be a multiple of 16?
+    if name == "maps":
+        return ("*" + dtype,) * 4, True
+    if name in module.SIZES or (name == "starts" and kernel != "_gather_kernel"):
+        return ("i32",) * 4, False
+    if name in ("cells", "starts", "order"):
+        return "*i64" if name == "order" else "*i32", True
+    if name in FLOAT32 or (name == "table" and kernel == "_scatter_kernel"):
+        return "*fp32", True
+    if name in ("out", "grad", "table"):
+        return "*" + dtype, True
+    multiple = name == "C" or (last and name.endswith("bin_stride"))
+    return "fp32" if name == "gamma" else "i32", multiple
+
+for dtype, last in (("fp32", False), ("fp32", True), ("bf16", True)):
+    names = ["_forward_kernel", "_grad_offsets_kernel"]
+    names += ["_scatter_kernel", "_taps_kernel", "_gather_kernel"] if last else []
+    for name in names:
+        kernel, tiles = getattr(module, name), module._tiles(last, 7, 256)
+        warps = {"_taps_kernel": 2, "_gather_kernel": 1}.get(name, tiles["num_warps"])
+        tiles |= dict(SIZE=7, STRIDES=(4, 8, 16, 32), SAMPLES=2, SKIP=True, TAPS=4)
+        tiles["ALIGN"] = 16 if last else 1
+        tiles["out_channel_stride" if last else "out_bin_stride"] = 1
+        tiles["grad_channel_stride" if last else "grad_bin_stride"] = 1
+        signature, constants, attributes = {}, {}, {}
+        for i, p in enumerate(p.name for p in kernel.params):
+            if p in tiles:
+                signature[p], constants[p] = "constexpr", tiles[p]
+                continue
+            signature[p], aligned = argument(name, p, dtype, last)
+            if aligned:
+                paths = [(i, j) for j in range(4)] if p == "maps" else [(i,)]
+                attributes |= {path: ALIGNED for path in paths}
+        source = ASTSource(kernel, signature, constants, attributes)
+        target = GPUTarget("cuda", int(sys.argv[3]), 32)
+        binary = triton.compile(source, target=target, options={"num_warps": warps})
+        with open(sys.argv[2], "wb") as file:
+            file.write(binary.asm["cubin"])
+        tool = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", sys.argv[2]]
+        usage = subprocess.run(tool, capture_output=True, text=True).stdout
+        vectors = "global.v4.b32" in binary.asm["ptx"]
+        print(name, dtype, "STACK:0 " in usage, vectors == last)
+"""
+
+
+def test_compiles_for_gpus(tmp_path):
+    """For sm_80 and sm_90, without spills, and with 16-byte accesses where channels are last."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    root, pipes = str(Path(module.__file__).parents[1]), {"stdout": -1, "stderr": -1, "text": True}
+    runs = []
+    for capability in ("80", "90"):
+        command = [sys.executable, "-c", COMPILE, root, str(tmp_path / capability), capability]
+        runs.append(subprocess.Popen(command, env=environment, **pipes))
+    for process in runs:
+        output, errors = process.communicate()
+        assert process.returncode == 0, errors
+        lines = [line.split() for line in output.splitlines()]
+        assert len(lines) == 12
+        for name, dtype, no_spills, vectors in lines:
+            assert no_spills == "True", (name, dtype)
+            assert vectors == "True" or name == "_taps_kernel", (name, dtype)
