@@ -95,7 +95,7 @@ class Config:
     workers: int = -1  # loader processes per training process; -1: 2 on a CPU, 4 on a GPU
     # Backbone
     backbone: str = "resnet50"  # resnet18/34/50/101, resnext101_32x8d, resnext101_64x4d
-    backbone_weights: str = "imagenet"  # imagenet, none, or a file in torchvision's format
+    backbone_weights: str = "imagenet"  # imagenet, none, random (to time), or torchvision's .pth
     norm: Literal["auto", "frozen_bn", "bn", "gn"] = "auto"  # auto: frozen_bn, or gn from scratch
     frozen_stages: int = 2  # stem and first stages kept fixed when starting from weights
     fpn_channels: int = 256
@@ -701,7 +701,8 @@ class Resized(Dataset):
         image, target = self.data[index]
         image = tv_tensors.Image(image)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(((self.seed << 20) + epoch << 24) + index)
+            entropy = np.random.SeedSequence((self.seed, epoch, index))
+            torch.manual_seed(int(entropy.generate_state(1)[0]))
             scale = list(self.resize)[int(torch.randint(len(self.resize), ()))]
             image, target = self.resize[scale](image, target)
             if self.train:
@@ -751,6 +752,12 @@ class TrainBatches:
                 step += 1
 
 
+def _leave_signals_to_the_parent(_) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; the parent ends the run."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def make_loader(data: Dataset, config: Config, device: torch.device, **sampling) -> DataLoader:
     workers = config.workers if config.workers >= 0 else {"cuda": 4}.get(device.type, 2)
     return DataLoader(
@@ -759,6 +766,7 @@ def make_loader(data: Dataset, config: Config, device: torch.device, **sampling)
         pin_memory=device.type == "cuda",
         collate_fn=list,
         generator=torch.Generator(),  # a loader must not draw from the training's generator
+        worker_init_fn=_leave_signals_to_the_parent,
         **sampling,
     )
 
@@ -833,8 +841,9 @@ class ResNetFPN(nn.Module):
 
     extra="pool": P2..P6, strides 4..64, P6 by subsampling P5 (two-stage detectors).
     extra="conv": P3..P7, strides 8..128, P6 and P7 by convolution (RetinaNet).
-    With weights, BN is frozen and so are the stem and the first stages; from scratch nothing is,
-    and norm="auto" means GroupNorm, in the pyramid too. Raises BadInput if weights cannot be had.
+    With weights, BN is frozen and so are the stem and the first stages; from scratch ("none")
+    nothing is, and norm="auto" means GroupNorm, in the pyramid too. "random" is like "imagenet" in
+    all but the values. Raises BadInput if the weights cannot be had.
     """
 
     def __init__(
@@ -856,7 +865,7 @@ class ResNetFPN(nn.Module):
                 weights="IMAGENET1K_V1" if weights == "imagenet" else None,
                 norm_layer=make_norm(norm),
             )
-            if weights not in ("imagenet", "none"):
+            if weights not in ("imagenet", "none", "random"):
                 state = torch.load(weights, map_location="cpu", weights_only=True)
                 net.load_state_dict(state)
         except Exception as e:  # a download fails in many ways, a file in as many
@@ -1567,6 +1576,7 @@ def train(model: nn.Module, config: Config, train_data, val_data=None, out="runs
     if config.resume and (out / "last.pt").exists():
         state = load_checkpoint(out / "last.pt")
         fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
+        fields["batch"] = batch
         changed = [k for k, v in fields.items() if as_json(v) != state["config"].get(k)]
         if changed:
             old = {k: state["config"].get(k) for k in changed}
@@ -1600,7 +1610,8 @@ def train(model: nn.Module, config: Config, train_data, val_data=None, out="runs
         rng = gather(get_rng())
         if rank == 0:
             state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
-            state.update(rng=rng, config=as_json(dataclasses.asdict(config)))
+            settings = as_json({**dataclasses.asdict(config), "batch": batch})
+            state.update(rng=rng, config=settings)
             save_checkpoint(out / "last.pt", {**state, "categories": train_data.categories})
 
     def record(line: dict) -> None:
@@ -1942,6 +1953,8 @@ def _run(name, config_class, detector_class, rows, paper, not_yet, tiny, argv, k
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(config.seed)
     if config.bench:
+        if config.backbone_weights == "imagenet":
+            config = dataclasses.replace(config, backbone_weights="random")
         model = detector_class(config, 80).to(device)
         return bench(model, config, 80, kind, device)
     state = load_checkpoint(config.weights) if config.weights else None

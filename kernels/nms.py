@@ -7,9 +7,10 @@ Contract, the same for every function here:
 - A score that is not finite marks a row that is not there: it is never kept and suppresses nothing.
   So a buffer of fixed size is padded with scores of -inf. A box with a NaN or infinite coordinate
   overlaps nothing.
-- All is computed in the boxes' dtype, half precision in float32; IoU = inter / (area + area -
-  inter), each operation rounded on its own, as torchvision does on a CPU. A box is suppressed where IoU > iou_threshold, strictly; IoU
-  equal to the threshold, and 0 / 0 of two boxes without area, suppress nothing.
+- All is computed in the boxes' dtype, half precision in float32. IoU = inter / (area + area -
+  inter), each operation rounded on its own, as torchvision does on a CPU. A box is suppressed where
+  IoU > iou_threshold, strictly; IoU equal to the threshold, and 0 / 0 of two boxes without area,
+  suppress nothing.
 - The higher score goes first; among equal scores the lower index.
 - Results are in descending order of score, ties by lower index. No gradient flows through any.
 

@@ -19,7 +19,7 @@ Contract
                without samples is zero.
     offsets    [R, 2, S, S], dx then dy: bin (i, j) moves by offsets[:, :, i, j] * gamma * RoI size.
     empty      R = 0 gives [0, C, S, S] and zero gradients. A RoI whose image index is outside
-               0..B-1 (padding) or whose box holds NaN gives zeros and no gradient, except with
+               0..B-1 (padding) or whose box is not finite gives zeros and no gradient, except with
                impl="torchvision", which reads outside the map.
     gradients  to maps and offsets; boxes are constants. Double backward raises RuntimeError. On
                CUDA, gradients of maps are summed by float32 atomics in any order, unless
@@ -69,23 +69,19 @@ def deform_roi_pool_reference(
 
 
 def _pool_reference(features, rois, offsets, size, strides, sampling_ratio, gamma, skip):
-    B, C = features[0].shape[:2]
+    C = features[0].shape[1]
     dtype = torch.promote_types(features[0].dtype, torch.float32)
-    index, weight = _taps(
-        features, rois, offsets, size, strides, sampling_ratio, gamma, skip, dtype
-    )
-    table = torch.cat([f.permute(0, 2, 3, 1).reshape(-1, C) for f in features]).to(
-        dtype
-    )  # [cells, C]
-    out = F.embedding_bag(
-        index, table.detach(), per_sample_weights=weight, mode="sum"
-    )  # [R*S*S, C]
-    out = _TableGradient.apply(out, table, index, weight.detach())
+    options = (size, strides, sampling_ratio, gamma, skip)
+    index, weight = _taps(features, rois.detach().to(dtype), offsets, *options)
+    table = torch.cat([f.permute(0, 2, 3, 1).reshape(-1, C) for f in features])  # [cells, C]
+    table = table.to(dtype)
+    out = F.embedding_bag(index, table.detach(), per_sample_weights=weight, mode="sum")
+    out = _TableGradient.apply(out, table, index, weight.detach())  # [R*S*S, C]
     return out.view(-1, size, size, C).permute(0, 3, 1, 2).to(features[0].dtype)  # [R, C, S, S]
 
 
 class _TableGradient(torch.autograd.Function):
-    """pooled as it is, with the gradient of the table: every row gathers from the bins that read it.
+    """pooled as it is, plus the table's gradient: every row gathers from the bins that read it.
 
     embedding_bag gives weights their gradient; its own for the table is up to three times slower.
     """
@@ -109,45 +105,39 @@ class _TableGradient(torch.autograd.Function):
         return grad, F.embedding_bag(bins, grad.contiguous(), mode="sum", **bags), None, None
 
 
-def _taps(features, rois, offsets, size, strides, sampling_ratio, gamma, skip, dtype):
+def _taps(features, rois, offsets, size, strides, sampling_ratio, gamma, skip):
     """The table rows that each bin reads and their weights, both [R*S*S, 4*sampling_ratio**2].
 
     Within a bin the samples form a grid, so rows and columns are worked out apart and multiplied at
     the end. Axes of the intermediate tensors: R, bin row, bin column, sample row, sample column.
     """
     B = features[0].shape[0]
-    rois = rois.detach().to(dtype)
-    level = roi_level(rois, strides)
-    # One row a map: height, width, stride, first table row.
-    rows = torch.tensor([f.shape[2] * f.shape[3] * B for f in features]).cumsum(0)
-    maps = [[*f.shape[2:], s] for f, s in zip(features, strides, strict=True)]
-    height, width, stride = torch.tensor(maps, device=rois.device)[level].unbind(1)
-    first = torch.cat([rows.new_zeros(1), rows[:-1]]).to(rois.device)[level]
-    known = (rois[:, 0] >= 0) & (rois[:, 0] < B)
-    first = first + torch.where(known, rois[:, 0], 0).long() * height * width
+    known = (rois[:, 0] >= 0) & (rois[:, 0] < B) & rois.isfinite().all(1)
+    rois = torch.where(known[:, None], rois, 0)
+    heights, widths = [f.shape[2] for f in features], [f.shape[3] for f in features]
+    starts = accumulate((B * h * w for h, w in zip(heights, widths)), initial=0)
+    maps = torch.tensor(list(zip(heights, widths, strides, starts)), device=rois.device)  # [L, 4]
+    height, width, stride, start = maps[roi_level(rois, strides)].unbind(1)
+    start = start + rois[:, 0].long() * height * width
     x1, y1, x2, y2 = (rois[:, 1:] / stride[:, None]).unbind(1)
     roi_w, roi_h = x2 - x1, y2 - y1
 
     def each(v: Tensor) -> Tensor:  # [R] -> [R, 1, 1, 1, 1]
         return v.view(-1, 1, 1, 1, 1)
 
-    steps = torch.arange(size * sampling_ratio, device=rois.device, dtype=dtype) + 0.5
-    steps = steps.view(size, sampling_ratio) / (
-        size * sampling_ratio
-    )  # [S, samples], fractions of a side
+    # Where samples lie, as fractions of a side.
+    steps = torch.arange(size * sampling_ratio, device=rois.device, dtype=rois.dtype) + 0.5
+    steps = steps.view(size, sampling_ratio) / (size * sampling_ratio)
     x = each(x1) - 0.5 + each(roi_w) * steps.view(1, 1, size, 1, sampling_ratio)
     y = each(y1) - 0.5 + each(roi_h) * steps.view(1, size, 1, sampling_ratio, 1)
     if offsets is not None:
-        dx, dy = (offsets.to(dtype) * gamma)[..., None, None].unbind(1)  # [R, S, S, 1, 1]
+        dx, dy = (offsets.to(rois.dtype) * gamma)[..., None, None].unbind(1)  # [R, S, S, 1, 1]
         x, y = x + dx * each(roi_w), y + dy * each(roi_h)
     row, row_weight = _axis_taps(y, each(height), skip)
     column, column_weight = _axis_taps(x, each(width), skip)
-    row_weight = row_weight * each(known).unsqueeze(-1)
-    index = (
-        each(first)[..., None, None]
-        + (row * each(width)[..., None])[..., None]
-        + column[..., None, :]
-    )
+    row_start = each(start)[..., None] + row * each(width)[..., None]
+    row_weight = row_weight * each(known)[..., None]
+    index = row_start[..., None] + column[..., None, :]  # [R, S, S, n, n, 2, 2]
     weight = row_weight[..., None] * column_weight[..., None, :]  # [R, S, S, n, n, 2, 2]
     taps = 4 * sampling_ratio**2
     return index.reshape(-1, taps), weight.reshape(-1, taps)
@@ -189,19 +179,16 @@ try:
     import triton
     import triton.language as tl
 
-    # Map sizes change with every image: specialising on them would compile again and again.
-    SIZES = ["heights", "widths", "image_strides", "row_strides", "cell_strides", "channel_strides"]
     jit = triton.jit
-    jit_maps = triton.jit(
-        do_not_specialize=[*SIZES, "starts", "num_images", "num_bins", "num_cells"]
-    )
+    # These change with every batch: specialising on them would compile again and again.
+    jit_sizes = triton.jit(do_not_specialize=["num_images", "num_bins", "num_cells"])
 except ImportError:  # the functions below then stay plain and are never called
     triton, tl = None, SimpleNamespace(constexpr=None)
 
     def jit(function):
         return function
 
-    jit_maps = jit
+    jit_sizes = jit
 
 
 @jit
@@ -211,6 +198,21 @@ def _pick(values, level):
     for i in tl.static_range(1, len(values)):
         picked = tl.where(level == i, values[i], picked)
     return picked
+
+
+@jit
+def _pick_size(odd, level):
+    """values[level] of the values that went through _odd."""
+    return _pick(odd, level) >> 1
+
+
+def _odd(values: Sequence[int]) -> tuple[int, ...]:
+    """2 n + 1 of each value, for a tuple argument that differs from image to image.
+
+    Triton compiles anew where an integer in a tuple turns into 1 or a multiple of 16, and lets
+    do_not_specialize say nothing there. An odd number above 1 is neither.
+    """
+    return tuple(2 * n + 1 for n in values)
 
 
 @jit
@@ -239,18 +241,20 @@ def _locate(
     level = 0
     for i in tl.static_range(1, len(STRIDES)):  # as roi_level
         level += (area >= (14 * STRIDES[i]) ** 2 * (1 - 1.4e-6)).to(tl.int32)
-    known = (image >= 0) & (image < num_images)
+    finite = (tl.abs(w) < float("inf")) & (tl.abs(h) < float("inf"))
+    known = (image >= 0) & (image < num_images) & finite
     valid = tl.where(known, bins, SIZE * SIZE) < SIZE * SIZE
     stride = _pick(STRIDES, level)
-    w = w / stride
-    h = h / stride
+    w = tl.where(known, w / stride, 0.0)
+    h = tl.where(known, h / stride, 0.0)
     x = x1 / stride - 0.5 + w * ((bins % SIZE) / SIZE)
     y = y1 / stride - 0.5 + h * ((bins // SIZE) / SIZE)
     if offsets is not None:
         shift = offsets + r * 2 * SIZE * SIZE + bins
         x += tl.load(shift, mask=valid, other=0.0) * gamma * w
         y += tl.load(shift + SIZE * SIZE, mask=valid, other=0.0) * gamma * h
-    box = (_pick(heights, level), _pick(widths, level), x, y, w / SIZE, h / SIZE, valid)
+    height, width = _pick_size(heights, level), _pick_size(widths, level)
+    box = (height, width, x, y, w / SIZE, h / SIZE, valid)
     return level, tl.where(known, image, 0.0).to(tl.int64), box
 
 
@@ -293,7 +297,7 @@ def _share(box, SAMPLES: tl.constexpr, SKIP: tl.constexpr):
     return 1.0 / tl.maximum(columns * rows, 1.0)
 
 
-@jit_maps
+@jit_sizes
 def _forward_kernel(
     out, maps, rois, offsets, heights, widths, image_strides, row_strides, cell_strides,
     channel_strides, num_images, C, gamma, out_bin_stride, out_channel_stride,
@@ -309,10 +313,11 @@ def _forward_kernel(
         rois, offsets, r, bins, heights, widths, num_images, gamma, SIZE, STRIDES
     )
     share = _share(box, SAMPLES, SKIP)
-    source = tl.multiple_of(_pick(maps, level) + image * _pick(image_strides, level), ALIGN)
-    row_stride = _pick(row_strides, level)
-    cell_stride = _pick(cell_strides, level)
-    channel_stride = _pick(channel_strides, level) if ALIGN == 1 else 1
+    image_stride = _pick_size(image_strides, level)
+    source = tl.multiple_of(_pick(maps, level) + image * image_stride, ALIGN)
+    row_stride = _pick_size(row_strides, level)
+    cell_stride = _pick_size(cell_strides, level)
+    channel_stride = _pick_size(channel_strides, level) if ALIGN == 1 else 1
     # Unrolled, the taps' geometry leaves the loop over channels, if there is one.
     UNROLL: tl.constexpr = 4 if CHUNK > CH else 1
     target = out + r * SIZE * SIZE * C + bins[:, None] * out_bin_stride
@@ -330,7 +335,7 @@ def _forward_kernel(
         tl.store(target + channels * out_channel_stride, value * share[:, None], mask=exists)
 
 
-@jit_maps
+@jit_sizes
 def _grad_offsets_kernel(
     grad_offsets, grad, maps, rois, offsets, heights, widths, image_strides, row_strides,
     cell_strides, channel_strides, num_images, C, gamma, grad_bin_stride, grad_channel_stride,
@@ -345,10 +350,11 @@ def _grad_offsets_kernel(
     level, image, box = _locate(
         rois, offsets, r, bins, heights, widths, num_images, gamma, SIZE, STRIDES
     )
-    source = tl.multiple_of(_pick(maps, level) + image * _pick(image_strides, level), ALIGN)
-    row_stride = _pick(row_strides, level)
-    cell_stride = _pick(cell_strides, level)
-    channel_stride = _pick(channel_strides, level) if ALIGN == 1 else 1
+    image_stride = _pick_size(image_strides, level)
+    source = tl.multiple_of(_pick(maps, level) + image * image_stride, ALIGN)
+    row_stride = _pick_size(row_strides, level)
+    cell_stride = _pick_size(cell_strides, level)
+    channel_stride = _pick_size(channel_strides, level) if ALIGN == 1 else 1
     # Unrolled, the taps' geometry leaves the loop over channels, if there is one.
     UNROLL: tl.constexpr = 4 if CHUNK > CH else 1
     above = grad + r * SIZE * SIZE * C + bins[:, None] * grad_bin_stride
@@ -378,7 +384,7 @@ def _grad_offsets_kernel(
     tl.store(target + SIZE * SIZE, grad_y * scale * bin_h, mask=bins < SIZE * SIZE)
 
 
-@jit_maps
+@jit_sizes
 def _scatter_kernel(
     table, grad, rois, offsets, heights, widths, starts, num_images, C, gamma,
     SIZE: tl.constexpr, STRIDES: tl.constexpr, SAMPLES: tl.constexpr, SKIP: tl.constexpr,
@@ -398,7 +404,7 @@ def _scatter_kernel(
     exists = (bins < SIZE * SIZE)[:, None] & (channels < C)
     g = tl.load(grad + (r * SIZE * SIZE + bins[:, None]) * C + channels, mask=exists, other=0.0)
     g = g.to(tl.float32) * _share(box, SAMPLES, SKIP)[:, None]
-    target = table + (_pick(starts, level) + image * height * width) * C
+    target = table + (_pick_size(starts, level) + image * height * width) * C
     for sample in range(SAMPLES * SAMPLES):
         for corner in tl.static_range(4):
             inside, row, column, weight, _, _ = _tap(box, sample, corner, SAMPLES, SKIP)
@@ -407,7 +413,7 @@ def _scatter_kernel(
             tl.atomic_add(tap, g * weight[:, None], mask=mask, sem="relaxed")
 
 
-@jit_maps
+@jit_sizes
 def _taps_kernel(
     cells, weights, rois, offsets, heights, widths, starts, num_images, num_bins, num_cells, gamma,
     SIZE: tl.constexpr, STRIDES: tl.constexpr, SAMPLES: tl.constexpr, SKIP: tl.constexpr,
@@ -424,7 +430,7 @@ def _taps_kernel(
     )
     height, width = box[0], box[1]
     share = _share(box, SAMPLES, SKIP)
-    start = _pick(starts, level) + image * height * width
+    start = _pick_size(starts, level) + image * height * width
     position = r * SIZE * SIZE + bins
     for sample in range(SAMPLES * SAMPLES):
         for corner in tl.static_range(4):
@@ -435,7 +441,7 @@ def _taps_kernel(
             position += num_bins
 
 
-@jit_maps
+@jit_sizes
 def _gather_kernel(
     table, grad, order, weights, starts, C, num_bins, TAPS: tl.constexpr, CH: tl.constexpr
 ):
@@ -507,12 +513,12 @@ def _map_arguments(features: Sequence[Tensor]) -> dict:
         "maps": tuple(features),
         "num_images": features[0].shape[0],
         "C": features[0].shape[1],
-        "heights": tuple(f.shape[2] for f in features),
-        "widths": tuple(f.shape[3] for f in features),
-        "image_strides": image,
-        "row_strides": row,
-        "cell_strides": cell,
-        "channel_strides": channel,
+        "heights": _odd([f.shape[2] for f in features]),
+        "widths": _odd([f.shape[3] for f in features]),
+        "image_strides": _odd(image),
+        "row_strides": _odd(row),
+        "cell_strides": _odd(cell),
+        "channel_strides": _odd(channel),
         "ALIGN": 16 if aligned else 1,
     }
 
@@ -566,7 +572,7 @@ def _grad_features(
     grad = grad.contiguous(memory_format=torch.channels_last)
     boxes = {
         "rois": rois, "offsets": offsets, "gamma": gamma, "num_images": batch,
-        "heights": tuple(heights), "widths": tuple(widths), "starts": tuple(starts),
+        "heights": _odd(heights), "widths": _odd(widths), "starts": _odd(starts),
         "SIZE": size, "STRIDES": tuple(strides), "SAMPLES": sampling_ratio, "SKIP": skip,
     }  # fmt: skip
     tiles = _tiles(True, size, C)
@@ -770,7 +776,7 @@ def _roi_align_torchvision(features, rois, size, strides, sampling_ratio) -> Ten
         here = (level == i).nonzero().squeeze(1)
         boxes = rois[here].to(dtype)
         pooled = single_level(f.to(dtype), boxes, size, 1 / stride, sampling_ratio, aligned=True)
-        out = out.index_put((here,), pooled.to(out.dtype))
+        out[here] = pooled.to(out.dtype)
     return out
 
 
@@ -814,7 +820,7 @@ def _bench_op(op, run, inputs, rival, rival_name, grad, layout) -> Iterator[dict
     shift = exact.pop() if skip else None
     options = (exact, boxes, shift, S, strides, samples, 0.1, skip)
     reference = partial(_pool_reference, *options)
-    rows, size = _taps(*options, torch.float64)[0].unique().numel(), maps[0].element_size()
+    rows, size = _taps(*options)[0].unique().numel(), maps[0].element_size()
     touched, pooled = rows * maps[0].shape[1] * size, grad.numel() * size
 
     def backward(pool, inputs):

@@ -81,23 +81,18 @@ def test_eval_and_predict_from_a_checkpoint(finished, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_interrupted_run_resumes_bit_for_bit(finished, tmp_path, number):
-    command = [
-        sys.executable,
-        str(ROOT / "d2det.py"),
-        *TINY_RUN,
-        "--train",
-        "--out",
-        f"{tmp_path}/r",
-    ]
+    flags = ["--train", "--out", str(tmp_path / "r"), "--workers", "1"]
+    command = [sys.executable, str(ROOT / "d2det.py"), *TINY_RUN, *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        start_new_session=True,
+    )  # fmt: skip
     seen = []
     for line in process.stdout:
         seen.append(line)
         if line.startswith("step 5/"):
-            process.send_signal(number)
+            os.killpg(process.pid, number)  # the loader's workers too, as a scheduler does
             break
     seen += process.stdout.readlines()
     code, text = process.wait(), "".join(seen)
@@ -111,6 +106,31 @@ def test_interrupted_run_resumes_bit_for_bit(finished, tmp_path, number):
     assert same(weights(tmp_path / "r"), weights(finished[0]))
     log = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in log if "loss" in r] == list(range(1, 9))  # none twice, none lost
+
+
+@pytest.mark.parametrize("name", ["bccd", "coco_tiny"])
+def test_real_data_trains_evaluates_and_predicts(detection_data, tmp_path, name):
+    data = detection_data / name
+    flags = ["--data", data, "--steps", "2", "--out", tmp_path, "--score-threshold", "0.05"]
+    small = [
+        "--preset",
+        "tiny",
+        "--train",
+        "--scales",
+        "96",
+        "--test-scales",
+        "96",
+        "--max-size",
+        "160",
+    ]
+    metrics = run(*small, *flags)
+    assert 0 <= metrics["AP"] <= 1 and len(metrics["per_class"]) == (3 if name == "bccd" else 80)
+    assert ("voc07_AP50" in metrics) == (name == "bccd")
+    files = sorted(data.rglob("*.jpg"))[:2]
+    results = d2det.main(["--predict", *map(str, files), "--out", str(tmp_path)])
+    assert results is None and len(list((tmp_path / "pictures").iterdir())) == 2
+    again = d2det.main(["--eval", "--out", str(tmp_path)])  # the data's place is remembered too
+    assert again == metrics
 
 
 def test_resume_refuses_other_settings_and_starts_if_there_is_nothing(finished, tmp_path, capsys):

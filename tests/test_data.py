@@ -402,6 +402,6 @@ def test_predict_files_refuses_and_draws(coco_dir, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match="no image in this folder"):
         common.Files([tmp_path / "empty"], [])
-    image = torch.zeros(3, 60, 60, dtype=torch.uint8)
-    drawn = common.draw(image, torch.tensor([[10.0, 20, 40, 50]]), [0], ["x"], [0.9])
-    assert drawn[:, 20, 10:40].sum() > 0 and drawn[:, 35, 25].sum() == 0
+    image = torch.zeros(3, 300, 300, dtype=torch.uint8)
+    drawn = common.draw(image, torch.tensor([[10.0, 20, 200, 250]]), [0], ["x"], [0.9])
+    assert drawn[:, 250, 100].sum() > 0 and drawn[:, 200, 100].sum() == 0

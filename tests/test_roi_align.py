@@ -158,11 +158,13 @@ def test_degenerate_input():
     rois = torch.tensor(boxes, device=DEVICE)
     for image in ((72, 104), (1, 1)):  # maps of size 1 in the second
         maps = make_maps(C=1, image=image)
-        for options in ({"deform": False, "size": 2}, {"deform": True, "size": 2}):
-            truth = exact(maps, rois, **options)
-            check(run("triton", maps, rois, **options), truth)
-            check(run("torch", maps, rois, **options), truth)
-            assert not truth[0][2:9].any() and truth[0].isfinite().all()
+        shift = torch.randn(len(rois), 2, 2, 2, device=DEVICE).requires_grad_()
+        for offsets, deform in ((None, False), (shift, True)):
+            options = {"size": 2, "deform": deform}
+            truth = exact(maps, rois, offsets, **options)
+            check(run("triton", maps, rois, offsets, **options), truth)
+            check(run("torch", maps, rois, offsets, **options), truth)
+            assert not truth[0][2:9].any() and all(t.isfinite().all() for t in truth)
     # A deformable bin without a sample inside is zero; with some, their mean: the last box reaches
     # over the corner, so that its first row and column lie outside and half of its middle ones.
     ones = [torch.ones_like(f) for f in make_maps()]
@@ -260,11 +262,12 @@ module = importlib.import_module("kernels.roi_align")
 ALIGNED = [["tt.divisibility", 16]]
 
 FLOAT32 = ("rois", "offsets", "grad_offsets", "weights")
+STARTS = ("_scatter_kernelstarts", "_taps_kernelstarts")
 
 def argument(kernel, name, dtype, last):  # type, and is it known to be a multiple of 16?
     if name == "maps":
         return ("*" + dtype,) * 4, True
-    if name in module.SIZES or (name == "starts" and kernel != "_gather_kernel"):
+    if name.endswith(("heights", "widths", "_strides")) or kernel + name in STARTS:
         return ("i32",) * 4, False
     if name in ("cells", "starts", "order"):
         return "*i64" if name == "order" else "*i32", True
