@@ -1081,20 +1081,135 @@ class RetinaTowers(nn.Module):
         return logits, flatten_levels(deltas, 4).float(), box_features
 
 
+class FocalLoss(torch.autograd.Function):
+    """`focal_loss` and its slope in one pass over the logits; one buffer of their size is kept.
+
+    Every entry is taken as a negative, then the M true ones are exchanged: no one-hot target.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, labels, alpha, gamma):
+        M, K = logits.shape
+        loss = logits.new_empty(M)
+        slope = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        # A CPU is fastest where a chunk stays in its cache, a GPU where there are few.
+        rows = max(1, 2 ** (17 if logits.device.type == "cpu" else 24) // K)
+        for part in (slice(i, i + rows) for i in range(0, M, rows)):
+            probs, entropy = logits[part].sigmoid(), F.softplus(logits[part])
+            weight = (probs**gamma).mul_(1 - alpha)
+            loss[part] = (weight * entropy).sum(1)
+            if slope is not None:  # weight' = weight gamma (1 - probs), entropy' = probs
+                entropy.mul_(gamma * (1 - probs)).add_(probs)
+                torch.mul(entropy, weight, out=slope[part])
+        true = labels.clamp(0, K - 1)[:, None]
+        foreground = (labels >= 0) & (labels < K)
+        logit = logits.gather(1, true)[:, 0]
+        prob, entropy = logit.sigmoid(), F.softplus(-logit)
+        weight = alpha * (1 - prob) ** gamma
+        negative = (1 - alpha) * prob**gamma * F.softplus(logit)
+        loss += torch.where(foreground, weight * entropy - negative, 0)
+        if slope is not None:
+            exchanged = weight * (prob - 1 - gamma * prob * entropy)
+            kept = slope.gather(1, true)[:, 0]
+            slope.scatter_(1, true, torch.where(foreground, exchanged, kept)[:, None])
+            ctx.save_for_backward(slope, labels)
+        return torch.where(labels >= 0, loss, 0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        slope, labels = ctx.saved_tensors
+        return slope * torch.where(labels >= 0, gradient, 0)[:, None], None, None, None
+
+
 def focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
     """Sigmoid focal loss [M] of logits [M, K] with integer labels [M]: K background, -1 ignored.
 
-    No one-hot target: every entry is taken as a negative, then the M true ones are exchanged.
+    >>> focal_loss(torch.zeros(2, 1), torch.tensor([0, 1])) / math.log(2)  # true class, background
+    tensor([0.0625, 0.1875])
     """
-    probs = logits.sigmoid()
-    negative = (1 - alpha) * probs**gamma * F.softplus(logits)
-    K = logits.shape[1]
-    foreground = (labels >= 0) & (labels < K)
-    true = labels.clamp(0, K - 1)[:, None]
-    logit, prob = logits.gather(1, true)[:, 0], probs.gather(1, true)[:, 0]
-    positive = alpha * (1 - prob) ** gamma * F.softplus(-logit)
-    swap = torch.where(foreground, positive - negative.gather(1, true)[:, 0], 0)
-    return torch.where(labels >= 0, negative.sum(1) + swap, 0)
+    return FocalLoss.apply(logits, labels, alpha, gamma)
+
+
+def retina_anchors(features: list[Tensor], strides, scale: float = 4.0):
+    """RetinaNet's nine anchors a cell (three octave scales, three ratios): [N, 4], N per level."""
+    shapes = [f.shape[-2:] for f in features]
+    scales = [scale * 2 ** (octave / 3) for octave in range(3)]
+    anchors = make_anchors(shapes, strides, scales, (0.5, 1.0, 2.0), features[0].device)
+    return anchors, [9 * h * w for h, w in shapes]
+
+
+def match_anchors(anchors: Tensor, sizes: Tensor, targets: list[dict], high=0.5, low=0.4):
+    """RetinaNet's assignment; every gt keeps its best anchor, anchors in the padding do not train.
+
+    anchors [N, 4] -> labels [B, N] (1, 0, -1), and the gt that each anchor overlaps most:
+    boxes [B, N, 4] and classes [B, N] (zeros where an image has none).
+    """
+    gt_boxes, gt_labels, valid, ignore = pad_targets(targets)
+    labels, matched, _ = match(anchors[None], gt_boxes, high, low, valid, ignore, low_quality=0.0)
+    labels[~inside_image(anchors, sizes)] = -1
+    image = torch.arange(len(labels), device=labels.device)[:, None]
+    return labels, gt_boxes[image, matched], gt_labels[image, matched]
+
+
+def count_positives(labels: Tensor) -> Tensor:
+    """RetinaNet's normaliser: positives of labels [B, N], at least one an image (MMDetection)."""
+    return global_mean((labels == 1).sum(1).clamp(min=1).sum())
+
+
+def best_anchors(scores: Tensor, per_level: list[int], most: int, threshold: float):
+    """Up to `most` anchors a level and image with scores [B, N] above the threshold: image, index."""
+    picked, first = [], 0
+    for n in per_level:
+        picked.append(scores[:, first : first + n].topk(min(n, most), dim=1)[1] + first)
+        first += n
+    index = torch.cat(picked, 1)  # [B, M]
+    image, slot = (scores.gather(1, index) > threshold).nonzero(as_tuple=True)
+    return image, index[image, slot]
+
+
+class Variants(nn.Module):
+    """A one-stage detector under several configs at once: one forward pass, then each its own.
+
+    Needs outputs(images), select(outputs, config) -> candidates, finish(candidates, B, config).
+    """
+
+    def __init__(self, model: nn.Module, configs: list):
+        super().__init__()
+        self.model, self.configs = model, configs
+
+    def candidates(self, images: list[Tensor]) -> dict[str, Tensor]:
+        outputs = self.model.outputs(images)
+        found = [self.model.select(outputs, c) for c in self.configs]
+        for i, f in enumerate(found):
+            f["variant"] = torch.full_like(f["labels"], i)
+        return {k: torch.cat([f[k] for f in found]) for k in found[0]}
+
+    def finish(self, candidates: dict[str, Tensor], num_images: int) -> list[dict]:
+        merged: list[list] = [[] for _ in range(num_images)]
+        for i, config in enumerate(self.configs):
+            mine = candidates["variant"] == i
+            part = {k: v[mine] for k, v in candidates.items()}
+            for found, own in zip(self.model.finish(part, num_images, config), merged):
+                own.append({**found, "variant": torch.full_like(found["labels"], i)})
+        return [{k: torch.cat([f[k] for f in own]) for k in own[0]} for own in merged]
+
+
+def evaluate_variants(model: nn.Module, configs: dict, data: Dataset, config: Config, device):
+    """Metrics of `model` under each of `configs`, from one forward pass over the data."""
+    results: dict[str, list] = {name: [] for name in configs}
+    for target, found in detect(Variants(model, list(configs.values())), data, config, device):
+        variant = found.pop("variant")
+        for i, mine in enumerate(results.values()):
+            part = {k: v[variant == i] for k, v in found.items()}
+            mine += to_coco(target["image_id"], part, data.categories)
+    shares = gather(results)
+    metrics = None
+    if rank_and_world()[0] == 0:
+        truth = data.coco()
+        merged = {name: [r for share in shares for r in share[name]] for name in configs}
+        metrics = {name: coco_metrics(truth, r) for name, r in merged.items()}
+    return gather(metrics)[0]
 
 
 # ------------------------------------------------------------------------------ post-processing
@@ -1125,6 +1240,24 @@ def split_images(boxes: Tensor, scores: Tensor, labels: Tensor, image: Tensor, n
 
 def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(value) -> list:
+    """`value` of every process, as a list; [value] where there is one.
+
+    Travels through gloo, so that small messages never wait for the GPU.
+    """
+    world = rank_and_world()[1]
+    if world == 1:
+        return [value]
+    if not _GLOO:
+        _GLOO.append(dist.new_group(backend="gloo"))
+    values = [None] * world
+    dist.all_gather_object(values, value, group=_GLOO[0])
+    return values
+
+
+_GLOO: list = []
 
 
 def progress(iterable, what: str, total: int):
@@ -1290,24 +1423,17 @@ def evaluate(model: nn.Module, data: Dataset, config: Config, device=None, out=N
     for target, found in detect(model, data, config, device):
         results += to_coco(target["image_id"], found, data.categories)
         seen += 1
-    rank, world = rank_and_world()
-    if world > 1:
-        shares = [None] * world if rank == 0 else None
-        dist.gather_object((results, seen), shares)
-        results, seen = (
-            ([r for s, _ in shares for r in s], sum(n for _, n in shares)) if rank == 0 else ([], 0)
-        )
-    metrics = [None]
-    if rank == 0:
-        assert seen == len(data), f"{seen} images evaluated, the set has {len(data)}"
-        metrics = [coco_metrics(data.coco(), results)]
+    shares = gather((results, seen))
+    metrics = None
+    if rank_and_world()[0] == 0:
+        results, counts = [r for share, _ in shares for r in share], [n for _, n in shares]
+        assert sum(counts) == len(data), f"{counts} images evaluated, the set has {len(data)}"
+        metrics = coco_metrics(data.coco(), results)
         if out:
             write_json(Path(out) / "predictions.json", results)
-            write_json(Path(out) / "metrics.json", metrics[0])
+            write_json(Path(out) / "metrics.json", metrics)
             draw_grid(data, results, config.draw_score, Path(out) / "detections.png")
-    if world > 1:
-        dist.broadcast_object_list(metrics)
-    return metrics[0]
+    return gather(metrics)[0]
 
 
 def show_metrics(metrics: dict) -> str:
@@ -1699,27 +1825,8 @@ def train(model: nn.Module, config: Config, train_data, val_data=None, out="runs
     return metrics
 
 
-def gather(value) -> list:
-    """`value` of every process, as a list; [value] where there is one."""
-    world = rank_and_world()[1]
-    values = [value] * world
-    if world > 1:
-        dist.all_gather_object(values, value, group=_cpu_group())
-    return values
-
-
 def as_json(value):
     return json.loads(json.dumps(value))
-
-
-_GLOO = []
-
-
-def _cpu_group():
-    """A gloo group for small messages, so that they never wait for the GPU."""
-    if not _GLOO:
-        _GLOO.append(dist.new_group(backend="gloo"))
-    return _GLOO[0]
 
 
 def get_rng() -> list[Tensor]:
@@ -1871,7 +1978,7 @@ def bench(
 # ------------------------------------------------------------------------------ command line
 
 
-def parse(config_class, rows: dict, tiny: dict, name: str, argv=None) -> Config:
+def parse(config_class, rows: dict, tiny: dict, name: str, argv=None, actions=()) -> Config:
     """Flags over the checkpoint's settings over the row over the preset over the defaults."""
     cli = lambda default: tyro.cli(  # noqa: E731
         config_class,
@@ -1889,7 +1996,8 @@ def parse(config_class, rows: dict, tiny: dict, name: str, argv=None) -> Config:
     settings |= rows.get(asked.row, {})
     last = Path(asked.out or f"runs/{name}") / "last.pt"
     weights = asked.weights
-    if (asked.eval or asked.predict) and not asked.train:
+    uses = asked.eval or asked.predict or any(getattr(asked, action) for action in actions)
+    if uses and not asked.train:
         weights = weights or (str(last) if last.exists() else "")
         source = weights
     else:
@@ -1921,64 +2029,92 @@ def show_rows(rows: dict, paper: dict, not_yet: dict) -> None:
 
 
 def run(
-    name, config_class, detector_class, rows, paper, not_yet, tiny, argv=None, kind="two_stage"
+    name: str,
+    config_class,
+    detector_class,
+    rows: dict,
+    paper: dict,
+    not_yet: dict,
+    tiny: dict,
+    argv=None,
+    kind: str = "two_stage",
+    actions: dict | None = None,
 ):
-    """A method script's `main`: everything the command line can ask for. Returns the metrics."""
+    """A method script's `main`: everything the command line can ask for. Returns the metrics.
+
+    `kind` picks torchvision's detector to compare with; `actions` maps flags of the method's own
+    Config to functions (model, validation set, config, device, out folder), called at the end.
+    """
+    actions = actions or {}
     try:
-        return _run(name, config_class, detector_class, rows, paper, not_yet, tiny, argv, kind)
+        config = parse(config_class, rows, tiny, name, argv, actions)
+        if config.rows:
+            return show_rows(rows, paper, not_yet)
+        if config.row and config.row not in rows:
+            reason = not_yet.get(config.row, "no such row, see --rows")
+            raise BadInput(f"--row {config.row}: {reason}")
+        device = start_processes(config)
+        torch.manual_seed(config.seed)
+        if config.bench:
+            model = detector_class(untrained(config), 80).to(device)
+            return bench(model, untrained(config), 80, kind, device)
+        return _run(detector_class, config, actions, device)
     except (BadInput, FloatingPointError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+            _GLOO.clear()
 
 
-def _run(name, config_class, detector_class, rows, paper, not_yet, tiny, argv, kind):
-    config = parse(config_class, rows, tiny, name, argv)
-    if config.rows:
-        return show_rows(rows, paper, not_yet)
-    if config.row and config.row not in rows:
-        raise BadInput(f"--row {config.row}: {not_yet.get(config.row, 'see --rows for the ids')}")
-    if not (config.train or config.eval or config.predict or config.bench):
-        raise BadInput("nothing to do: --train, --eval, --predict, --rows or --bench (see --help)")
-    kind_of = (
-        config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    )
-    device = torch.device(kind_of)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # started by torchrun
+def untrained(config: Config) -> Config:
+    """The same model without a download: its weights come from a checkpoint, or do not matter."""
+    scratch = config.backbone_weights == "none"
+    return config if scratch else dataclasses.replace(config, backbone_weights="random")
+
+
+def start_processes(config: Config) -> torch.device:
+    """This process's device; joins the others if torchrun started it."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    torch.manual_seed(config.seed)
-    if config.bench:
-        if config.backbone_weights == "imagenet":
-            config = dataclasses.replace(config, backbone_weights="random")
-        model = detector_class(config, 80).to(device)
-        return bench(model, config, 80, kind, device)
+    return device
+
+
+def _run(detector_class, config: Config, actions: dict, device: torch.device):
+    asked = [action for action in actions if getattr(config, action)]
+    out, needs_data = Path(config.out), config.train or config.eval or asked
+    if not (needs_data or config.predict):
+        raise BadInput("nothing to do: --train, --eval, --predict, --rows or --bench (see --help)")
     state = load_checkpoint(config.weights) if config.weights else None
+    if not (state or config.train):
+        raise BadInput(f"this needs --weights (there is no {out / 'last.pt'})")
     train_data = val_data = None
-    if config.train or config.eval:
-        known = state["categories"] if state and not config.train else None
+    if needs_data:
+        known = None if config.train else state["categories"]
         train_data, val_data = load_data(config, config.train, True, known)
-    elif not state:
-        raise BadInput(f"--predict needs --weights (there is no {config.out}/last.pt)")
-    categories = (
-        (train_data or val_data).categories if config.train or config.eval else state["categories"]
-    )
-    model = detector_class(config, len(categories)).to(device)
+    categories = val_data.categories if val_data else state["categories"]
+    loaded = state or (config.resume and (out / "last.pt").exists())
+    model = detector_class(untrained(config) if loaded else config, len(categories)).to(device)
     if state:
         load_weights(model, state, config.weights, categories)
-    elif not config.train:
-        raise BadInput(f"--eval needs --weights (there is no {config.out}/last.pt)")
     metrics = None
     if config.train:
-        metrics = train(model, config, train_data, val_data, config.out)
+        plain = dataclasses.replace(config, **{action: False for action in asked})
+        metrics = train(model, plain, train_data, val_data, out)
     elif config.eval:
-        metrics = evaluate(model, val_data, config, device, config.out)
+        metrics = evaluate(model, val_data, config, device, out)
         say(show_metrics(metrics))
     if config.predict:
-        found = predict_files(model, config.predict, categories, config, device, Path(config.out))
-        say(f"{len(found)} detections: {config.out}/predictions.json and {config.out}/pictures/")
+        found = predict_files(model, config.predict, categories, config, device, out)
+        say(f"{len(found)} detections: {out}/predictions.json and {out}/pictures/")
+    for action in asked:
+        actions[action](model, val_data, config, device, out)
     return metrics

@@ -98,7 +98,7 @@ def _detect(anchors: Tensor, gt: Tensor, g: torch.Generator) -> tuple[Tensor, Te
 
 
 def rpn_candidates(gts: list[Tensor], per_level: int = 2000):
-    """boxes [N, 4], scores [N], groups [N] (image x level) and images [N], as the docstring says."""
+    """boxes [N, 4], scores [N], groups [N] (image x level) and images [N]; how: see the top."""
     parts = []
     for image, gt in enumerate(gts):
         g = torch.Generator().manual_seed(image)

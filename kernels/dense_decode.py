@@ -194,7 +194,7 @@ def decode_dense_offsets(
     image_sizes: Tensor | Sequence[float] | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Mean box of the cells that lie on the object (D2Det, section 3.1). See the module's docstring.
+    """Mean box of the cells that lie on the object (D2Det, section 3.1). Contract: see the top.
 
     Shapes: proposals [R, 4], offsets [R, 4, S, S], overlap_logits [R, 1, S, S], image_sizes None,
     (h, w) or [R, 2] -> [R, 4] float32.

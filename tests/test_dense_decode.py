@@ -1,6 +1,9 @@
-"""decode_dense_offsets against cell-by-cell Python, torch against Triton, and what must not pass."""
+"""decode_dense_offsets against cell-by-cell Python, in torch and Triton; what must not pass."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,3 +206,21 @@ def test_bench_finds_wrong_results_and_scenes_without_data(monkeypatch):
     for wrong in (torch.zeros_like(rois), rois + 1, rois.flip(0), rois * float("nan"), rois[1:]):
         assert mismatch(wrong, rois)
     assert mismatch(order.flip(0), order) and mismatch((order, order + 1), (order, order))
+
+
+def test_files_work_when_copied_alone(tmp_path):
+    """With neither triton nor torchvision installed, and with nothing of this project around."""
+    folder = Path(__file__).resolve().parent.parent / "kernels"
+    for name in ("nms.py", "dense_decode.py"):
+        (tmp_path / name).write_text((folder / name).read_text())
+    program = """
+import sys; sys.modules |= {"triton": None, "torchvision": None}
+import torch, nms, dense_decode
+boxes, scores = torch.tensor([[0., 0, 4, 4], [0, 0, 4, 4]]), torch.tensor([.4, .5])
+assert nms.nms(boxes, scores, .5).tolist() == [1]
+offsets = torch.full((2, 4, 1, 1), .5)
+assert dense_decode.decode_dense_offsets(boxes, offsets, offsets[:, :1]).equal(boxes)
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

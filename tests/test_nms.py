@@ -4,19 +4,11 @@ import importlib
 import itertools
 import math
 import struct
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from kernels.nms import (
-    batched_nms,
-    cl_nms,
-    nms,
-    soft_nms,
-)
+from kernels.nms import batched_nms, cl_nms, nms, soft_nms
 
 torchvision = pytest.importorskip("torchvision")
 module = importlib.import_module("kernels.nms")  # `kernels.nms` itself is the function
@@ -25,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # its 
 METHODS = ("greedy", "linear", "gaussian", "cl", "cl_literal")
 
 
-# --- ten-line references ---------------------------------------------------------------------------
+# --- ten-line references --------------------------------------------------------------------------
 
 
 def py_iou(a, b):
@@ -137,7 +129,7 @@ def random_case(seed, most=12, kind=None):
     return torch.cat([corner, corner + size], 1), scores, groups, threshold
 
 
-# --- tests -----------------------------------------------------------------------------------------
+# --- tests ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -247,36 +239,3 @@ def test_negative_controls():
     for wrong in ({}, flipped, not_strict, mixed, dict.fromkeys(range(5), 0.0)):
         with pytest.raises(AssertionError):
             check((list(wrong), list(wrong.values())), wanted)
-
-
-def test_candidates_of_real_images(detection_data):
-    from kernels.bench import class_candidates, scenes
-
-    boxes, scores, groups, images = class_candidates(scenes(2, str(detection_data)), 2000)
-    for image in (0, 1):
-        part = boxes[images == image], scores[images == image], groups[images == image]
-        wanted = [
-            torchvision.ops.nms(part[0][part[2] == c], part[1][part[2] == c], 0.5)
-            for c in part[2].unique()
-        ]
-        keep = batched_nms(*part, 0.5)
-        assert len(keep) == sum(map(len, wanted)) < 2000
-        assert torch.equal(keep, batched_nms(*part, 0.5, impl="torch"))
-
-
-def test_files_work_when_copied_alone(tmp_path):
-    """With neither triton nor torchvision installed, and with nothing of this project around."""
-    folder = Path(module.__file__).parent
-    for name in ("nms.py", "dense_decode.py"):
-        (tmp_path / name).write_text((folder / name).read_text())
-    program = """
-import sys; sys.modules |= {"triton": None, "torchvision": None}
-import torch, nms, dense_decode
-boxes, scores = torch.tensor([[0., 0, 4, 4], [0, 0, 4, 4]]), torch.tensor([.4, .5])
-assert nms.nms(boxes, scores, .5).tolist() == [1]
-offsets = torch.full((2, 4, 1, 1), .5)
-assert dense_decode.decode_dense_offsets(boxes, offsets, offsets[:, :1]).equal(boxes)
-"""
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
