@@ -2,7 +2,9 @@
 
 import dataclasses
 import doctest
+import functools
 import math
+import os
 
 import pytest
 import torch
@@ -249,6 +251,34 @@ def test_drp_samples_are_restored_to_the_rois_order():
         torch.testing.assert_close(
             together[i : i + 1], model.class_logits(features, rois[i : i + 1])
         )
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("source", ["synthetic", "bccd"])
+def test_predictions_are_the_same_with_every_implementation(source, impl, request, monkeypatch):
+    if impl == "triton" and not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")):
+        pytest.skip("no GPU and no interpreter")
+    device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+    model = make(score_threshold=0.05, proposals_test=30, reg_test=20).eval().to(device)
+    for pool in model.drp:  # bins that move, samples that weigh
+        torch.nn.init.normal_(pool.fc[-1].weight, std=0.5)
+        torch.nn.init.normal_(pool.pool.conv.weight, std=0.1)
+    if source == "bccd":
+        files = (request.getfixturevalue("detection_data") / "bccd" / "JPEGImages").glob("*.jpg")
+        image = torchvision.transforms.v2.functional.resize(
+            common.read_image(min(files)), [96, 128]
+        )
+    else:
+        image = batch(1)[0][0]
+    (want,) = model.predict([image.to(device)])
+    assert len(want["boxes"]) > 10
+    names = "roi_align deform_roi_pool decode_dense_offsets batched_nms soft_nms"
+    for name in names.split():
+        monkeypatch.setattr(kernels, name, functools.partial(getattr(kernels, name), impl=impl))
+    (found,) = model.predict([image.to(device)])
+    for key in ("boxes", "scores"):
+        torch.testing.assert_close(found[key], want[key], atol=1e-4, rtol=1e-4)
+    assert torch.equal(found["labels"], want["labels"])
 
 
 def largest_of_the_smallest(boxes):
