@@ -135,7 +135,7 @@ TINY = dict(
     batch=16,
     log_every=20,
     save_every=200,
-    eval_every=200,
+    eval_every=150,
 )
 
 
@@ -718,7 +718,7 @@ class TrainBatches:
     of (seed, epoch), so that a resumed run continues in the middle of an epoch.
     """
 
-    def __init__(self, sizes: np.ndarray, batch: int, seed: int, start: int, total: int):
+    def __init__(self, sizes: np.ndarray, batch: int, seed: int, start: int = 0, total: int = 0):
         self.wide, self.batch, self.seed = sizes[:, 1] > sizes[:, 0], batch, seed
         self.start, self.total = start, total
         self.rank, self.world = rank_and_world()
@@ -1666,14 +1666,114 @@ FREE = (
 )
 
 
-def check_finite(pending) -> None:
-    """Raise if a loss of that step is not finite; waits only for that step's own copy."""
-    step, image_ids, names, values, copied = pending
-    if copied is not None:
-        copied.synchronize()
-    if not values.isfinite().all():
-        shown = ", ".join(f"{n} = {v:.4g}" for n, v in zip(names, values.tolist()))
-        raise FloatingPointError(f"step {step}, images {image_ids}: loss not finite: {shown}")
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    weights = [p for p in model.parameters() if p.requires_grad]
+    decay = config.weight_decay
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(weights, lr=config.lr, weight_decay=decay)
+    return torch.optim.SGD(weights, lr=config.lr, momentum=config.momentum, weight_decay=decay)
+
+
+def resume(path: Path, settings: dict, model, optimizer, categories: list[dict]) -> int:
+    """Put a run back to where it was saved; returns the number of steps done."""
+    state = load_checkpoint(path)
+    differ = [k for k, v in settings.items() if k not in FREE and v != state["config"].get(k)]
+    if differ:
+        old = {k: state["config"].get(k) for k in differ}
+        raise BadInput(f"{path}: cannot resume, the run was made with {old}")
+    load_weights(model, state, path, categories)
+    optimizer.load_state_dict(state["optimizer"])
+    rank, world = rank_and_world()
+    if len(state["rng"]) == world:
+        main, *cuda = state["rng"][rank]
+        torch.set_rng_state(main)
+        if cuda and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(cuda)
+    else:
+        say(f"{len(state['rng'])} processes before, {world} now: sampling starts anew")
+    return state["step"]
+
+
+def set_aside(out: Path) -> None:
+    """Rename an earlier run's folder, so that a new one never writes over it."""
+    if rank_and_world()[0] == 0 and (out / "last.pt").exists():
+        numbers = (n for n in range(1, 10**6) if not out.with_name(f"{out.name}-{n}").exists())
+        older = out.with_name(f"{out.name}-{next(numbers)}")
+        out.rename(older)
+        say(f"moved the earlier run to {older}")
+
+
+@contextlib.contextmanager
+def signals_caught():
+    """A list that collects SIGTERM and SIGINT, which then do not end the process."""
+    caught: list[int] = []
+    catch = lambda number, _: caught.append(number)  # noqa: E731
+    before = {s: signal.signal(s, catch) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+class LossWatch:
+    """The losses since the last line of the log, read without making the GPU wait.
+
+    Their copy to the host travels while the next step is launched, and is looked at only then.
+    """
+
+    def __init__(self):
+        self.window, self.pending = [], None
+
+    def add(self, step: int, image_ids: list, losses: dict[str, Tensor]) -> None:
+        self.check()
+        values = torch.stack([v.detach().float() for v in losses.values()])
+        copied = torch.cuda.Event() if values.is_cuda else None
+        values = values.to("cpu", non_blocking=True)
+        if copied:
+            copied.record()
+        self.window.append(values)
+        self.pending = step, image_ids, list(losses), values, copied
+
+    def check(self) -> None:
+        """Raise if a loss of the last step added is not finite."""
+        if self.pending:
+            step, image_ids, names, values, copied = self.pending
+            if copied:
+                copied.synchronize()
+            if not values.isfinite().all():
+                shown = ", ".join(f"{n} = {v:.4g}" for n, v in zip(names, values.tolist()))
+                raise FloatingPointError(f"step {step}, images {image_ids}: not finite: {shown}")
+
+    def means(self) -> dict[str, float]:
+        self.check()
+        means = torch.stack(self.window).mean(0).tolist()
+        self.window = []
+        return dict(zip(self.pending[2], means))
+
+
+class RunLog:
+    """OUT/log.jsonl, a line a logging step or evaluation, and its picture; first process only."""
+
+    def __init__(self, out: Path, start: int):
+        self.path, self.lines = out / "log.jsonl", []
+        self.silent = rank_and_world()[0] > 0
+        if not self.silent:
+            out.mkdir(parents=True, exist_ok=True)
+            if start and self.path.exists():  # forget the lines of steps that were lost
+                lines = map(json.loads, self.path.read_text().splitlines())
+                self.lines = [line for line in lines if line["step"] <= start]
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+
+    def write(self, line: dict) -> None:
+        if not self.silent:
+            self.lines.append(line)
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def draw(self) -> None:
+        if self.lines and not self.silent:
+            draw_curves(self.lines, self.path.with_name("curves.png"))
 
 
 def train(model: nn.Module, config: Config, train_data, val_data=None, out="runs/model") -> dict:
@@ -1684,160 +1784,104 @@ def train(model: nn.Module, config: Config, train_data, val_data=None, out="runs
     """
     out, device = Path(out), next(model.parameters()).device
     rank, world = rank_and_world()
-    local = per_process_batch(config)
-    batch = local * world
-    batches = TrainBatches(train_data.sizes, local, config.seed, 0, 0)
-    total = config.steps or max(1, round(config.epochs * batches.per_epoch))
+    batch = per_process_batch(config) * world
+    batches = TrainBatches(train_data.sizes, batch // world, config.seed)
+    batches.total = config.steps or max(1, round(config.epochs * batches.per_epoch))
+    settings = as_json({**dataclasses.asdict(config), "batch": batch})
     wrapped = LossOnly(model)
     if world > 1:
         wrapped = nn.parallel.DistributedDataParallel(wrapped)
-    groups = [p for p in model.parameters() if p.requires_grad]
-    if config.optimizer == "sgd":
-        decay = dict(momentum=config.momentum, weight_decay=config.weight_decay)
-        optimizer = torch.optim.SGD(groups, lr=config.lr, **decay)
-    else:
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = make_optimizer(model, config)
     torch.manual_seed(config.seed + rank)  # from here on only sampling draws from it
-    start, log = 0, []
     if config.resume and (out / "last.pt").exists():
-        state = load_checkpoint(out / "last.pt")
-        fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
-        fields["batch"] = batch
-        changed = [k for k, v in fields.items() if as_json(v) != state["config"].get(k)]
-        if changed:
-            old = {k: state["config"].get(k) for k in changed}
-            raise BadInput(f"{out / 'last.pt'}: cannot resume, the run was made with {old}")
-        load_weights(model, state, out / "last.pt", train_data.categories)
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-        if len(state["rng"]) == world:
-            set_rng(state["rng"][rank])
-        else:
-            say(f"{len(state['rng'])} processes before, {world} now: sampling starts anew")
-        if rank == 0 and (out / "log.jsonl").exists():  # forget lines of steps that were lost
-            lines = (out / "log.jsonl").read_text().splitlines()
-            log = [r for r in map(json.loads, lines) if r["step"] <= start]
-            (out / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
-        say(f"resumed at step {start} of {total}")
-    elif rank == 0 and (out / "last.pt").exists():
-        numbers = (n for n in range(1, 10**6) if not out.with_name(f"{out.name}-{n}").exists())
-        older = out.with_name(f"{out.name}-{next(numbers)}")
-        out.rename(older)  # never write over somebody's run
-        say(f"moved the earlier run to {older}")
+        batches.start = resume(out / "last.pt", settings, model, optimizer, train_data.categories)
+        say(f"resumed at step {batches.start}")
+    else:
+        set_aside(out)
+    log, watch, metrics = RunLog(out, batches.start), LossWatch(), {}
     if rank == 0:
-        write_json(out / "config.json", dataclasses.asdict(config))
+        write_json(out / "config.json", settings)
     say(
-        f"{total} steps of {batch} images ({world} x {local}), {total / batches.per_epoch:.3g} epochs "
-        f"of {len(train_data)}; learning rate {config.lr} x {batch}/{config.lr_batch} = "
-        f"{config.lr * batch / config.lr_batch:.4g}; on {device}, {describe(model)}"
+        f"{batches.total} steps of {batch} images ({world} x {batch // world}), "
+        f"{batches.total / batches.per_epoch:.3g} epochs of {len(train_data)}; learning rate "
+        f"{config.lr} x {batch}/{config.lr_batch} = {config.lr * batch / config.lr_batch:.4g}; "
+        f"{describe(model)} on {device}"
     )
-
-    def checkpoint(step: int) -> None:
-        rng = gather(get_rng())
-        if rank == 0:
-            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
-            settings = as_json({**dataclasses.asdict(config), "batch": batch})
-            state.update(rng=rng, config=settings)
-            save_checkpoint(out / "last.pt", {**state, "categories": train_data.categories})
-
-    def record(line: dict) -> None:
-        if rank == 0:
-            log.append(line)
-            with open(out / "log.jsonl", "a") as f:
-                f.write(json.dumps(line) + "\n")
-
-    stop = []
-    handlers = {
-        s: signal.signal(s, lambda number, _: stop.append(number))
-        for s in (signal.SIGTERM, signal.SIGINT)
-    }
-    batches = TrainBatches(train_data.sizes, local, config.seed, start, total)
     loader = make_loader(Resized(train_data, config, True), config, device, batch_sampler=batches)
-    metrics, window, clock = {}, [], time.perf_counter()
-    pending = None
-    bar = progress(None, "training", total)
-    bar.update(start)
-    try:
-        for step, items in enumerate(loader, start):
+    bar = progress(None, "training", batches.total)
+    bar.update(batches.start)
+    logged, clock = batches.start, time.perf_counter()
+    with signals_caught() as caught, contextlib.closing(bar):
+        for step, items in enumerate(loader, batches.start + 1):
             model.train()
-            images, targets = to_device(items, device)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step, total, batch)
-            with autocast(config, device):
-                losses = wrapped(images, targets)
-            loss = sum(losses.values())
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if config.clip_norm:
-                nn.utils.clip_grad_norm_(groups, config.clip_norm)
-            optimizer.step()
-            # The copy of this step's losses travels while the next step is being launched.
-            if pending:
-                check_finite(pending)
-            ids = [t["image_id"] for t in targets]
-            values = torch.stack([v.detach().float() for v in losses.values()])
-            copied = torch.cuda.Event() if device.type == "cuda" else None
-            values = values.to("cpu", non_blocking=True)
-            if copied:
-                copied.record()
-            pending = (step + 1, ids, list(losses), values, copied)
-            window.append(values)
-            done = step + 1
+            rate = learning_rate(config, step - 1, batches.total, batch)
+            losses, ids = take_step(wrapped, optimizer, rate, items, config, device)
+            watch.add(step, ids, losses)
             bar.update()
-            stopping = any(gather(bool(stop)))
-            last = done == total
-            if done % config.log_every == 0 or last or stopping:
-                check_finite(pending)
-                mean = torch.stack(window).mean(0)
-                spent = time.perf_counter() - clock
-                line = {
-                    "step": done,
-                    "epoch": round(done / batches.per_epoch, 3),
-                    "lr": optimizer.param_groups[0]["lr"],
-                    "loss": mean.sum().item(),
-                    "losses": dict(zip(losses, mean.tolist())),
-                    "images_per_s": round(len(window) * batch / spent, 2),
-                    "memory_mib": peak_memory(device) >> 20,
-                }
-                record(line)
-                left = (total - done) * spent / len(window)
-                parts = " ".join(f"{k} {v:.3f}" for k, v in line["losses"].items())
-                text = f"step {done}/{total}  loss {line['loss']:.3f} ({parts})"
-                say(f"{text}  {line['images_per_s']} images/s, {left / 60:.1f} min left", bar)
-                window, clock = [], time.perf_counter()
-            if done % config.save_every == 0 or last or stopping:
-                check_finite(pending)
-                checkpoint(done)
-            if stopping:
-                say(f"stopped by signal after step {done}; --resume goes on from there", bar)
-                sys.exit(128 + (stop[0] if stop else signal.SIGTERM))
-            if val_data and (last or (config.eval_every and done % config.eval_every == 0)):
-                metrics = evaluate(model, val_data, config, device, out if last else None)
-                record({"step": done, **{k: v for k, v in metrics.items() if k != "per_class"}})
-                say(f"step {done}: {show_metrics(metrics)}", bar)
+            stop = max(gather(caught[0] if caught else 0))
+            done = stop or step == batches.total
+            if done or step % config.log_every == 0:
+                means, spent = watch.means(), time.perf_counter() - clock
+                line = {"step": step, "epoch": round(step / batches.per_epoch, 3), "lr": rate}
+                line |= {"loss": sum(means.values()), "losses": means}
+                speed = (step - logged) * batch / spent
+                line |= {"images_per_s": speed, "memory_mib": peak_memory(device) >> 20}
+                log.write(line)
+                left = (batches.total - step) * batch / speed / 60
+                parts = " ".join(f"{k} {v:.3f}" for k, v in means.items())
+                say(
+                    f"step {step}/{batches.total}  loss {line['loss']:.3f} ({parts})  "
+                    f"{speed:.2f} images/s, {left:.1f} min left",
+                    bar,
+                )
+                logged, clock = step, time.perf_counter()
+            if done or step % config.save_every == 0:
+                watch.check()
+                rng = gather([torch.get_rng_state(), *cuda_rng_states()])
+                if rank == 0:
+                    state = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+                    state |= dict(step=step, rng=rng, config=settings)
+                    save_checkpoint(out / "last.pt", {**state, "categories": train_data.categories})
+            if stop:
+                log.draw()
+                say(f"stopped by signal {stop} after step {step}; --resume goes on", bar)
+                sys.exit(128 + stop)
+            if val_data and not done and config.eval_every and step % config.eval_every == 0:
+                metrics = evaluate(model, val_data, config, device)
+                log.write({"step": step, **metrics})
+                log.draw()
+                say(f"step {step}: {show_metrics(metrics)}", bar)
                 clock = time.perf_counter()
-    finally:
-        bar.close()
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
-        if rank == 0 and log:
-            draw_curves(log, out / "curves.png")
+    if val_data:  # also where a run is resumed that had only this left to do
+        metrics = evaluate(model, val_data, config, device, out)
+        if not any("AP" in r and r["step"] == batches.total for r in log.lines):
+            log.write({"step": batches.total, **metrics})
+        say(f"step {batches.total}: {show_metrics(metrics)}")
+    log.draw()
     return metrics
+
+
+def take_step(wrapped, optimizer, rate: float, items: list, config: Config, device):
+    """One update of the weights; returns the losses, still on their device, and the image ids."""
+    images, targets = to_device(items, device)
+    with autocast(config, device):
+        losses = wrapped(images, targets)
+    optimizer.zero_grad(set_to_none=True)
+    sum(losses.values()).backward()
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+        if config.clip_norm:
+            nn.utils.clip_grad_norm_(group["params"], config.clip_norm)
+    optimizer.step()
+    return losses, [t["image_id"] for t in targets]
+
+
+def cuda_rng_states() -> list[Tensor]:
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 
 
 def as_json(value):
     return json.loads(json.dumps(value))
-
-
-def get_rng() -> list[Tensor]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return [torch.get_rng_state(), *cuda]
-
-
-def set_rng(states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if torch.cuda.is_available() and states[1:]:
-        torch.cuda.set_rng_state_all(states[1:])
 
 
 def say(text: str, bar=None) -> None:

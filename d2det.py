@@ -478,7 +478,7 @@ TINY = dict(
     proposals_train=200,
     proposals_test=100,
     reg_test=50,
-    epochs=6.0,
+    epochs=3.5,
     drops=(0.7, 0.9),
 )
 
