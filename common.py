@@ -84,7 +84,7 @@ class Config:
     val_images: str = ""  # ... and their image folder
     train_split: str = ""  # VOC: ImageSets/Main/<split>.txt (default: trainval, else train)
     val_split: str = ""  # VOC: split to evaluate on (default: test, else val)
-    num_train: int = 2000  # synthetic images per epoch
+    num_train: int = 7000  # synthetic images per epoch
     num_val: int = 200  # synthetic images to evaluate on
     image_size: int = 512  # synthetic images' side in px
     scales: tuple[int, ...] = (800,)  # training: shorter side in px, drawn from these
@@ -98,44 +98,49 @@ class Config:
     backbone_weights: str = "imagenet"  # imagenet, none, random (to time), or torchvision's .pth
     norm: Literal["auto", "frozen_bn", "bn", "gn"] = "auto"  # auto: frozen_bn, or gn from scratch
     frozen_stages: int = 2  # stem and first stages kept fixed when starting from weights
-    fpn_channels: int = 256
+    fpn_channels: int = 256  # width of the pyramid
     # Optimisation
     batch: int = 0  # images per step over all processes; 0: 2 per process
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 0.02  # at lr_batch images a step; scaled linearly to the batch
-    lr_batch: int = 16
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    epochs: float = 12.0  # length of training
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # the papers use SGD
+    lr: float = 0.02  # learning rate at lr_batch images a step; scaled linearly to the batch
+    lr_batch: int = 16  # images a step that lr is meant for
+    momentum: float = 0.9  # of SGD
+    weight_decay: float = 1e-4  # of all weights
+    epochs: float = 12.0  # length of training, passes over the data
     steps: int = 0  # length of training in steps instead
     drops: tuple[float, ...] = (8 / 12, 11 / 12)  # lr / 10 at these fractions of training
     warmup: int = 500  # steps of linear warm-up (at most a tenth of training) ...
     warmup_factor: float = 1 / 3  # ... from this share of the learning rate
     clip_norm: float = 0.0  # largest gradient norm; 0: no clipping
     amp: Literal["auto", "off", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it
-    seed: int = 0
+    seed: int = 0  # of weights, order, augmentation, sampling and synthetic images
     # Book-keeping
-    log_every: int = 20  # steps
+    log_every: int = 20  # steps between lines of the log
     save_every: int = 1000  # steps between checkpoints
     eval_every: int = 0  # steps between evaluations; 0: only at the end
     eval_batch: int = 0  # images per process when testing; 0: as in training
     draw_score: float = 0.5  # detections below this score are not drawn
 
 
-# What `--preset tiny` changes: scratch training on 128 px images, made for a CPU.
+# What `--preset tiny` changes: a small network learns from scratch, in minutes on a CPU.
 TINY = dict(
     backbone="resnet18",
     backbone_weights="none",
-    fpn_channels=64,
+    fpn_channels=48,
     norm="bn",
     image_size=128,
     scales=(128,),
     test_scales=(128,),
     max_size=128,
-    batch=16,
-    log_every=20,
+    batch=8,
+    optimizer="adamw",
+    lr=2e-3,
+    weight_decay=0.05,
+    clip_norm=10.0,
+    epochs=1.0,
+    drops=(0.8, 0.95),
     save_every=200,
-    eval_every=150,
+    eval_every=250,
 )
 
 
@@ -1157,15 +1162,26 @@ def count_positives(labels: Tensor) -> Tensor:
     return global_mean((labels == 1).sum(1).clamp(min=1).sum())
 
 
-def best_anchors(scores: Tensor, per_level: list[int], most: int, threshold: float):
-    """Up to `most` anchors a level and image with scores [B, N] above the threshold: image, index."""
+def best_predictions(best: Tensor, score, per_level: list[int], most: int, threshold: float):
+    """Up to `most` scores a level and image, of (anchor, class) pairs, above the threshold.
+
+    best [B, N] is each anchor's highest score; score((image, anchor) [B, M]) -> [B, M, K] gives all
+    of some anchors. The best pairs are on the best anchors, so the rest are never computed.
+    -> image, anchor, label, score, each [number found].
+    """
+    image = torch.arange(len(best), device=best.device)[:, None]  # [B, 1]
     picked, first = [], 0
     for n in per_level:
-        picked.append(scores[:, first : first + n].topk(min(n, most), dim=1)[1] + first)
+        top, anchor = best[:, first : first + n].topk(min(n, most), dim=1)
+        anchor = anchor + first  # [B, M]
+        scores = torch.where(top[..., None] > threshold, score((image, anchor)), 0)  # [B, M, K]
+        value, pair = scores.flatten(1).topk(min(scores[0].numel(), most), dim=1)
+        anchor = anchor.gather(1, pair // scores.shape[-1])
+        picked.append((value, anchor, pair % scores.shape[-1]))
         first += n
-    index = torch.cat(picked, 1)  # [B, M]
-    image, slot = (scores.gather(1, index) > threshold).nonzero(as_tuple=True)
-    return image, index[image, slot]
+    scores, anchor, label = (torch.cat(parts, 1) for parts in zip(*picked))
+    found = (scores > threshold).nonzero(as_tuple=True)
+    return found[0], anchor[found], label[found], scores[found]
 
 
 class Variants(nn.Module):
@@ -1210,6 +1226,53 @@ def evaluate_variants(model: nn.Module, configs: dict, data: Dataset, config: Co
         merged = {name: [r for share in shares for r in share[name]] for name in configs}
         metrics = {name: coco_metrics(truth, r) for name, r in merged.items()}
     return gather(metrics)[0]
+
+
+class Unsuppressed(nn.Module):
+    """A one-stage detector's boxes as they enter NMS, image by image, selected under a config."""
+
+    def __init__(self, model: nn.Module, config: Config):
+        super().__init__()
+        self.model, self.config = model, config
+
+    def candidates(self, images: list[Tensor]) -> dict[str, Tensor]:
+        return self.model.select(self.model.outputs(images), self.config)
+
+    def finish(self, candidates: dict[str, Tensor], num_images: int) -> list[dict]:
+        image = candidates["image"]
+        return [{k: v[image == i] for k, v in candidates.items()} for i in range(num_images)]
+
+
+def candidates_with_iou(model: nn.Module, data: Dataset, config: Config, device):
+    """Yield (image id, boxes as they enter NMS) of this process's images; for each box also
+
+    `iou` [n], with the best object of its own label, and `iou_any` [n], of any; 0 with none.
+    """
+    label = {c["id"]: i for i, c in enumerate(data.categories)}
+    objects: dict = {}
+    for a in data.coco()["annotations"]:
+        if not a.get("iscrowd", 0):
+            objects.setdefault(a["image_id"], []).append((a["bbox"], label[a["category_id"]]))
+    for target, found in detect(Unsuppressed(model, config), data, config, device):
+        mine = objects.get(target["image_id"], [])
+        ious = torchvision.ops.box_iou(found["boxes"], xywh_to_xyxy([box for box, _ in mine]))
+        ious = F.pad(ious, (0, 1))  # [n, G + 1]: an image may have no object
+        same = found["labels"][:, None] == torch.tensor([k for _, k in mine] + [-1])
+        yield target["image_id"], {**found, "iou": (ious * same).amax(1), "iou_any": ious.amax(1)}
+
+
+def correlation(x: Tensor, y: Tensor) -> dict[str, float | None]:
+    """Pearson's and Spearman's coefficient of x and y [n]; None where undefined.
+
+    >>> correlation(torch.tensor([1., 2., 3.]), torch.tensor([1., 4., 9.]))["spearman"]
+    1.0
+    """
+    found: dict[str, float | None] = dict(pearson=None, spearman=None)
+    ranks = [v.argsort().argsort() for v in (x, y)]  # choice: ties are broken by position
+    for name, pair in zip(found, ((x, y), ranks)):
+        value = torch.corrcoef(torch.stack(pair).double())[0, 1].item() if len(x) > 1 else math.nan
+        found[name] = round(value, 4) if value == value else None
+    return found
 
 
 # ------------------------------------------------------------------------------ post-processing

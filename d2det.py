@@ -60,16 +60,16 @@ class Config(common.Config):
     overlap: bool = True  # predict which cells are on the object (Eq. 3); off: average all cells
     weighting: bool = True  # adaptive weights in DRP (Eq. 4); off: plain average
     conv_channels: int = 576  # width of DLR's convolutions (release)
-    num_convs: int = 8  # (4.1)
-    groups: int = 36  # of their GroupNorm (release)
+    num_convs: int = 8  # number of DLR's convolutions (4.1)
+    groups: int = 36  # of the GroupNorm behind them (release)
     fc_channels: int = 1024  # hidden width of the classifier and of the bin offsets
     drp_per_level: bool = True  # one set of DRP weights per pyramid level (release)
     gamma: float = 0.1  # bin offsets are this share of the RoI (release; deformable pooling)
     overlap_margin: float = 1 / 6  # a cell counts as inside this far from the gt's sides, of w, h
     reg_cells: Literal["inside", "all"] = "inside"  # cells that train the box
-    cls_weight: float = 2.0  # loss weights (release)
-    reg_weight: float = 2.0  # of the boxes
-    overlap_weight: float = 1.0  # of the cells' overlap
+    cls_weight: float = 2.0  # weight of the classification loss (release)
+    reg_weight: float = 2.0  # weight of the box loss (release)
+    overlap_weight: float = 1.0  # weight of the overlap loss (release)
     jitter: float = 0.15  # positives move and grow by up to this share before regression (release)
     reg_rois: int = 192  # at most this many of them per process and step (release)
     roi_samples: int = 512  # RoIs per image in training (4.1)
@@ -77,16 +77,16 @@ class Config(common.Config):
     anchor_scale: float = 8.0  # RPN anchors' side in strides
     proposals_train: int = 2000  # RPN boxes per level before, and per image after NMS
     proposals_test: int = 1000  # the same in testing
-    score_threshold: float = 0.03  # (release)
-    nms_iou: float = 0.5  # per class, on the proposals, before regression
+    score_threshold: float = 0.03  # lowest class score that is looked at (release)
+    nms_iou: float = 0.5  # NMS per class, on the proposals, before regression (release)
     reg_test: int = 125  # proposals regressed per image (4.1: 100 to 125)
     soft_nms: bool = True  # linear soft-NMS on the regressed boxes (4.1)
-    soft_nms_iou: float = 0.5  # overlap above which it acts
-    soft_nms_score: float = 1e-3  # boxes whose score decays below it are dropped
-    max_detections: int = 100  # per image
-    epochs: float = 24.0  # the 2x schedule (4.1)
-    drops: tuple[float, ...] = (20 / 24, 23 / 24)
-    warmup: int = 1000  # (release)
+    soft_nms_iou: float = 0.5  # overlap above which soft-NMS lowers scores (release)
+    soft_nms_score: float = 1e-3  # soft-NMS drops boxes whose score falls below (release)
+    max_detections: int = 100  # detections kept per image
+    epochs: float = 24.0  # length of training, passes over the data: 2x schedule (4.1)
+    drops: tuple[float, ...] = (20 / 24, 23 / 24)  # lr / 10 at these fractions (release)
+    warmup: int = 1000  # steps of linear warm-up, at most a tenth of training (release)
 
 
 # ------------------------------------------------------------------------------ equations
@@ -464,22 +464,17 @@ NOT_YET: dict[str, str] = {
 
 TINY = dict(
     common.TINY,
-    conv_channels=64,
+    conv_channels=48,
     num_convs=4,
     groups=8,
     fc_channels=256,
     anchor_scale=4.0,
-    roi_samples=32,
-    reg_rois=128,
-    clip_norm=10.0,
-    optimizer="adamw",
-    lr=1e-3,
-    weight_decay=0.05,
+    roi_samples=24,
+    roi_positive=0.5,
+    reg_rois=96,
     proposals_train=200,
     proposals_test=100,
     reg_test=50,
-    epochs=3.5,
-    drops=(0.7, 0.9),
 )
 
 

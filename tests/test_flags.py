@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
+import inspect
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -157,3 +159,13 @@ def test_bench_compares_with_torchvision(capsys):
     ]
     assert all(r["seconds"] > 0 and r["giga_multiply_adds"] > 0 for r in rows)
     assert "ours / this" in capsys.readouterr().out
+
+
+def test_every_flag_has_a_help_text(capsys):
+    source = inspect.getsource(common.Config) + inspect.getsource(d2det.Config)
+    help_of = dict(re.findall(r"^    (\w+): [^#\n]+#(.*)$", source, re.MULTILINE))
+    for field in dataclasses.fields(d2det.Config):
+        assert len(re.findall(r"[A-Za-z]{2,}", help_of[field.name])) >= 2, field.name
+    with pytest.raises(SystemExit):
+        d2det.main(["--help"])
+    assert "length of training in steps instead" in capsys.readouterr().out
