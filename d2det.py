@@ -29,6 +29,8 @@ Deviations (paper | authors' release | here):
     Deformable pooling: RoIAlign sampling | corners rounded, samples at bin starts | half-pixel
         aligned, centred samples, nothing rounded; samples outside the map are skipped (release).
     The 8 convolutions: - | declared with 36 groups, computed dense | dense.
+    Positives before regression: as they are | jittered by up to 15 %, at most 192 | release.
+    DRP's weights: one set | one set per pyramid level | release; `--no-drp-per-level`.
     Crowd regions: - | plain background | proposals at least half inside one do not train.
 """
 
@@ -65,6 +67,7 @@ class Config(common.Config):
     fc_channels: int = 1024  # hidden width of the classifier and of the bin offsets
     drp_per_level: bool = True  # one set of DRP weights per pyramid level (release)
     gamma: float = 0.1  # bin offsets are this share of the RoI (release; deformable pooling)
+    offset_bias: float = 0.0  # where offsets start (release); 0.5: at boxes of the proposal's size
     overlap_margin: float = 1 / 6  # a cell counts as inside this far from the gt's sides, of w, h
     reg_cells: Literal["inside", "all"] = "inside"  # cells that train the box
     cls_weight: float = 2.0  # weight of the classification loss (release)
@@ -163,7 +166,7 @@ class DenseLocalHead(nn.Module):
     (torch.Size([3, 4, 7, 7]), torch.Size([3, 1, 7, 7]))
     """
 
-    def __init__(self, in_channels=256, conv_channels=576, num_convs=8, groups=36):
+    def __init__(self, in_channels=256, conv_channels=576, num_convs=8, groups=36, offset_bias=0.0):
         super().__init__()
         layers: list[nn.Module] = []
         for i in range(num_convs):
@@ -179,9 +182,7 @@ class DenseLocalHead(nn.Module):
         for layer in (self.offsets, self.overlap):
             nn.init.normal_(layer.weight, std=0.001)
             nn.init.zeros_(layer.bias)
-        # choice: half a side, where an unmoved proposal's mean offset lies; the release starts at 0,
-        # where the ReLU after it may close for good.
-        nn.init.constant_(self.offsets.bias, 0.5)
+        nn.init.constant_(self.offsets.bias, offset_bias)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         trunk = self.trunk(pooled)
@@ -298,7 +299,7 @@ class Detector(nn.Module):
         self.rpn = common.RPN(C, scale=config.anchor_scale, pre_nms=boxes, post_nms=boxes)
         self.strides = self.backbone.strides[:4]  # RoIs are pooled from P2..P5
         if config.dlr:
-            dense = (config.conv_channels, config.num_convs, config.groups)
+            dense = (config.conv_channels, config.num_convs, config.groups, config.offset_bias)
             self.regress = DenseLocalHead(C, *dense)
         else:
             self.regress = two_fc(C * S * S, config.fc_channels, 4 * num_classes)
@@ -467,6 +468,7 @@ TINY = dict(
     conv_channels=48,
     num_convs=4,
     groups=8,
+    offset_bias=0.5,  # a narrow head that starts at empty boxes may close its ReLU for good
     fc_channels=256,
     anchor_scale=4.0,
     roi_samples=24,
