@@ -4,7 +4,7 @@ Same images in the same order, backbone, pyramid width, proposals, RoI samples, 
 and evaluation; one process, one after the other. The rest of torchvision's detector is its own.
 
     python docs/compare_torchvision.py                      # synthetic data, minutes on a CPU
-    python docs/compare_torchvision.py --seeds 0 1 2 --epochs 3
+    python docs/compare_torchvision.py --seeds 0 1 2 --epochs 3 --only torchvision
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class TorchvisionFasterRCNN(torch.nn.Module):
             box_head=TwoMLPHead(config.fpn_channels * 49, config.fc_channels),
             box_predictor=FastRCNNPredictor(config.fc_channels, num_classes + 1),
             box_batch_size_per_image=config.roi_samples,
+            box_positive_fraction=config.roi_positive,
             box_detections_per_img=config.max_detections,
         )
 
@@ -72,8 +73,9 @@ CONTENDERS = {
 @dataclass
 class Options:
     seeds: tuple[int, ...] = (0,)  # one training of each contender per seed
-    epochs: float = d2det.TINY["epochs"]
-    out: str = "runs/compare"
+    epochs: float = d2det.TINY["epochs"]  # passes over the data
+    only: str = ""  # train just the contenders whose name contains this
+    out: str = "runs/compare"  # results folder
 
 
 def main(argv=None):
@@ -82,6 +84,8 @@ def main(argv=None):
     lines = []
     for seed in options.seeds:
         for name, (detector, row) in CONTENDERS.items():
+            if options.only not in name:
+                continue
             settings = {
                 **d2det.TINY,
                 **row,

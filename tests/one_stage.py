@@ -1,0 +1,160 @@
+"""What the tests of the two one-stage methods share: small models, small runs, common checks."""
+
+import dataclasses
+
+import pytest
+import torch
+import torchvision
+
+import common
+
+SMALL = dict(fpn_channels=16, tower_convs=1, norm="gn", workers=0)
+RUN = """--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 12 --num-val 4
+ --batch 2 --steps 6 --workers 0 --fpn-channels 8 --tower-convs 1 --norm gn --log-every 1
+ --save-every 2 --device cpu --score-threshold 0.005 --draw-score 0.01""".split()
+REAL = """--preset tiny --steps 2 --scales 96 --test-scales 96 --max-size 160 --batch 2 --workers 0
+ --tower-convs 1 --fpn-channels 16 --score-threshold 0.2""".split()
+
+
+def make(method, **changes):
+    torch.manual_seed(0)
+    config = dataclasses.replace(method.Config(), **{**method.TINY, **SMALL, **changes})
+    return method.Detector(config, 10)
+
+
+def sure(model):
+    """The same model with class scores far apart, as after training."""
+    torch.manual_seed(1)
+    torch.nn.init.normal_(model.head.cls_logits.weight, std=1)
+    torch.nn.init.zeros_(model.head.cls_logits.bias)
+    return model
+
+
+def batch(count=2, size=96, seed=0):
+    data = common.SyntheticDetection(count, size, seed)
+    return common.to_device([data[i] for i in range(count)], "cpu")
+
+
+def without_objects(targets):
+    keys = ("boxes", "labels", "ignore")
+    return [{**t, **{k: t[k][:0] for k in keys}} for t in targets]
+
+
+def own_flags(method) -> set[str]:
+    names = [{f.name for f in dataclasses.fields(c)} for c in (method.Config, common.Config)]
+    return names[0] - names[1]
+
+
+def behaviour(method, **changes):
+    """The losses of two small steps, and the detections after them."""
+    model, (images, targets) = sure(make(method, **changes)), batch(2, 64)
+    values = []
+    for _ in range(2):
+        losses = model.loss(images, targets)
+        sum(losses.values()).backward()
+        values += [(name, v.item()) for name, v in losses.items()]
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 1e-3 * p.grad
+                p.grad = None
+    found = model.eval().predict(images)
+    return values, [{k: v.tolist() for k, v in f.items()} for f in found]
+
+
+def check_row(method, row):
+    keep = ("backbone", "scales", "test_scales", "max_size")  # sizes stay small here
+    changes = {k: v for k, v in method.ROWS[row].items() if k not in keep}
+    model, (images, targets) = sure(make(method, **changes)), batch(1, 64)
+    sum(model.loss(images, targets).values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert set(model.eval().predict(images)[0]) == {"boxes", "scores", "labels"}
+    assert row in method.PAPER and row not in method.NOT_YET
+
+
+def check_gradients(method):
+    """Every weight learns; images without objects train, and leave no weight without gradient."""
+    model, (images, targets) = make(method), batch()
+    sum(model.loss(images, targets).values()).backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+    model.zero_grad(set_to_none=True)
+    losses = model.loss(images, without_objects(targets))
+    assert losses["cls"] > 0 and all(v == 0 for k, v in losses.items() if k != "cls")
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    half = model.loss(images, [targets[0], *without_objects(targets[1:])])
+    assert half["box"] > 0 and all(v.isfinite() for v in half.values())
+
+
+def check_batch_equals_singles(model):
+    """Detections are the same; the loss of two is the mean of the losses, weighted by positives."""
+    images, targets = batch()
+    for image, found in zip(images, sure(model).eval().predict(images)):
+        (alone,) = model.predict([image])
+        assert len(alone["boxes"]) > 50 and (found["scores"].diff() <= 0).all()
+        torch.testing.assert_close(alone["boxes"], found["boxes"], atol=1e-2, rtol=0)
+        torch.testing.assert_close(alone["scores"], found["scores"], atol=1e-4, rtol=0)
+    counts, original = [], common.count_positives
+
+    def counted(labels):
+        counts.append(original(labels))
+        return counts[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "count_positives", counted)
+        singles = [model.loss(images[i : i + 1], targets[i : i + 1]) for i in (0, 1)]
+    for name, value in model.loss(images, targets).items():
+        mean = sum(losses[name] * n for losses, n in zip(singles, counts)) / sum(counts)
+        assert value.item() == pytest.approx(mean.item(), rel=1e-4), name
+    small = model.predict([images[0], images[1][:, :60, :70]])[1]["boxes"]  # padded to 96x96
+    assert len(small) and small[:, 2].max() <= 70 and small[:, 3].max() <= 60
+
+
+def overfitted(method):
+    """A model trained on one image until it finds exactly its objects; and that image."""
+    model, data = make(method, fpn_channels=32), common.SyntheticDetection(3, 96)
+    images, targets = common.to_device([data[2]], "cpu")
+    optimizer = torch.optim.AdamW(model.parameters())
+    for i in range(150):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, i / 10) * (0.1 if i > 110 else 1)
+        optimizer.zero_grad()
+        sum(model.loss(images, targets).values()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10)
+        optimizer.step()
+    (found,) = model.eval().predict(images)
+    certain = found["scores"] > 0.5
+    assert sorted(found["labels"][certain].tolist()) == sorted(targets[0]["labels"].tolist())
+    iou = torchvision.ops.box_iou(targets[0]["boxes"], found["boxes"][certain]).amax(1)
+    assert iou.min() > 0.8
+    return model, images
+
+
+def check_resume(method, folder, monkeypatch):
+    """Trains into folder/a, and into folder/b with an interruption, to the same weights."""
+    metrics = method.main([*RUN, "--train", "--out", f"{folder}/a"])
+    calls, original = [], method.Detector.loss
+
+    def killed(self, images, targets):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(self, images, targets)
+
+    monkeypatch.setattr(method.Detector, "loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        method.main([*RUN, "--train", "--out", f"{folder}/b"])
+    monkeypatch.undo()
+    method.main([*RUN, "--train", "--resume", "--out", f"{folder}/b"])
+    a, b = (common.load_checkpoint(folder / name / "last.pt")["model"] for name in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    image = common.SyntheticDetection(1, 64)[0][0]
+    common.Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / "a.png")
+    return metrics, ["--weights", f"{folder}/a/last.pt", "--out", f"{folder}/c"]
+
+
+def check_real_data(method, data, folder, *action):
+    metrics = method.main([*REAL, "--train", *action, "--data", f"{data}", "--out", f"{folder}"])
+    assert 0 <= metrics["AP"] <= 1 and len(metrics["per_class"]) in (3, 80)
+    file = str(sorted(data.rglob("*.jpg"))[0])
+    method.main(["--predict", file, "--out", str(folder)])
+    assert len(list((folder / "pictures").iterdir())) == 1

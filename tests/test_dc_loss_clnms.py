@@ -1,0 +1,246 @@
+"""DC loss, IAC score and CL-NMS: the formulas by hand, and what a whole step must satisfy."""
+
+import doctest
+import json
+import math
+
+import pytest
+import torch
+import torchvision
+from one_stage import (
+    RUN,
+    batch,
+    behaviour,
+    check_batch_equals_singles,
+    check_gradients,
+    check_real_data,
+    check_resume,
+    check_row,
+    make,
+    overfitted,
+    own_flags,
+    sure,
+)
+
+import common
+import dc_loss_clnms as method
+import kernels
+from dc_loss_clnms import Config
+
+OFF = dict(dc_loss=False, iac=False, nms="plain")
+
+
+def test_examples_in_docstrings():
+    assert doctest.testmod(method).attempted >= 6 and doctest.testmod(method).failed == 0
+
+
+def test_error_and_coefficient_by_hand():
+    """gt 40x10 at (0, 0); the box is moved by (6, 8), 8 wider, 5 lower."""
+    gt = torch.tensor([[0.0, 0, 40, 10]])
+    box = torch.tensor([[26.0 - 24, 13 - 2.5, 26 + 24, 13 + 2.5]])
+    e = 10 / 20 + 8 / 40 + 5 / 10
+    assert method.localisation_error(box, gt).item() == pytest.approx(e)
+    assert method.localisation_error(box, gt, "pixels").item() == pytest.approx(10 + 8 + 5)
+    assert method.dynamic_coefficient(box, gt).item() == pytest.approx(1 / (e + 0.1))
+    assert method.dynamic_coefficient(gt, gt, eps=0.5).item() == pytest.approx(2)
+    scaled = method.localisation_error(box * 7, gt * 7)  # free of scale, unlike pixels
+    assert scaled.item() == pytest.approx(e, rel=1e-5)
+    wrong = [gt + torch.tensor([0.0, 0, d, 0]) for d in (0, 1, 5, 50)]
+    values = [method.dynamic_coefficient(b, gt).item() for b in wrong]
+    assert values == sorted(values, reverse=True)  # a worse box: a smaller class gradient
+    assert method.dynamic_coefficient(gt, torch.zeros(1, 4)).isfinite()
+
+
+def test_normalised_coefficients_keep_the_total():
+    losses, coefficient = torch.rand(500, dtype=torch.float64) * 3, torch.rand(500).double() * 10
+    scaled = method.normalise_coefficient(coefficient, losses)
+    assert (scaled * losses).sum().item() == pytest.approx(losses.sum().item(), rel=1e-12)
+    torch.testing.assert_close(scaled / scaled[0], coefficient / coefficient[0])
+    assert method.normalise_coefficient(coefficient[:0], losses[:0]).shape == (0,)
+
+
+def test_the_models_loss_total_equals_the_plain_one_but_not_its_gradient():
+    models = [
+        make(method, **{**OFF, **c})
+        for c in ({}, dict(dc_loss=True), dict(dc_loss=True, dc_normalise=False))
+    ]
+    images, targets = batch()
+    losses = [m.loss(images, targets) for m in models]
+    assert losses[1]["cls"].item() == pytest.approx(losses[0]["cls"].item(), rel=1e-5)
+    assert losses[1]["box"] == losses[0]["box"]
+    assert abs(losses[2]["cls"] / losses[0]["cls"] - 1) > 0.01
+    grads = [
+        torch.autograd.grad(v["cls"], m.head.cls_logits.weight)[0] for m, v in zip(models, losses)
+    ]
+    assert (grads[1] - grads[0]).norm() > 0.01 * grads[0].norm()
+    # the coefficient is a constant: the class loss does not move the boxes
+    assert torch.autograd.grad(models[1].loss(images, targets)["cls"], models[1].head.box_deltas.weight, allow_unused=True) == (None,)  # fmt: skip
+
+
+def test_weights_by_hand():
+    """Two positives: one box perfect (lambda 10), one with e = 0.15 (lambda 4)."""
+    focal = torch.tensor([[0.5, 3.0, 0.25, 9.0]])
+    at = (torch.tensor([0, 0]), torch.tensor([0, 2]))
+    gt = torch.tensor([[0.0, 0, 10, 10]]).repeat(2, 1)
+    boxes = gt + torch.tensor([[0.0, 0, 0, 0], [0, 0, 1, 0]])
+    config = Config(dc_normalise=False)
+    weights = method.dynamic_weights(focal, at, boxes, gt, config)
+    torch.testing.assert_close(weights, torch.tensor([[10.0, 1, 4, 1]]))
+    weights = method.dynamic_weights(focal, at, boxes, gt, Config())
+    scale = 0.75 / (10 * 0.5 + 4 * 0.25)
+    torch.testing.assert_close(weights, torch.tensor([[10 * scale, 1, 4 * scale, 1]]))
+
+
+def test_iac_score_by_hand():
+    gt = torch.tensor([0.0, 0, 40, 10])
+    anchors = torch.tensor(
+        [[10.0, 0, 20, 10], [35, 5, 45, 15], [-10, -10, 60, 60], [50, 0, 60, 10]]
+    )
+    p = torch.tensor([0.5, 0.9, 0.3, 1.0])
+    ratio = torch.tensor([1.0, 0.25, 1.0, 0.0])  # inside, a quarter inside, around, apart
+    product = p**0.75 * ratio**0.25
+    torch.testing.assert_close(method.iac_score(p, anchors, gt), product)
+    added = (0.75 * p + 0.25 * ratio) * torch.tensor([1.0, 1, 1, 0])
+    torch.testing.assert_close(method.iac_score(p, anchors, gt, form="sum"), added)
+    assert (method.iac_score(p, anchors, torch.zeros(4)) == 0).all()  # an image without gts
+    # inside its gt an anchor is positive from p = 0.5^(4/3) on, or by the sum from 1/3 on
+    p = torch.tensor([0.396, 0.398, 0.33, 0.34])
+    found = [method.iac_score(p, gt, gt, form=form) > 0.5 for form in ("product", "sum")]
+    assert found[0].tolist() == [False, True, False, False]
+    assert found[1].tolist() == [True, True, False, True]
+
+
+def test_a_threshold_of_infinity_is_exactly_the_plain_assignment():
+    images, targets = batch(4)
+    plain, never, often = (sure(make(method, **c)) for c in (OFF, dict(OFF, iac=True, iac_threshold=math.inf), dict(OFF, iac=True)))  # fmt: skip
+    out = plain.outputs(images)
+    want, found, more = (m.assign(out, targets) for m in (plain, never, often))
+    assert all(torch.equal(a, b) for a, b in zip(want, found))
+    assert plain.loss(images, targets) == never.loss(images, targets)
+    changed = want[0] != more[0]
+    assert changed.any() and (more[0][changed] == 1).all()  # it only adds positives
+    assert {0, -1} == set(want[0][changed].tolist())  # from negatives and from ignored ones
+    image, anchor = changed.nonzero(as_tuple=True)
+    overlap = torch.minimum(out["anchors"][anchor, 2:], more[1][image, anchor, 2:])
+    overlap -= torch.maximum(out["anchors"][anchor, :2], more[1][image, anchor, :2])
+    assert (overlap > 0).all()  # none that its gt does not touch
+    small = [images[0][:, :40, :40], images[1]]  # anchors in the padding stay out
+    out = often.outputs(small)
+    labels = often.assign(out, targets[:2])[0]
+    assert (labels[~common.inside_image(out["anchors"], out["sizes"])] == -1).all()
+
+
+def cl_nms_by_hand(boxes, scores, threshold, literal=False):
+    kept, left = [], list(range(len(boxes)))
+    while left:
+        best = max(left, key=lambda i: scores[i])
+        iou = torchvision.ops.box_iou(boxes[best : best + 1], boxes)[0]
+        cluster = [i for i in left if iou[i] > threshold or i == best]
+        b, p = boxes[cluster], scores[cluster, None]
+        centres = (b[:, :2] + b[:, 2:]) / 2
+        far = (centres - (p * centres).sum(0) / p.sum()).norm(dim=1)
+        far = far / (b[:, 2:].amax(0) - b[:, :2].amin(0)).norm()
+        kept.append(cluster[(p[:, 0] + (far if literal else 1 - far)).argmax()])
+        left = [i for i in left if i not in cluster]
+    return kept
+
+
+@pytest.mark.parametrize("literal, count", [(False, 2000), (True, 500)])
+def test_cl_nms_agrees_with_the_text_on_thousands_of_cases(literal, count):
+    torch.manual_seed(0)
+    cases, want = [], []
+    for case in range(count):
+        n = int(torch.randint(1, 9, ()))
+        corner = torch.rand(n, 2, dtype=torch.float64) * 8
+        boxes = torch.cat([corner, corner + 6 + torch.rand(n, 2).double() * 8], 1)
+        scores = torch.rand(n, dtype=torch.float64)
+        kept = cl_nms_by_hand(boxes, scores, 0.5, literal)
+        want += [sum(len(c[0]) for c in cases) + i for i in kept]
+        cases.append((boxes, scores, torch.full((n,), case)))
+    boxes, scores, groups = (torch.cat(parts) for parts in zip(*cases))
+    keep, select = kernels.cl_nms(boxes, scores, groups, 0.5, literal=literal)
+    assert sorted(keep.tolist()) == sorted(want)
+    assert (select >= scores[keep] - 1e-9).all()
+
+
+def test_cl_nms_of_isolated_boxes_equals_nms_and_of_clusters_does_not():
+    found = {}
+    corner = torch.arange(20.0)[:, None] * 30 + torch.rand(20, 2)
+    alone = torch.cat([corner, corner + 20], 1)
+    # three boxes on one object: the surest lies farthest from their centre
+    crowd = torch.tensor([[0.0, 0, 20, 20], [3, 3, 23, 23], [4, 4, 24, 24]])
+    for name, boxes, scores in (("alone", alone, torch.rand(20)), ("crowd", crowd, torch.tensor([0.7, 0.69, 0.68]))):  # fmt: skip
+        same = torch.zeros(len(boxes), dtype=torch.long)
+        candidates = dict(boxes=boxes, scores=scores, labels=same, image=same)
+        for nms in ("plain", "cl", "soft"):
+            model = make(method, nms=nms, nms_iou=0.4)
+            found[name, nms] = model.finish(candidates, 1)[0]
+    for key in ("boxes", "scores"):
+        assert torch.equal(found["alone", "plain"][key], found["alone", "cl"][key])
+    assert found["crowd", "plain"]["boxes"].tolist() == [[0, 0, 20, 20]]
+    assert found["crowd", "cl"]["boxes"].tolist() == [[3, 3, 23, 23]]
+    assert found["crowd", "cl"]["scores"].item() == pytest.approx(0.69)  # its own p
+    assert len(found["crowd", "soft"]["boxes"]) == 3
+
+
+@pytest.mark.parametrize("row", [*method.ROWS])
+def test_every_row_builds_and_trains(row):
+    check_row(method, row)
+
+
+def test_images_without_objects_train_and_every_weight_learns():
+    check_gradients(method)
+
+
+def test_a_batch_of_two_equals_two_singles():
+    check_batch_equals_singles(make(method, dc_normalise=False))  # whose mean is over the batch
+
+
+def test_one_image_can_be_overfitted():
+    overfitted(method)
+
+
+# ------------------------------------------------------------------------------ flags, command line
+
+CHANGED = dict(
+    dc_loss=False, dc_error="pixels", dc_eps=1.0, dc_normalise=False, iac=False, iac_alpha=0.4,
+    iac_threshold=0.7, iac_form="sum", nms="plain", nms_iou=0.3, cl_literal=True, soft_nms_iou=0.2,
+    soft_nms_score=0.9, cls_weight=2.0, box_weight=2.0, focal_alpha=0.5, focal_gamma=1.0, box_beta=0.5,
+    fg_iou=0.6, bg_iou=0.3, tower_convs=2, anchor_scale=3.0, score_threshold=0.95, top_scores=5,
+    max_detections=3,
+)  # fmt: skip
+
+
+def test_every_flag_is_covered():
+    assert own_flags(method) == set(CHANGED) | {"compare_nms", "analyze"}  # see the command line
+
+
+@pytest.fixture(scope="module")
+def known():
+    assert behaviour(method) == behaviour(method)
+    return {nms: behaviour(method, nms=nms) for nms in ("cl", "soft")}
+
+
+@pytest.mark.parametrize("flag", list(CHANGED))
+def test_flag_changes_the_run(known, flag):
+    nms = "soft" if "soft" in flag else "cl"
+    assert behaviour(method, **{"nms": nms, flag: CHANGED[flag]}) != known[nms]
+
+
+def test_the_command_line(tmp_path, monkeypatch):
+    metrics, where = check_resume(method, tmp_path, monkeypatch)
+    actions = ["--eval", "--predict", f"{tmp_path}/a.png", "--compare-nms", "--analyze"]
+    assert method.main([*RUN, *actions, *where]) == metrics
+    assert (tmp_path / "c" / "pictures").is_dir()
+    rows = json.loads((tmp_path / "c" / "compare_nms.json").read_text())
+    assert list(rows) == ["plain", "soft", "cl", "cl, literal"]
+    found = json.loads((tmp_path / "c" / "analyze.json").read_text())
+    assert 0 < found["matched"] < found["candidates"]
+    assert rows["cl"] == metrics  # one pass gives what --eval gives
+    assert method.main([*RUN, "--eval", "--nms", "plain", *where]) == rows["plain"]
+
+
+@pytest.mark.parametrize("name", ["bccd", "coco_tiny"])
+def test_real_data(detection_data, tmp_path, name):
+    check_real_data(method, detection_data / name, tmp_path, "--compare-nms")
+    assert (tmp_path / "compare_nms.json").exists()
