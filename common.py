@@ -110,7 +110,7 @@ class Config:
     steps: int = 0  # length of training in steps instead
     drops: tuple[float, ...] = (8 / 12, 11 / 12)  # lr / 10 at these fractions of training
     warmup: int = 500  # steps of linear warm-up (at most a tenth of training) ...
-    warmup_factor: float = 1 / 3  # ... from this share of the learning rate
+    warmup_factor: float = 1 / 3  # ... from this share of the rate; choice: papers do not say
     clip_norm: float = 0.0  # largest gradient norm; 0: no clipping
     amp: Literal["auto", "off", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it
     seed: int = 0  # of weights, order, augmentation, sampling and synthetic images
@@ -1005,6 +1005,7 @@ class RPN(nn.Module):
         """Objectness (BCE) and box (smooth L1, beta 1/9) losses over sampled anchors."""
         anchors, logits, deltas, _ = output
         gt_boxes, _, gt_valid, gt_ignore = pad_targets(targets)
+        # choice: a gt keeps its best anchors from IoU 0.3 on; the papers give 0.7 and 0.3 alone.
         labels, matched, _ = match(
             anchors[None], gt_boxes, 0.7, 0.3, gt_valid, gt_ignore, low_quality=0.3
         )
