@@ -153,6 +153,11 @@ class BadInput(ValueError):
 DELTA_CLAMP = math.log(1000 / 16)  # largest |dw|, |dh| before exp
 
 
+def constant(values, device) -> Tensor:
+    """A small float tensor on a device; torch.tensor(values, device=) would wait for a GPU."""
+    return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
+
+
 def encode_boxes(boxes: Tensor, gt_boxes: Tensor, stds=(1.0, 1.0, 1.0, 1.0)) -> Tensor:
     """Deltas (dx, dy, dw, dh) that move `boxes` onto `gt_boxes`; both [..., 4].
 
@@ -166,12 +171,12 @@ def encode_boxes(boxes: Tensor, gt_boxes: Tensor, stds=(1.0, 1.0, 1.0, 1.0)) -> 
     gt_size = (gt_boxes[..., 2:] - gt_boxes[..., :2]).clamp(min=1e-6)
     shift = (gt_boxes[..., :2] + gt_boxes[..., 2:] - boxes[..., :2] - boxes[..., 2:]) / 2
     deltas = torch.cat([shift / size, (gt_size / size).log()], dim=-1)
-    return deltas / deltas.new_tensor(stds)
+    return deltas / constant(stds, deltas.device)
 
 
 def decode_boxes(boxes: Tensor, deltas: Tensor, stds=(1.0, 1.0, 1.0, 1.0)) -> Tensor:
     """Boxes [..., 4] moved by deltas (dx, dy, dw, dh) [..., 4]; float32 whatever deltas' dtype."""
-    deltas = deltas.float() * torch.tensor(stds, device=deltas.device)
+    deltas = deltas.float() * constant(stds, deltas.device)
     size = boxes[..., 2:] - boxes[..., :2]
     centre = (boxes[..., :2] + boxes[..., 2:]) / 2 + deltas[..., :2] * size
     half = size * deltas[..., 2:].clamp(-DELTA_CLAMP, DELTA_CLAMP).exp() / 2
@@ -794,11 +799,10 @@ def pad_images(images: list[Tensor], divisor: int = 32) -> tuple[Tensor, Tensor]
     H, W = (math.ceil(side / divisor) * divisor for side in (H, W))
     batch = torch.zeros(len(images), 3, H, W, device=images[0].device)
     batch = batch.to(memory_format=torch.channels_last)
-    mean, std = (torch.tensor(v, device=batch.device)[:, None, None] for v in (MEAN, STD))
+    mean, std = (constant(v, batch.device)[:, None, None] for v in (MEAN, STD))
     for padded, image in zip(batch, images):  # sizes differ: B copies
         padded[:, : image.shape[1], : image.shape[2]] = (image.float() / 255 - mean) / std
-    sizes = torch.tensor([i.shape[1:] for i in images], dtype=torch.float32)
-    return batch, sizes.to(batch.device, non_blocking=True)
+    return batch, constant([i.shape[1:] for i in images], batch.device)
 
 
 def pad_targets(targets: list[dict]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -901,6 +905,17 @@ class ResNetFPN(nn.Module):
         return list(self.fpn(maps).values())
 
 
+def make_backbone(config: Config, extra: str = "pool") -> ResNetFPN:
+    return ResNetFPN(
+        config.backbone,
+        config.fpn_channels,
+        extra,
+        weights=config.backbone_weights,
+        norm=config.norm,
+        frozen_stages=config.frozen_stages,
+    )
+
+
 # ------------------------------------------------------------------------------ anchors, RPN
 
 
@@ -910,8 +925,8 @@ def make_anchors(shapes, strides, scales, ratios, device=None) -> Tensor:
     Centred on the cells, not rounded; sides scale * stride; ratio is h / w; A runs over ratios, in
     each over scales.
     """
-    ratio = torch.tensor(ratios, device=device).sqrt()[:, None]
-    scale = torch.tensor(scales, device=device)
+    ratio = constant(ratios, device).sqrt()[:, None]
+    scale = constant(scales, device)
     w, h = (scale / ratio).flatten() / 2, (scale * ratio).flatten() / 2  # [A] in strides
     base = torch.stack([-w, -h, w, h], 1)
     levels = []
@@ -1006,10 +1021,10 @@ class RPN(nn.Module):
         anchors, logits, deltas, _ = output
         gt_boxes, _, gt_valid, gt_ignore = pad_targets(targets)
         # choice: a gt keeps its best anchors from IoU 0.3 on; the papers give 0.7 and 0.3 alone.
-        labels, matched, _ = match(
-            anchors[None], gt_boxes, 0.7, 0.3, gt_valid, gt_ignore, low_quality=0.3
-        )
-        labels[~inside_image(anchors, sizes)] = -1
+        inside = inside_image(anchors, sizes)
+        here = anchors * inside[..., None]  # in the padding: no area, so nobody's best anchor
+        labels, matched, _ = match(here, gt_boxes, 0.7, 0.3, gt_valid, gt_ignore, low_quality=0.3)
+        labels[~inside] = -1
         index, valid = sample(labels, self.num_samples, 0.5)
         positive = valid & (labels.gather(1, index) == 1)
         num = global_mean(valid.sum())
@@ -1052,6 +1067,96 @@ def sample_rois(proposals: Tensor, valid: Tensor, targets: list[dict], num: int,
     return rois, torch.where(foreground, gt_labels[image, gt], -1), gt_boxes[image, gt], gt
 
 
+RCNN_STDS = (0.1, 0.1, 0.2, 0.2)  # Faster R-CNN scales an RoI's deltas by these
+
+
+def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy over all processes' RoIs: logits [R, K + 1], labels [R]; 0 with R = 0."""
+    total = F.cross_entropy(logits.float(), labels, reduction="sum")
+    return total / global_mean(torch.ones_like(labels).sum())
+
+
+def class_box_loss(deltas: Tensor, rois: Tensor, labels: Tensor, gt_boxes: Tensor) -> Tensor:
+    """Fast R-CNN's box loss: smooth L1 (beta 1) of the true class's deltas, over all R RoIs.
+
+    deltas [R, 4K] as `RCNN_STDS` scales them, rois [R, 5], labels [R] with background K, gt_boxes
+    [R, 4]: background adds nothing to the sum, but counts in the mean.
+    """
+    positive = labels < deltas.shape[1] // 4
+    mine = deltas.view(len(deltas), -1, 4)
+    mine = mine[torch.arange(len(mine), device=mine.device), torch.where(positive, labels, 0)]
+    wanted = encode_boxes(rois[:, 1:], gt_boxes, RCNN_STDS)
+    loss = F.smooth_l1_loss(mine.float(), wanted, reduction="none").sum(1)  # [R]
+    return torch.where(positive, loss, 0).sum() / global_mean(torch.ones_like(loss).sum())
+
+
+def two_fc(in_features: int, hidden: int, out_features: int) -> nn.Sequential:
+    """Fast R-CNN's head: flattens, two hidden layers, one last that starts at N(0, 0.01)."""
+    last = nn.Linear(hidden, out_features)
+    nn.init.normal_(last.weight, std=0.01)
+    nn.init.zeros_(last.bias)
+    first, second = nn.Linear(in_features, hidden), nn.Linear(hidden, hidden)
+    return nn.Sequential(nn.Flatten(), first, nn.ReLU(), second, nn.ReLU(), last)
+
+
+class TwoStage(nn.Module):
+    """Backbone, RPN and RoIs of a two-stage detector; a method adds heads, `loss`, `candidates`.
+
+    Reads of the method's config: anchor_scale, proposals_train, proposals_test, roi_samples,
+    roi_positive, max_detections, and what `ResNetFPN` takes.
+    """
+
+    def __init__(self, config: Config, num_classes: int):
+        super().__init__()
+        self.config, self.num_classes = config, num_classes
+        self.backbone = make_backbone(config)
+        boxes = (config.proposals_train, config.proposals_test)
+        scale = config.anchor_scale
+        self.rpn = RPN(config.fpn_channels, scale=scale, pre_nms=boxes, post_nms=boxes)
+        self.strides = self.backbone.strides[:4]  # RoIs are pooled from P2..P5
+
+    def training_rois(self, images: list[Tensor], targets: list[dict]):
+        """-> features, sizes [B, 2], RPN's losses; rois [R, 5], labels [R] (background K), gts [R, 4].
+
+        The gts of background RoIs mean nothing.
+        """
+        config, (batch, sizes) = self.config, pad_images(images)
+        features = self.backbone(batch)
+        output = self.rpn(features)
+        losses = self.rpn.loss(output, sizes, targets)
+        proposals, valid = self.rpn.proposals(output, sizes, training=True)
+        rois, labels, gt_boxes, _ = sample_rois(
+            proposals, valid, targets, config.roi_samples, config.roi_positive
+        )
+        labels = torch.where(labels >= 0, labels, self.num_classes)
+        return features, sizes, losses, rois, labels, gt_boxes
+
+    def test_rois(self, images: list[Tensor]):
+        """-> features, sizes [B, 2]; rois [R, 5] and the image [R] of each."""
+        batch, sizes = pad_images(images)
+        features = self.backbone(batch)
+        proposals, valid = self.rpn.proposals(self.rpn(features), sizes)
+        image, slot = valid.nonzero(as_tuple=True)
+        rois = torch.cat([image[:, None].float(), proposals[image, slot]], 1)
+        return features, sizes, rois, image
+
+    def pool(self, features: list[Tensor], rois: Tensor, size: int) -> Tensor:
+        """RoIAlign of rois [R, 5] from P2..P5 -> [R, C, size, size]."""
+        return kernels.roi_align(features[:4], rois, size, self.strides)
+
+    def predict(self, images: list[Tensor]) -> list[dict]:
+        return self.finish(self.candidates(images), len(images))
+
+    def finish(self, candidates: dict[str, Tensor], num_images: int) -> list[dict]:
+        most = self.config.max_detections
+        return keep_best(candidates, num_images, self.num_classes, self.suppress, most)
+
+    def suppress(self, boxes: Tensor, scores: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices kept, best first, and their scores: a method may have its own."""
+        keep = kernels.batched_nms(boxes, scores, groups, self.config.nms_iou)
+        return keep, scores[keep]
+
+
 # ------------------------------------------------------------------------------ RetinaNet
 
 
@@ -1059,15 +1164,28 @@ class RetinaTowers(nn.Module):
     """RetinaNet's two towers, shared by the levels: four 3x3 convolutions each, then predictions.
 
     L maps -> cls_logits [B, N, K], box_deltas [B, N, 4], and the box tower's last maps (L, for
-    heads that predict more from them); N = sum(H*W*A).
+    heads that predict more from them); N = sum(H*W*A). `groups`: of a GroupNorm after each tower
+    convolution, 0 for none as in the papers. Training from nothing needs it: at N(0, 0.01) a narrow
+    tower passes almost no signal on.
     """
 
-    def __init__(self, in_channels: int, num_anchors: int, num_classes: int, num_convs: int = 4):
+    def __init__(
+        self,
+        in_channels: int,
+        num_anchors: int,
+        num_classes: int,
+        num_convs: int = 4,
+        groups: int = 0,
+    ):
         super().__init__()
 
         def tower() -> nn.Sequential:
-            convs = [nn.Conv2d(in_channels, in_channels, 3, padding=1) for _ in range(num_convs)]
-            return nn.Sequential(*[layer for conv in convs for layer in (conv, nn.ReLU())])
+            layers: list[nn.Module] = []
+            for _ in range(num_convs):
+                layers.append(nn.Conv2d(in_channels, in_channels, 3, padding=1))
+                layers += [nn.GroupNorm(groups, in_channels)] if groups else []
+                layers.append(nn.ReLU())
+            return nn.Sequential(*layers)
 
         self.num_classes = num_classes
         self.cls_tower, self.box_tower = tower(), tower()
@@ -1098,26 +1216,27 @@ class FocalLoss(torch.autograd.Function):
         M, K = logits.shape
         loss = logits.new_empty(M)
         slope = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        foreground = ((labels >= 0) & (labels < K))[:, None]  # [M, 1], as all that is of true ones
+        true = labels.clamp(0, K - 1)[:, None]
+        logit = logits.gather(1, true)
+        rest, entropy = (-logit).sigmoid(), F.softplus(-logit)  # 1 - p, -log p
+        weight = alpha * rest**gamma
+        positive = weight * entropy
+        exchanged = -weight * (rest + gamma * logit.sigmoid() * entropy)
         # A CPU is fastest where a chunk stays in its cache, a GPU where there are few.
         rows = max(1, 2 ** (17 if logits.device.type == "cpu" else 24) // K)
         for part in (slice(i, i + rows) for i in range(0, M, rows)):
-            probs, entropy = logits[part].sigmoid(), F.softplus(logits[part])
-            weight = (probs**gamma).mul_(1 - alpha)
-            loss[part] = (weight * entropy).sum(1)
+            probs, entropies = logits[part].sigmoid(), F.softplus(logits[part])
+            weights = (probs**gamma).mul_(1 - alpha)
+            terms, at, mine = weights * entropies, true[part], foreground[part]
+            # Exchanged before the sum: a sure positive's loss is far below its loss as a negative.
+            terms.scatter_(1, at, torch.where(mine, positive[part], terms.gather(1, at)))
+            loss[part] = terms.sum(1)
             if slope is not None:  # weight' = weight gamma (1 - probs), entropy' = probs
-                entropy.mul_(gamma * (1 - probs)).add_(probs)
-                torch.mul(entropy, weight, out=slope[part])
-        true = labels.clamp(0, K - 1)[:, None]
-        foreground = (labels >= 0) & (labels < K)
-        logit = logits.gather(1, true)[:, 0]
-        prob, entropy = logit.sigmoid(), F.softplus(-logit)
-        weight = alpha * (1 - prob) ** gamma
-        negative = (1 - alpha) * prob**gamma * F.softplus(logit)
-        loss += torch.where(foreground, weight * entropy - negative, 0)
+                entropies.mul_(gamma * (1 - probs)).add_(probs)
+                torch.mul(entropies, weights, out=slope[part])
         if slope is not None:
-            exchanged = weight * (prob - 1 - gamma * prob * entropy)
-            kept = slope.gather(1, true)[:, 0]
-            slope.scatter_(1, true, torch.where(foreground, exchanged, kept)[:, None])
+            slope.scatter_(1, true, torch.where(foreground, exchanged, slope.gather(1, true)))
             ctx.save_for_backward(slope, labels)
         return torch.where(labels >= 0, loss, 0)
 
@@ -1149,13 +1268,21 @@ def match_anchors(anchors: Tensor, sizes: Tensor, targets: list[dict], high=0.5,
     """RetinaNet's assignment; every gt keeps its best anchor, anchors in the padding do not train.
 
     anchors [N, 4] -> labels [B, N] (1, 0, -1), and the gt that each anchor overlaps most:
-    boxes [B, N, 4] and classes [B, N] (zeros where an image has none).
+    boxes [B, N, 4] and classes [B, N] (zeros where an image has none but crowds).
     """
     gt_boxes, gt_labels, valid, ignore = pad_targets(targets)
-    labels, matched, _ = match(anchors[None], gt_boxes, high, low, valid, ignore, low_quality=0.0)
-    labels[~inside_image(anchors, sizes)] = -1
+    inside = inside_image(anchors, sizes)
+    here = anchors * inside[..., None]  # in the padding: no area, so nobody's best anchor
+    labels, matched, _ = match(here, gt_boxes, high, low, valid, ignore, low_quality=0.0)
+    labels[~inside] = -1
+    gt_boxes = gt_boxes * valid[..., None]  # who meets no gt is given the first, maybe a crowd
     image = torch.arange(len(labels), device=labels.device)[:, None]
     return labels, gt_boxes[image, matched], gt_labels[image, matched]
+
+
+def class_targets(labels: Tensor, gt_labels: Tensor, num_classes: int) -> Tensor:
+    """labels (1, 0, -1) and the classes of their gts -> what `focal_loss` takes: 0..K-1, K, -1."""
+    return torch.where(labels == 1, gt_labels, torch.where(labels == 0, num_classes, -1))
 
 
 def count_positives(labels: Tensor) -> Tensor:
@@ -1163,11 +1290,14 @@ def count_positives(labels: Tensor) -> Tensor:
     return global_mean((labels == 1).sum(1).clamp(min=1).sum())
 
 
-def best_predictions(best: Tensor, score, per_level: list[int], most: int, threshold: float):
+def best_predictions(
+    best: Tensor, score, per_level: list[int], most: int, threshold: float, all_classes: bool
+):
     """Up to `most` scores a level and image, of (anchor, class) pairs, above the threshold.
 
     best [B, N] is each anchor's highest score; score((image, anchor) [B, M]) -> [B, M, K] gives all
-    of some anchors. The best pairs are on the best anchors, so the rest are never computed.
+    of some anchors. The best pairs are on the best anchors, so the rest are never computed. With
+    `all_classes` the limit is of anchors: all their classes above the threshold.
     -> image, anchor, label, score, each [number found].
     """
     image = torch.arange(len(best), device=best.device)[:, None]  # [B, 1]
@@ -1176,13 +1306,90 @@ def best_predictions(best: Tensor, score, per_level: list[int], most: int, thres
         top, anchor = best[:, first : first + n].topk(min(n, most), dim=1)
         anchor = anchor + first  # [B, M]
         scores = torch.where(top[..., None] > threshold, score((image, anchor)), 0)  # [B, M, K]
-        value, pair = scores.flatten(1).topk(min(scores[0].numel(), most), dim=1)
+        pairs = scores[0].numel()
+        value, pair = scores.flatten(1).topk(pairs if all_classes else min(pairs, most), dim=1)
         anchor = anchor.gather(1, pair // scores.shape[-1])
         picked.append((value, anchor, pair % scores.shape[-1]))
         first += n
     scores, anchor, label = (torch.cat(parts, 1) for parts in zip(*picked))
     found = (scores > threshold).nonzero(as_tuple=True)
     return found[0], anchor[found], label[found], scores[found]
+
+
+class RetinaNet(nn.Module):
+    """Backbone, anchors and choice of boxes of a RetinaNet; a method adds `loss`, and may `rank`.
+
+    `head` is RetinaTowers or like it. Reads of the method's config: tower_convs, tower_groups,
+    anchor_scale, top_scores, all_classes, score_threshold, nms_iou, max_detections, and what
+    `ResNetFPN` takes. `candidates` is `select(outputs(images), config)`, so that one forward pass
+    can serve many configs.
+    """
+
+    def __init__(self, config: Config, num_classes: int, head: type[nn.Module] = RetinaTowers):
+        super().__init__()
+        self.config, self.num_classes = config, num_classes
+        self.backbone = make_backbone(config, extra="conv")
+        towers = config.tower_convs, config.tower_groups
+        self.head = head(config.fpn_channels, 9, num_classes, *towers)
+        self.to(memory_format=torch.channels_last)
+
+    def outputs(self, images: list[Tensor]) -> dict:
+        """What the network says of N anchors an image.
+
+        cls_logits [B, N, K], deltas [B, N, 4], third: the head's third output, anchors [N, 4],
+        per_level: N of each level, sizes [B, 2].
+        """
+        batch, sizes = pad_images(images)
+        features = self.backbone(batch)
+        anchors, per_level = retina_anchors(
+            features, self.backbone.strides, self.config.anchor_scale
+        )
+        out = dict(zip(("cls_logits", "deltas", "third"), self.head(features)))
+        return out | dict(anchors=anchors, per_level=per_level, sizes=sizes)
+
+    def predict(self, images: list[Tensor]) -> list[dict]:
+        return self.finish(self.candidates(images), len(images))
+
+    @torch.no_grad()
+    def candidates(self, images: list[Tensor]) -> dict[str, Tensor]:
+        return self.select(self.outputs(images), self.config)
+
+    def rank(self, probs: Tensor, outputs: dict, at: tuple, config: Config) -> Tensor:
+        """Scores [..., K] of the anchors at = (image, anchor) from their class probs; rising."""
+        return probs
+
+    def select(self, outputs: dict, config: Config) -> dict[str, Tensor]:
+        """The boxes that enter NMS: boxes, scores, labels, and the image and anchor of each."""
+        logits, anchors, sizes = (outputs[k] for k in ("cls_logits", "anchors", "sizes"))
+
+        def rank(logits: Tensor, at: tuple) -> Tensor:
+            return self.rank(logits.sigmoid(), outputs, at, config)
+
+        # The score rises with p, so an anchor's best is that of its best class: no [B, N, K] here.
+        best = rank(logits.amax(-1, keepdim=True), (slice(None), slice(None))).squeeze(-1)
+        best = torch.where(inside_image(anchors, sizes), best, 0)
+        image, anchor, labels, scores = best_predictions(
+            best,
+            lambda at: rank(logits[at], at),
+            outputs["per_level"],
+            config.top_scores,
+            config.score_threshold,
+            config.all_classes,
+        )
+        boxes = decode_boxes(anchors[anchor], outputs["deltas"][image, anchor])
+        boxes = clip_boxes(boxes, sizes[image])
+        return dict(boxes=boxes, scores=scores, labels=labels, image=image, anchor=anchor)
+
+    def finish(self, candidates: dict, num_images: int, config: Config | None = None) -> list[dict]:
+        """The last NMS, under this config or another."""
+        config = config or self.config
+        suppress = lambda *found: self.suppress(*found, config)  # noqa: E731
+        return keep_best(candidates, num_images, self.num_classes, suppress, config.max_detections)
+
+    def suppress(self, boxes: Tensor, scores: Tensor, groups: Tensor, config: Config):
+        """Indices kept, best first, and their scores: a method may have its own."""
+        keep = kernels.batched_nms(boxes, scores, groups, config.nms_iou)
+        return keep, scores[keep]
 
 
 class Variants(nn.Module):
@@ -1247,12 +1454,13 @@ class Unsuppressed(nn.Module):
 def candidates_with_iou(model: nn.Module, data: Dataset, config: Config, device):
     """Yield (image id, boxes as they enter NMS) of this process's images; for each box also
 
-    `iou` [n], with the best object of its own label, and `iou_any` [n], of any; 0 with none.
+    `iou` [n], with the best object of its own label, and `iou_any` [n], of any; 0 with none. Crowds
+    and difficult objects do not count, so that a box on one has IoU 0.
     """
     label = {c["id"]: i for i, c in enumerate(data.categories)}
     objects: dict = {}
     for a in data.coco()["annotations"]:
-        if not a.get("iscrowd", 0):
+        if not (a.get("iscrowd", 0) or a.get("difficult", 0)):
             objects.setdefault(a["image_id"], []).append((a["bbox"], label[a["category_id"]]))
     for target, found in detect(Unsuppressed(model, config), data, config, device):
         mine = objects.get(target["image_id"], [])
@@ -1269,8 +1477,12 @@ def correlation(x: Tensor, y: Tensor) -> dict[str, float | None]:
     1.0
     """
     found: dict[str, float | None] = dict(pearson=None, spearman=None)
-    ranks = [v.argsort().argsort() for v in (x, y)]  # choice: ties are broken by position
-    for name, pair in zip(found, ((x, y), ranks)):
+
+    def ranks(v: Tensor) -> Tensor:  # equal values share their mean rank
+        _, place, count = v.unique(return_inverse=True, return_counts=True)
+        return (count.cumsum(0) - (count - 1) / 2)[place]
+
+    for name, pair in zip(found, ((x, y), (ranks(x), ranks(y)))):
         value = torch.corrcoef(torch.stack(pair).double())[0, 1].item() if len(x) > 1 else math.nan
         found[name] = round(value, 4) if value == value else None
     return found
@@ -1289,6 +1501,18 @@ def best_per_image(image: Tensor, num_images: int, most: int) -> Tensor:
     """Mask [N]: the first `most` entries of each image, in the order given (image [N])."""
     seen = F.one_hot(image, num_images).cumsum(0)  # [N, B]
     return seen.gather(1, image[:, None])[:, 0] <= most
+
+
+def keep_best(candidates: dict, num_images: int, num_classes: int, suppress, most: int):
+    """A detector's last step: NMS inside each image and class, then each image's best `most`.
+
+    suppress(boxes [N, 4], scores [N], groups [N]) -> indices kept, best first, and their scores.
+    """
+    boxes, scores, labels, image = (candidates[k] for k in ("boxes", "scores", "labels", "image"))
+    keep, scores = suppress(boxes, scores, image * num_classes + labels)
+    best = best_per_image(image[keep], num_images, most)
+    keep, scores = keep[best], scores[best]
+    return split_images(boxes[keep], scores, labels[keep], image[keep], num_images)
 
 
 def split_images(boxes: Tensor, scores: Tensor, labels: Tensor, image: Tensor, num_images: int):
@@ -1503,6 +1727,15 @@ def evaluate(model: nn.Module, data: Dataset, config: Config, device=None, out=N
 def show_metrics(metrics: dict) -> str:
     keys = "AP AP50 AP75 AP90 AP_small AP_medium AP_large voc07_AP50".split()
     return "  ".join(f"{k} {metrics[k]:.3f}" for k in keys if metrics.get(k) is not None)
+
+
+def show_table(rows: dict[str, dict], keys="AP AP50 AP60 AP70 AP75 AP80 AP90") -> None:
+    """Print metrics of several evaluations, one a line, in percent."""
+    width, keys = max(map(len, rows)), keys.split()
+    say(f"{'':{width}}  " + "  ".join(f"{k:>5}" for k in keys))
+    for name, metrics in rows.items():
+        values = ("    -" if metrics[k] is None else f"{100 * metrics[k]:5.1f}" for k in keys)
+        say(f"{name:{width}}  " + "  ".join(values))
 
 
 def write_json(path: Path, value) -> None:

@@ -94,8 +94,6 @@ class Config(common.Config):
 
 # ------------------------------------------------------------------------------ equations
 
-BOX_STDS = (0.1, 0.1, 0.2, 0.2)  # Faster R-CNN's deltas, for the baseline's Eq. 1
-
 
 def cell_centres(proposals: Tensor, size: int = 7) -> Tensor:
     """Centres of the proposals' size x size bins: [R, 4] -> x, y [R, 2, S, S]."""
@@ -244,15 +242,6 @@ class DiscriminativePool(nn.Module):
         return self.pool(samples)
 
 
-def two_fc(in_features: int, hidden: int, out_features: int) -> nn.Sequential:
-    """Fast R-CNN's head: two hidden layers; the last starts at N(0, 0.01)."""
-    last = nn.Linear(hidden, out_features)
-    nn.init.normal_(last.weight, std=0.01)
-    nn.init.zeros_(last.bias)
-    first, second = nn.Linear(in_features, hidden), nn.Linear(hidden, hidden)
-    return nn.Sequential(nn.Flatten(), first, nn.ReLU(), second, nn.ReLU(), last)
-
-
 # ------------------------------------------------------------------------------ losses
 
 
@@ -269,90 +258,53 @@ def dense_losses(offsets, overlap_logits, proposals, gt_boxes, config: Config) -
     return losses
 
 
-def single_box_loss(deltas, rois, labels, gt_boxes, num_classes: int) -> Tensor:
-    """The baseline's box loss (Eq. 1): smooth L1 of the true class's deltas, over all R RoIs."""
-    positive = labels < num_classes
-    mine = deltas.view(len(deltas), num_classes, 4)
-    mine = mine[torch.arange(len(deltas), device=deltas.device), labels.clamp(max=num_classes - 1)]
-    wanted = common.encode_boxes(rois[:, 1:], gt_boxes, BOX_STDS)
-    loss = F.smooth_l1_loss(mine.float(), wanted, reduction="none").sum(1)  # [R]
-    return torch.where(positive, loss, 0).sum() / common.global_mean(torch.ones_like(loss).sum())
-
-
 # ------------------------------------------------------------------------------ detector
 
 
-class Detector(nn.Module):
+class Detector(common.TwoStage):
     """Figure 2. For `loss`, `candidates`, `finish` and `predict` see common.py."""
 
     def __init__(self, config: Config, num_classes: int):
-        super().__init__()
-        self.config, self.num_classes, C, S = config, num_classes, config.fpn_channels, 7
-        self.backbone = common.ResNetFPN(
-            config.backbone,
-            C,
-            weights=config.backbone_weights,
-            norm=config.norm,
-            frozen_stages=config.frozen_stages,
-        )
-        boxes = (config.proposals_train, config.proposals_test)
-        self.rpn = common.RPN(C, scale=config.anchor_scale, pre_nms=boxes, post_nms=boxes)
-        self.strides = self.backbone.strides[:4]  # RoIs are pooled from P2..P5
+        super().__init__(config, num_classes)
+        C, S = config.fpn_channels, 7
         if config.dlr:
             dense = (config.conv_channels, config.num_convs, config.groups, config.offset_bias)
             self.regress = DenseLocalHead(C, *dense)
         else:
-            self.regress = two_fc(C * S * S, config.fc_channels, 4 * num_classes)
+            self.regress = common.two_fc(C * S * S, config.fc_channels, 4 * num_classes)
         if config.drp:
             self.drp = nn.ModuleList(
                 DiscriminativePool(C, config.fc_channels, S, config.weighting)
                 for _ in (self.strides if config.drp_per_level else (0,))
             )
-        self.classify = two_fc(C * S * S, config.fc_channels, num_classes + 1)
+        self.classify = common.two_fc(C * S * S, config.fc_channels, num_classes + 1)
         self.to(memory_format=torch.channels_last)
 
     def loss(self, images: list[Tensor], targets: list[dict]) -> dict[str, Tensor]:
-        config, (batch, sizes) = self.config, common.pad_images(images)
-        features = self.backbone(batch)
-        output = self.rpn(features)
-        losses = self.rpn.loss(output, sizes, targets)
-        proposals, valid = self.rpn.proposals(output, sizes, training=True)
-        rois, labels, gt_boxes, _ = common.sample_rois(
-            proposals, valid, targets, config.roi_samples, config.roi_positive
-        )
-        positive = labels >= 0
-        labels = torch.where(positive, labels, self.num_classes)
+        config = self.config
+        features, sizes, losses, rois, labels, gt_boxes = self.training_rois(images, targets)
         logits = self.class_logits(features, rois)
-        cls = F.cross_entropy(logits.float(), labels, reduction="sum")
-        num = common.global_mean(torch.ones_like(labels).sum())
-        losses["cls"] = config.cls_weight * cls / num
+        losses["cls"] = config.cls_weight * common.class_loss(logits, labels)
         if not config.dlr:
             deltas = self.regress(self.pool(features, rois, 7))
-            losses["reg"] = single_box_loss(deltas, rois, labels, gt_boxes, self.num_classes)
+            losses["reg"] = common.class_box_loss(deltas, rois, labels, gt_boxes)
             return losses
-        chosen = positive.nonzero()[:, 0]
+        chosen = (labels < self.num_classes).nonzero()[:, 0]
         chosen = chosen[torch.randperm(len(chosen), device=chosen.device)[: config.reg_rois]]
         image = rois[chosen, 0]
         moved = jitter_boxes(rois[chosen, 1:], config.jitter, sizes[image.long()])
         pooled = self.pool(features, torch.cat([image[:, None], moved], 1), 14)
         return losses | dense_losses(*self.regress(pooled), moved, gt_boxes[chosen], config)
 
-    def predict(self, images: list[Tensor]) -> list[dict]:
-        return self.finish(self.candidates(images), len(images))
-
     @torch.no_grad()
     def candidates(self, images: list[Tensor]) -> dict[str, Tensor]:
         """Proposals are classified, thinned by NMS, and only then regressed (4.1)."""
-        config, (batch, sizes) = self.config, common.pad_images(images)
-        features = self.backbone(batch)
-        proposals, valid = self.rpn.proposals(self.rpn(features), sizes)
-        image, slot = valid.nonzero(as_tuple=True)
-        rois = torch.cat([image[:, None].float(), proposals[image, slot]], 1)
+        config, (features, sizes, rois, image) = self.config, self.test_rois(images)
         probs = self.class_logits(features, rois).float().softmax(1)[:, :-1]
         row, labels, scores = common.over_threshold(probs, config.score_threshold)
         if not config.dlr:  # the baseline regresses first, a box per class
             deltas = self.regress(self.pool(features, rois, 7)).view(len(rois), -1, 4)
-            boxes = common.decode_boxes(rois[row, 1:], deltas[row, labels], BOX_STDS)
+            boxes = common.decode_boxes(rois[row, 1:], deltas[row, labels], common.RCNN_STDS)
             boxes = common.clip_boxes(boxes, sizes[image[row]])
             return dict(boxes=boxes, scores=scores, labels=labels, image=image[row])
         groups = image[row] * self.num_classes + labels
@@ -364,28 +316,12 @@ class Detector(nn.Module):
         boxes = kernels.decode_dense_offsets(rois[row, 1:], offsets, overlap, sizes[image[row]])
         return dict(boxes=boxes, scores=scores, labels=labels, image=image[row])
 
-    def finish(self, candidates: dict[str, Tensor], num_images: int) -> list[dict]:
-        boxes, scores, labels, image = (
-            candidates[k] for k in ("boxes", "scores", "labels", "image")
-        )
-        config, groups = self.config, image * self.num_classes + labels
-        if config.soft_nms and config.dlr:
-            keep, scores = kernels.soft_nms(
-                boxes,
-                scores,
-                groups,
-                iou_threshold=config.soft_nms_iou,
-                score_threshold=config.soft_nms_score,
-            )
-        else:
-            keep = kernels.batched_nms(boxes, scores, groups, config.nms_iou)
-            scores = scores[keep]
-        best = common.best_per_image(image[keep], num_images, config.max_detections)
-        keep, scores = keep[best], scores[best]
-        return common.split_images(boxes[keep], scores, labels[keep], image[keep], num_images)
-
-    def pool(self, features: list[Tensor], rois: Tensor, size: int) -> Tensor:
-        return kernels.roi_align(features[:4], rois, size, self.strides)  # [R, C, size, size]
+    def suppress(self, boxes: Tensor, scores: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.config
+        if not (config.soft_nms and config.dlr):
+            return super().suppress(boxes, scores, groups)
+        limits = dict(iou_threshold=config.soft_nms_iou, score_threshold=config.soft_nms_score)
+        return kernels.soft_nms(boxes, scores, groups, **limits)
 
     def class_logits(self, features: list[Tensor], rois: Tensor) -> Tensor:
         """rois [R, 5] -> logits [R, K + 1], through DRP if it is on."""

@@ -35,7 +35,7 @@ The displayed equations are lost in the text that we have. Rebuilt (each a funct
        alpha. `--iac-form sum` is alpha p + (1 - alpha) inner / min_area; `--iac-alpha 0.25` the
        other reading. An anchor inside an object is then positive from p = 0.40 (product), 1/3
        (sum), 0.06 (product, other), or from step one whatever p (sum, other).
-    4. y = 1 if IoU >= 0.5 or s > 0.5; 0 if IoU < 0.4; else ignored   (2.2, printed)
+    4. y = 1 if IoU > 0.5 or s > 0.5; 0 if IoU < 0.4; else ignored   (2.2, printed)
        Where the first two lines meet, the first counts: "to recall some anchors with low IoUs".
     5. centre = sum p_i c_i / sum p_i over the cluster; s_nms = p + d   (2.3)
        "the normalized Euclidean distance" to the centre is "the localization score" and is added.
@@ -48,7 +48,8 @@ Deviations (paper | MMDetection's RetinaNet, its baseline | here):
     IoU = 0.5 exactly: not positive | positive | the latter, as in the baseline.
     P7: - | no ReLU between P6 and P7 | the latter. Anchors: - | "+1" box sizes, rounded | neither.
     Boxes that enter NMS: - | all classes of a level's best 1000 anchors | its best 1000 (anchor,
-        class) pairs, RetinaNet's own rule: the rest rarely reach the best 100 and cost most of NMS.
+        class) pairs, RetinaNet's own rule: the rest rarely reach the best 100 and cost most of NMS;
+        `--all-classes` is the latter.
     Anchors in the batch's padding and in crowd regions: - | plain background | do not train.
 """
 
@@ -60,7 +61,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import common
 import kernels
@@ -81,31 +82,33 @@ class Config(common.Config):
     dc_normalise: bool = True  # keep the positives' total class loss (2.1)
     iac: bool = True  # also positive: anchors of a high IAC score (2.2)
     iac_alpha: float = 0.75  # share of the class probability in it (3.1)
-    iac_threshold: float = 0.5  # (3.1)
+    iac_threshold: float = 0.5  # anchors of a higher IAC score are positive (3.1)
     iac_form: Literal["product", "sum"] = "product"  # how its two factors meet
-    nms: Literal["plain", "soft", "cl"] = "cl"  # (2.3, Table 3)
-    nms_iou: float = 0.5  # of plain and CL-NMS, per class
+    nms: Literal["plain", "soft", "cl"] = "cl"  # which NMS ends the detection (2.3, Table 3)
+    nms_iou: float = 0.5  # plain and CL-NMS, per class, suppress above this IoU
     cl_literal: bool = False  # CL-NMS adds the distance itself, as the text says
     soft_nms_iou: float = 0.5  # linear soft-NMS: overlap above which it acts
-    soft_nms_score: float = 0.05  # boxes whose score decays below it are dropped
-    cls_weight: float = 1.0  # loss weights: of the focal loss,
-    box_weight: float = 1.0  # of the boxes
-    focal_alpha: float = 0.25  # weight of the true class in the focal loss
-    focal_gamma: float = 2.0  # its exponent
+    soft_nms_score: float = 0.05  # linear soft-NMS drops boxes whose score falls below
+    cls_weight: float = 1.0  # weight of the focal loss
+    box_weight: float = 1.0  # weight of the box loss
+    focal_alpha: float = 0.25  # focal loss: weight of the true class
+    focal_gamma: float = 2.0  # focal loss: exponent
     box_beta: float = 0.11  # smooth L1 is quadratic below
-    fg_iou: float = 0.5  # anchors are positive from this IoU (3.1),
-    bg_iou: float = 0.4  # negative below this one (3.1)
+    fg_iou: float = 0.5  # anchors are positive from this IoU on (3.1)
+    bg_iou: float = 0.4  # anchors are negative below this IoU (3.1)
     tower_convs: int = 4  # convolutions in each tower
+    tower_groups: int = 0  # groups of a GroupNorm after each of them; 0: no norm
     anchor_scale: float = 4.0  # anchors' side in strides, times 2^(0, 1/3, 2/3)
-    score_threshold: float = 0.05
+    score_threshold: float = 0.05  # only (anchor, class) pairs above it are boxes
     top_scores: int = 1000  # (anchor, class) pairs per level that are decoded
-    max_detections: int = 100  # per image
+    all_classes: bool = False  # all classes of so many anchors instead of so many pairs
+    max_detections: int = 100  # detections kept per image
     compare_nms: bool = False  # score --weights under plain, soft and CL-NMS in one pass
     analyze: bool = False  # correlation of score and IoU of the boxes that enter NMS
-    lr: float = 0.01  # for 16 images (3.1)
-    epochs: float = 12.28  # 90k steps of 16 images of COCO (3.1)
-    drops: tuple[float, ...] = (0.75, 75 / 90)  # after 67.5k and 75k of them (3.1)
-    clip_norm: float = 35.0  # as the baseline's release
+    lr: float = 0.01  # learning rate for 16 images a step (3.1)
+    epochs: float = 12.17  # passes over the data: 90k steps of 16 of COCO's 118,287 images (3.1)
+    drops: tuple[float, ...] = (0.75, 75 / 90)  # lr / 10 at these fractions: 67.5k, 75k (3.1)
+    clip_norm: float = 35.0  # largest gradient norm (choice: as in the IoU-aware release)
 
 
 # ------------------------------------------------------------------------------ equations
@@ -202,45 +205,15 @@ def dynamic_weights(focal: Tensor, at, boxes: Tensor, gt_boxes: Tensor, config: 
 # ------------------------------------------------------------------------------ detector
 
 
-class Detector(nn.Module):
-    """RetinaNet with the three proposals. For the methods see common.py.
-
-    `candidates` is `select(outputs(images), config)`, so that one pass can serve many configs.
-    """
-
-    def __init__(self, config: Config, num_classes: int):
-        super().__init__()
-        self.config, self.num_classes, C = config, num_classes, config.fpn_channels
-        self.backbone = common.ResNetFPN(
-            config.backbone,
-            C,
-            extra="conv",
-            weights=config.backbone_weights,
-            norm=config.norm,
-            frozen_stages=config.frozen_stages,
-        )
-        self.head = common.RetinaTowers(C, 9, num_classes, config.tower_convs)
-        self.to(memory_format=torch.channels_last)
-
-    def outputs(self, images: list[Tensor]) -> dict:
-        """Everything the network says: see the names in `loss` and `select`."""
-        batch, sizes = common.pad_images(images)
-        features = self.backbone(batch)
-        cls_logits, deltas, _ = self.head(features)
-        anchors, per_level = common.retina_anchors(
-            features, self.backbone.strides, self.config.anchor_scale
-        )
-        return dict(
-            cls_logits=cls_logits, deltas=deltas, anchors=anchors, per_level=per_level, sizes=sizes
-        )
+class Detector(common.RetinaNet):
+    """RetinaNet with the three proposals. For the other methods see common.py."""
 
     def loss(self, images: list[Tensor], targets: list[dict]) -> dict[str, Tensor]:
         config, out = self.config, self.outputs(images)
         anchors, cls_logits = out["anchors"], out["cls_logits"]
         labels, gt_boxes, gt_labels = self.assign(out, targets)
         num = common.count_positives(labels)
-        classes = torch.where(labels == 1, gt_labels, labels)
-        classes = classes.masked_fill(labels == 0, self.num_classes)
+        classes = common.class_targets(labels, gt_labels, self.num_classes)
         focal = common.focal_loss(
             cls_logits.flatten(0, 1), classes.flatten(), config.focal_alpha, config.focal_gamma
         ).view_as(labels)
@@ -267,48 +240,16 @@ class Detector(nn.Module):
             labels = iac_labels(labels, scores, config.iac_threshold)
         return labels, gt_boxes, gt_labels
 
-    def predict(self, images: list[Tensor]) -> list[dict]:
-        return self.finish(self.candidates(images), len(images))
-
-    @torch.no_grad()
-    def candidates(self, images: list[Tensor]) -> dict[str, Tensor]:
-        return self.select(self.outputs(images), self.config)
-
-    def select(self, outputs: dict, config: Config) -> dict[str, Tensor]:
-        """The boxes that enter NMS."""
-        cls_logits, anchors, sizes = (outputs[k] for k in ("cls_logits", "anchors", "sizes"))
-        best = torch.where(common.inside_image(anchors, sizes), cls_logits.amax(-1).sigmoid(), 0)
-        image, anchor, labels, scores = common.best_predictions(
-            best,
-            lambda at: cls_logits[at].sigmoid(),
-            outputs["per_level"],
-            config.top_scores,
-            config.score_threshold,
-        )
-        boxes = common.decode_boxes(anchors[anchor], outputs["deltas"][image, anchor])
-        boxes = common.clip_boxes(boxes, sizes[image])
-        return dict(boxes=boxes, scores=scores, labels=labels, image=image)
-
-    def finish(self, candidates: dict, num_images: int, config: Config | None = None) -> list[dict]:
-        boxes, scores, labels, image = (
-            candidates[k] for k in ("boxes", "scores", "labels", "image")
-        )
-        config, groups = config or self.config, image * self.num_classes + labels
-        if config.nms == "soft":
-            limits = dict(
-                iou_threshold=config.soft_nms_iou, score_threshold=config.soft_nms_score
-            )  # choice: linear, the paper does not say; the limits are MMDetection's example
-            keep, scores = kernels.soft_nms(boxes, scores, groups, **limits)
-        else:
-            if config.nms == "cl":
-                literal = config.cl_literal
-                keep, _ = kernels.cl_nms(boxes, scores, groups, config.nms_iou, literal=literal)
-            else:
-                keep = kernels.batched_nms(boxes, scores, groups, config.nms_iou)
-            scores = scores[keep]
-        best = common.best_per_image(image[keep], num_images, config.max_detections)
-        keep, scores = keep[best], scores[best]
-        return common.split_images(boxes[keep], scores, labels[keep], image[keep], num_images)
+    def suppress(self, boxes: Tensor, scores: Tensor, groups: Tensor, config: Config):
+        """2.3 and what it is compared with: indices kept, best first, and their final scores."""
+        if config.nms == "soft":  # choice: linear, the paper does not say; MMDetection's limits
+            limits = dict(iou_threshold=config.soft_nms_iou, score_threshold=config.soft_nms_score)
+            return kernels.soft_nms(boxes, scores, groups, **limits)
+        if config.nms == "plain":
+            return super().suppress(boxes, scores, groups, config)
+        literal = config.cl_literal
+        keep, _ = kernels.cl_nms(boxes, scores, groups, config.nms_iou, literal=literal)
+        return keep, scores[keep]
 
 
 # ------------------------------------------------------------------------------ comparison
@@ -319,11 +260,7 @@ def compare_nms(model: Detector, val_data, config: Config, device, out: Path) ->
     configs = {nms: replace(config, nms=nms, cl_literal=False) for nms in ("plain", "soft", "cl")}
     configs["cl, literal"] = replace(config, nms="cl", cl_literal=True)
     rows = common.evaluate_variants(model, configs, val_data, config, device)
-    keys = ("AP", "AP50", "AP75", "AP90")
-    common.say(f"{'NMS':11}  " + "  ".join(f"{k:>5}" for k in keys))
-    for name, metrics in rows.items():
-        values = ("    -" if metrics[k] is None else f"{100 * metrics[k]:5.1f}" for k in keys)
-        common.say(f"{name:11}  " + "  ".join(values))
+    common.show_table(rows)
     if common.rank_and_world()[0] == 0:
         common.write_json(out / "compare_nms.json", rows)
     return rows
@@ -356,8 +293,9 @@ _STEPS = {  # Table 2 adds one proposal after the other
     "iac_dc": dict(nms="plain"),
     "iac_dc_cl": dict(),
 }
-_VOC = dict(epochs=11.6, drops=(0.75,))  # 12k steps, a drop after 9k (3.1)
-_180K = dict(epochs=24.56)  # drops after 135k and 150k: the same fractions (3.1)
+# 12k steps, a drop after 9k (3.1); choice: MMDetection's image size for VOC, the paper has none
+_VOC = dict(epochs=11.6, drops=(0.75,), scales=(600,), test_scales=(600,), max_size=1000)
+_180K = dict(epochs=24.35)  # drops after 135k and 150k: the same fractions (3.1)
 _BACKBONES = {"r50": "resnet50", "r101": "resnet101"}
 _X101 = dict(backbone="resnext101_32x8d", **_180K)  # choice: the paper only says ResNeXt-101
 
@@ -429,8 +367,9 @@ NOT_YET: dict[str, str] = {
 TINY = dict(
     common.TINY,
     tower_convs=2,
-    anchor_scale=2.0,
-    epochs=2.0,  # choice: the focal loss starts slowly when nothing is pretrained
+    tower_groups=8,
+    anchor_scale=3.0,
+    epochs=2.0,  # one-stage detectors learn slowly from nothing
 )
 
 

@@ -8,12 +8,12 @@ import torchvision
 
 import common
 
-SMALL = dict(fpn_channels=16, tower_convs=1, norm="gn", workers=0)
+SMALL = dict(fpn_channels=16, tower_convs=1, tower_groups=0, anchor_scale=2.0, norm="gn", workers=0)
 RUN = """--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 12 --num-val 4
- --batch 2 --steps 6 --workers 0 --fpn-channels 8 --tower-convs 1 --norm gn --log-every 1
+ --batch 2 --steps 6 --workers 0 --fpn-channels 8 --tower-convs 1 --tower-groups 0 --norm gn --log-every 1
  --save-every 2 --device cpu --score-threshold 0.005 --draw-score 0.01""".split()
 REAL = """--preset tiny --steps 2 --scales 96 --test-scales 96 --max-size 160 --batch 2 --workers 0
- --tower-convs 1 --fpn-channels 16 --score-threshold 0.2""".split()
+ --tower-convs 1 --tower-groups 4 --fpn-channels 16 --score-threshold 0.2""".split()
 
 
 def make(method, **changes):
@@ -109,8 +109,27 @@ def check_batch_equals_singles(model):
     assert len(small) and small[:, 2].max() <= 70 and small[:, 3].max() <= 60
 
 
+def check_all_classes(method):
+    """`top_scores` limits pairs, or with all_classes anchors: all their pairs over the threshold."""
+    model, (images, _) = sure(make(method, top_scores=3, score_threshold=0.1)).eval(), batch(2)
+    out = model.outputs(images)
+    scores = model.rank(out["cls_logits"].sigmoid(), out, (slice(None), slice(None)), model.config)
+    few = model.select(out, model.config)
+    every = model.select(out, dataclasses.replace(model.config, all_classes=True))
+    first, want = 0, 0
+    for n in out["per_level"]:
+        level = scores[:, first : first + n]
+        best = level.amax(-1).topk(min(3, n), dim=1)[1]
+        want += (level.gather(1, best[..., None].expand(-1, -1, 10)) > 0.1).sum().item()
+        first += n
+    assert len(every["scores"]) == want > len(few["scores"]) == 2 * 3 * len(out["per_level"])
+    for i in (0, 1):  # the best pairs are among them
+        best = [f["scores"][f["image"] == i].max() for f in (few, every)]
+        assert best[0] == best[1]
+
+
 def overfitted(method):
-    """A model trained on one image until it finds exactly its objects; and that image."""
+    """A model trained on one image until it finds exactly its objects; that image; their boxes."""
     model, data = make(method, fpn_channels=32), common.SyntheticDetection(3, 96)
     images, targets = common.to_device([data[2]], "cpu")
     optimizer = torch.optim.AdamW(model.parameters())
@@ -126,7 +145,31 @@ def overfitted(method):
     assert sorted(found["labels"][certain].tolist()) == sorted(targets[0]["labels"].tolist())
     iou = torchvision.ops.box_iou(targets[0]["boxes"], found["boxes"][certain]).amax(1)
     assert iou.min() > 0.8
-    return model, images
+    return model, images, targets[0]["boxes"]
+
+
+def check_variants(method, configs: list):
+    """One pass under several configs finds what each finds alone, flips and scales included."""
+    model, data = sure(make(method, score_threshold=0.3)).eval(), common.SyntheticDetection(3, 64)
+    shared = dict(
+        scales=(64,),
+        test_scales=(64, 80),
+        max_size=96,
+        test_flip=True,
+        workers=0,
+        max_detections=9999,
+    )
+    configs = [dataclasses.replace(model.config, **shared, **c) for c in configs]
+    merged = common.detect(common.Variants(model, configs), data, configs[0], torch.device("cpu"))
+    merged, seen = list(merged), []
+    for i, config in enumerate(configs):
+        model.config = config
+        alone = common.detect(model, data, config, torch.device("cpu"))
+        for (_, want), (_, found) in zip(alone, merged):
+            mine = found["variant"] == i
+            assert all(torch.equal(found[k][mine], want[k]) for k in want)
+        seen.append([f["boxes"][f["variant"] == i].tolist() for _, f in merged])
+    assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
 
 
 def check_resume(method, folder, monkeypatch):

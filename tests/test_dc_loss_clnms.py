@@ -1,5 +1,6 @@
 """DC loss, IAC score and CL-NMS: the formulas by hand, and what a whole step must satisfy."""
 
+import dataclasses
 import doctest
 import json
 import math
@@ -11,11 +12,13 @@ from one_stage import (
     RUN,
     batch,
     behaviour,
+    check_all_classes,
     check_batch_equals_singles,
     check_gradients,
     check_real_data,
     check_resume,
     check_row,
+    check_variants,
     make,
     overfitted,
     own_flags,
@@ -196,6 +199,43 @@ def test_a_batch_of_two_equals_two_singles():
     check_batch_equals_singles(make(method, dc_normalise=False))  # whose mean is over the batch
 
 
+def test_one_pass_serves_every_nms():
+    check_variants(method, [dict(nms=nms) for nms in ("plain", "soft", "cl")])
+
+
+def test_a_crowd_alone_makes_no_positive():
+    model, (images, targets) = make(method), batch(1)
+    torch.nn.init.constant_(model.head.cls_logits.bias, 1.0)  # sure of everything
+    crowd = [{**t, "ignore": torch.ones_like(t["ignore"])} for t in targets]
+    assert (model.assign(model.outputs(images), targets)[0] == 1).sum() > 100
+    assert (model.assign(model.outputs(images), crowd)[0] < 1).all()
+
+
+N = 118_287  # images of COCO's train2017
+PLAIN, STEP = dict(iac=False, dc_loss=False, nms="plain"), dict(dc_loss=False, nms="plain")
+
+
+@pytest.mark.parametrize(
+    "row, backbone, switches, steps, images, side",
+    [
+        ("table1.r101", "resnet101", {}, 180_000, N, 800),
+        ("table1.retinanet_x101", "resnext101_32x8d", PLAIN, 180_000, N, 800),
+        ("table2.baseline", "resnet50", PLAIN, 90_000, N, 800),
+        ("table2.iac", "resnet50", STEP, 90_000, N, 800),
+        ("table2.iac_dc", "resnet50", dict(nms="plain"), 90_000, N, 800),
+        ("table2.voc_iac_dc_cl", "resnet50", {}, 12_000, 16_551, 600),
+        ("table3.r101_soft", "resnet101", dict(PLAIN, nms="soft"), 90_000, N, 800),
+    ],
+)
+def test_rows_are_the_papers_experiments(row, backbone, switches, steps, images, side):
+    config = dataclasses.replace(Config(), **method.ROWS[row])
+    assert (config.backbone, config.scales, config.test_scales) == (backbone, (side,), (side,))
+    wanted = dict(iac=True, dc_loss=True, nms="cl") | switches
+    assert {k: getattr(config, k) for k in wanted} == wanted
+    assert config.epochs * images / 16 == pytest.approx(steps, rel=1e-3)
+    assert config.drops == ((0.75,) if images != N else (0.75, 75 / 90))
+
+
 def test_one_image_can_be_overfitted():
     overfitted(method)
 
@@ -206,13 +246,18 @@ CHANGED = dict(
     dc_loss=False, dc_error="pixels", dc_eps=1.0, dc_normalise=False, iac=False, iac_alpha=0.4,
     iac_threshold=0.7, iac_form="sum", nms="plain", nms_iou=0.3, cl_literal=True, soft_nms_iou=0.2,
     soft_nms_score=0.9, cls_weight=2.0, box_weight=2.0, focal_alpha=0.5, focal_gamma=1.0, box_beta=0.5,
-    fg_iou=0.6, bg_iou=0.3, tower_convs=2, anchor_scale=3.0, score_threshold=0.95, top_scores=5,
+    fg_iou=0.6, bg_iou=0.3, tower_convs=2, tower_groups=4, anchor_scale=3.0, score_threshold=0.95,
+    top_scores=5,
     max_detections=3,
 )  # fmt: skip
 
 
 def test_every_flag_is_covered():
-    assert own_flags(method) == set(CHANGED) | {"compare_nms", "analyze"}  # see the command line
+    assert own_flags(method) == set(CHANGED) | {"compare_nms", "analyze", "all_classes"}
+
+
+def test_all_classes():
+    check_all_classes(method)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """IoU-aware RetinaNet: its equations by hand, and what a whole step must satisfy."""
 
+import dataclasses
 import doctest
 import json
 import math
@@ -11,11 +12,13 @@ from one_stage import (
     RUN,
     batch,
     behaviour,
+    check_all_classes,
     check_batch_equals_singles,
     check_gradients,
     check_real_data,
     check_resume,
     check_row,
+    check_variants,
     make,
     overfitted,
     own_flags,
@@ -77,9 +80,13 @@ def test_detection_confidence():
 def test_correlation():
     x = torch.tensor([0.0, 1, 2, 3])
     assert common.correlation(x, -2 * x) == dict(pearson=-1, spearman=-1)
-    assert common.correlation(x, x**3)["pearson"] == pytest.approx(27 / math.sqrt(5 * 165.98), 0.1)
-    assert common.correlation(x[:1], x[:1]) == dict(pearson=None, spearman=None)
-    assert common.correlation(x, x * 0)["pearson"] is None
+    cube = common.correlation(x, x**3)  # means 1.5 and 9
+    assert cube["pearson"] == pytest.approx(44 / math.sqrt(5 * 470), abs=1e-4)
+    assert cube["spearman"] == 1
+    none = dict(pearson=None, spearman=None)
+    assert common.correlation(x[:1], x[:1]) == none == common.correlation(x, x * 0)
+    tied = common.correlation(x, torch.tensor([0.0, 0, 5, 5]))["spearman"]
+    assert tied == pytest.approx(4 / math.sqrt(5 * 4), abs=1e-4)  # ranks 1.5, 1.5, 3.5, 3.5
 
 
 def test_positive_losses_by_hand():
@@ -97,18 +104,30 @@ def test_positive_losses_by_hand():
     assert not still["iou"].requires_grad
 
 
-def test_focal_loss_over_several_chunks():
+@pytest.mark.parametrize("alpha, gamma", [(0.25, 2.0), (0.5, 1.0), (0.25, 0.0)])
+def test_focal_loss_over_several_chunks(alpha, gamma):
     logits = torch.randn(60_000, 5, requires_grad=True)
     labels = torch.randint(-1, 6, (60_000,))
     onehot = torch.nn.functional.one_hot(labels.clamp(0), 6)[:, :5].float()
-    want = torchvision.ops.sigmoid_focal_loss(logits, onehot, 0.25, 2.0).sum(1) * (labels >= 0)
+    want = torchvision.ops.sigmoid_focal_loss(logits, onehot, alpha, gamma).sum(1) * (labels >= 0)
     scale = torch.rand(60_000)
-    ours = common.focal_loss(logits, labels)
+    ours = common.focal_loss(logits, labels, alpha, gamma)
     torch.testing.assert_close(ours, want)
     grads = [torch.autograd.grad((v * scale).sum(), logits)[0] for v in (ours, want)]
     torch.testing.assert_close(*grads)
-    assert torch.equal(common.focal_loss(logits.detach(), labels), ours.detach())
+    assert torch.equal(common.focal_loss(logits.detach(), labels, alpha, gamma), ours.detach())
     assert common.focal_loss(logits[:0], labels[:0]).shape == (0,)
+
+
+def test_focal_loss_of_sure_positives_is_exact():
+    """DC loss divides by it: nothing may cancel where p is near 1."""
+    logits = torch.full((11, 80), -20.0)
+    logits[:, 3] = torch.arange(11)
+    labels = torch.full((11,), 3)
+    found = common.focal_loss(logits, labels)
+    torch.testing.assert_close(
+        found.double(), common.focal_loss(logits.double(), labels), rtol=1e-4, atol=0
+    )
 
 
 def test_assignment_by_hand():
@@ -128,13 +147,50 @@ def test_assignment_by_hand():
     assert common.count_positives(torch.tensor([[1, 1, 0], [0, 0, -1]])) == 3
 
 
+def test_padding_and_crowds_do_not_train():
+    """A gt's best anchor is one in the image; who meets only a crowd is given no gt."""
+    anchors = torch.tensor([[40.0, 0, 60, 20], [30, 0, 50, 20]])  # the first's centre is outside
+    target = dict(
+        boxes=torch.tensor([[42.0, 0, 48, 4]]), labels=torch.tensor([3]), ignore=torch.tensor([False])
+    )  # fmt: skip
+    assert method.aligned_iou(anchors, target["boxes"]).tolist() == pytest.approx([0.06, 0.06])
+    labels, _, _ = common.match_anchors(anchors, torch.tensor([[48.0, 48]]), [target])
+    assert labels.tolist() == [[-1, 1]]
+    target["ignore"][0] = True
+    labels, boxes, _ = common.match_anchors(anchors, torch.tensor([[48.0, 48]]), [target])
+    assert labels.tolist() == [[-1, 0]] and boxes.abs().sum() == 0
+
+
+def test_candidates_with_iou_by_hand(monkeypatch):
+    """Two gts of classes 0 and 1, a crowd; boxes on the first, of each class, and on the crowd."""
+    boxes = [[0, 0, 10, 10], [50, 50, 10, 20], [80, 0, 10, 10]]  # xywh
+    annotations = [
+        dict(id=i + 1, image_id=7, category_id=(5, 9, 5)[i], bbox=b, iscrowd=i // 2)
+        for i, b in enumerate(boxes)
+    ]
+    truth = dict(categories=[dict(id=5), dict(id=9)], annotations=annotations)
+
+    class Data:
+        categories = truth["categories"]
+        coco = staticmethod(lambda: truth)
+
+    found = dict(
+        boxes=torch.tensor([[0.0, 0, 10, 5], [0, 0, 10, 5], [50, 50, 60, 60], [80, 0, 90, 10]]),
+        labels=torch.tensor([0, 1, 1, 0]),
+    )
+    monkeypatch.setattr(common, "detect", lambda *_: [({"image_id": 7}, found)])
+    ((image_id, out),) = common.candidates_with_iou(None, Data, None, "cpu")
+    assert image_id == 7
+    assert out["iou"].tolist() == [0.5, 0, 0.5, 0] and out["iou_any"].tolist() == [0.5, 0.5, 0.5, 0]
+
+
 def test_select_equals_fusing_everything():
     model, (images, _) = make(method, alpha=0.3, top_scores=50, score_threshold=0.2).eval(), batch()
     out = model.outputs([images[0], images[1][:, :60, :70]])
     out["cls_logits"] = torch.randn_like(out["cls_logits"])
-    out["iou_logits"] = torch.randn_like(out["iou_logits"])
+    out["third"] = torch.randn_like(out["third"])
     found = model.select(out, model.config)
-    p, iou = out["cls_logits"].sigmoid(), out["iou_logits"].sigmoid()[..., None]
+    p, iou = out["cls_logits"].sigmoid(), out["third"].sigmoid()[..., None]
     fused = p**0.3 * iou**0.7  # every class of every anchor
     fused[~common.inside_image(out["anchors"], out["sizes"])] = 0
     first, want = 0, []
@@ -179,22 +235,59 @@ def test_a_batch_of_two_equals_two_singles():
     check_batch_equals_singles(make(method))
 
 
+def test_one_pass_serves_every_alpha():
+    check_variants(method, [dict(alpha=a) for a in (0.2, 1.0)] + [dict(product=True)])
+
+
 def test_one_image_can_be_overfitted():
-    model, images = overfitted(method)
-    assert model.candidates(images)["iou_probs"].max() > 0.8  # it knows how well its boxes lie
+    model, images, objects = overfitted(method)
+    found = model.candidates(images)
+    iou = torchvision.ops.box_iou(found["boxes"], objects).amax(1)
+    sure = found["cls_probs"] > 0.3
+    assert iou[sure].min() > 0.9 and found["iou_probs"][sure].mean() > 0.8  # it started at 0.5
 
 
 # ------------------------------------------------------------------------------ flags, command line
 
+N = 118_287  # images of COCO's train2017
+SMALL_IMAGES = ((600,), (600,), 1000)
+LARGE_IMAGES = ((800,), (800,), 1333)
+
+
+@pytest.mark.parametrize(
+    "row, backbone, images, head, product, alpha, steps, drops",
+    [
+        ("table1.retinanet_x101", "resnext101_32x8d", LARGE_IMAGES, False, False, 0.5, 88715, 2 / 3),
+        ("table1.r101", "resnet101", LARGE_IMAGES, True, False, 0.5, 88715, 2 / 3),
+        ("table2.baseline", "resnet50", SMALL_IMAGES, False, False, 0.5, 88715, 2 / 3),
+        ("table2.bce", "resnet50", SMALL_IMAGES, True, True, 0.5, 88715, 2 / 3),
+        ("table3.alpha_0.4", "resnet50", SMALL_IMAGES, True, False, 0.4, 88715, 2 / 3),
+        ("table4.none", "resnet50", SMALL_IMAGES, True, True, 0.5, 88715, 2 / 3),
+        ("table5.r101", "resnet101", SMALL_IMAGES, True, False, 0.5, 88715, 3 / 4),
+    ],
+)  # fmt: skip
+def test_rows_are_the_papers_experiments(row, backbone, images, head, product, alpha, steps, drops):
+    config = dataclasses.replace(Config(), **method.ROWS[row])
+    assert (config.backbone, config.iou_head, config.product) == (backbone, head, product)
+    assert (config.scales, config.test_scales, config.max_size) == images
+    assert (config.alpha, config.lr, config.lr_batch) == (alpha, 0.01, 16)
+    assert round(config.epochs * N / 16) == steps and config.drops[0] == pytest.approx(drops)
+
+
 CHANGED = dict(
     iou_head=False, iou_loss="l2", iou_grad=False, iou_weight=2.0, cls_weight=2.0, box_weight=2.0,
     alpha=0.8, product=True, focal_alpha=0.5, focal_gamma=1.0, box_beta=0.5, fg_iou=0.6, bg_iou=0.3,
-    tower_convs=2, anchor_scale=3.0, score_threshold=0.9, top_scores=5, nms_iou=0.2, max_detections=3,
+    tower_convs=2, tower_groups=4, anchor_scale=3.0, score_threshold=0.9, top_scores=5, nms_iou=0.2,
+    max_detections=3,
 )  # fmt: skip
 
 
 def test_every_flag_is_covered():
-    assert own_flags(method) == set(CHANGED) | {"sweep_alpha", "analyze"}  # see the command line
+    assert own_flags(method) == set(CHANGED) | {"sweep_alpha", "analyze", "all_classes"}
+
+
+def test_all_classes():
+    check_all_classes(method)
 
 
 @pytest.fixture(scope="module")

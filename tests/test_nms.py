@@ -51,12 +51,13 @@ def py_soft(boxes, scores, threshold, gaussian, sigma=0.5, floor=1e-3):
     return out
 
 
-def py_cl(boxes, scores, threshold, literal):
+def py_cl(boxes, scores, threshold, literal, weighted=True):
     live, out = dict(enumerate(scores)), {}
     while live:
         best = min(live, key=lambda i: (-live[i], i))
         cluster = [i for i in live if i == best or py_iou(boxes[i], boxes[best]) > threshold]
-        weight = {i: scores[i] if scores[best] > 0 else 1.0 for i in cluster}
+        use = weighted and scores[best] > 0
+        weight = {i: scores[i] if use else 1.0 for i in cluster}
         centre = {
             i: ((boxes[i][0] + boxes[i][2]) / 2, (boxes[i][1] + boxes[i][3]) / 2) for i in live
         }
@@ -182,8 +183,8 @@ def test_worked_by_hand():
     torch.testing.assert_close(new, torch.tensor([1.95, 0.9 + 1 - 1.25 / diagonal]))
     keep, new = cl_nms(boxes, torch.tensor([0.82, 0.8, 0.79, 0.95]), groups, 0.5)
     assert keep.tolist() == [3, 1]  # near the others' centre beats a slightly higher p
-    keep, _ = cl_nms(boxes, scores, groups, 0.5, literal=True)
-    assert keep.tolist() == [3, 0]
+    keep, _ = cl_nms(boxes, torch.tensor([0.82, 0.8, 0.79, 0.95]), groups, 0.5, literal=True)
+    assert keep.tolist() == [3, 0]  # the farthest from the centre
 
 
 def test_threshold_is_strict_and_the_same_everywhere():
@@ -237,5 +238,19 @@ def test_negative_controls():
     not_strict = py_greedy(rows, p, 0.5 - 1e-9)
     mixed = py_greedy([[x1, y2, x2, y1] for x1, y1, x2, y2 in rows], p, 0.5)
     for wrong in ({}, flipped, not_strict, mixed, dict.fromkeys(range(5), 0.0)):
+        with pytest.raises(AssertionError):
+            check((list(wrong), list(wrong.values())), wanted)
+
+
+def test_negative_controls_of_cl_nms():
+    """The distance added as it is, a centre that forgets the scores, the reference always kept."""
+    boxes = torch.tensor([[0.0, 0, 10, 10], [2, 0, 12, 10], [2, 1, 12, 11], [50, 0, 60, 10]])
+    scores, groups = torch.tensor([0.82, 0.8, 0.7, 0.95]), torch.zeros(4, dtype=torch.int64)
+    rows, p = boxes.tolist(), scores.tolist()
+    wanted = expected("cl", boxes, scores, groups, 0.5)
+    check(actual("cl", boxes, scores, groups, 0.5, "auto"), wanted)
+    added, unweighted = py_cl(rows, p, 0.5, True), py_cl(rows, p, 0.5, False, weighted=False)
+    reference = dict.fromkeys(py_greedy(rows, p, 0.5), 1.5)
+    for wrong in ({}, added, unweighted, reference):
         with pytest.raises(AssertionError):
             check((list(wrong), list(wrong.values())), wanted)
