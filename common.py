@@ -189,6 +189,19 @@ def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
     return torch.minimum(boxes.clamp(min=0), limit)
 
 
+def aligned_iou(boxes: Tensor, gt_boxes: Tensor) -> Tensor:
+    """IoU [...] of boxes and gt_boxes [..., 4], pair by pair (they broadcast); differentiable.
+
+    >>> aligned_iou(torch.tensor([0., 0., 10., 10.]), torch.tensor([5., 0., 15., 10.])) * 3
+    tensor(1.)
+    """
+    corner = torch.maximum(boxes[..., :2], gt_boxes[..., :2])
+    other = torch.minimum(boxes[..., 2:], gt_boxes[..., 2:])
+    w, h = (other - corner).clamp(min=0).unbind(-1)  # prod's backward would wait for the GPU
+    (bw, bh), (gw, gh) = ((b[..., 2:] - b[..., :2]).unbind(-1) for b in (boxes, gt_boxes))
+    return w * h / (bw * bh + gw * gh - w * h).clamp(min=1e-6)
+
+
 def _overlaps(boxes: Tensor, gt_boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Intersections [..., G, N] and both areas of boxes [..., N, 4] and gt_boxes [..., G, 4]."""
     x1, y1, x2, y2 = boxes.unsqueeze(-3).unbind(-1)  # [..., 1, N]
@@ -1147,7 +1160,8 @@ class TwoStage(nn.Module):
     def predict(self, images: list[Tensor]) -> list[dict]:
         return self.finish(self.candidates(images), len(images))
 
-    def finish(self, candidates: dict[str, Tensor], num_images: int) -> list[dict]:
+    def finish(self, candidates: dict, num_images: int, config: Config | None = None) -> list[dict]:
+        """The last NMS. `config`, one of several that were selected by, changes nothing."""
         most = self.config.max_detections
         return keep_best(candidates, num_images, self.num_classes, self.suppress, most)
 
@@ -1393,7 +1407,7 @@ class RetinaNet(nn.Module):
 
 
 class Variants(nn.Module):
-    """A one-stage detector under several configs at once: one forward pass, then each its own.
+    """A detector under several configs at once: one forward pass, then each its own.
 
     Needs outputs(images), select(outputs, config) -> candidates, finish(candidates, B, config).
     """
@@ -1434,6 +1448,15 @@ def evaluate_variants(model: nn.Module, configs: dict, data: Dataset, config: Co
         merged = {name: [r for share in shares for r in share[name]] for name in configs}
         metrics = {name: coco_metrics(truth, r) for name, r in merged.items()}
     return gather(metrics)[0]
+
+
+def study(name: str, model, configs: dict, data: Dataset, config: Config, device, out: Path):
+    """`evaluate_variants`, as a table and as OUT/name.json."""
+    rows = evaluate_variants(model, configs, data, config, device)
+    show_table(rows)
+    if rank_and_world()[0] == 0:
+        write_json(out / f"{name}.json", rows)
+    return rows
 
 
 class Unsuppressed(nn.Module):
@@ -1774,18 +1797,34 @@ def draw(image: Tensor, boxes: Tensor, labels, names: list[str], scores=None, ma
     )
 
 
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
+    """A matplotlib figure, inches, and its axes [rows, columns]: no display, nothing to close."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="tight")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def draw_sweep(rows: dict[str, dict], xlabel: str, title: str, path: Path) -> None:
+    """AP over a number that `rows` are named by; the row "none" is drawn as a dotted line."""
+    figure, ((axis,),) = new_figure(7, 4.5)
+    values = {float(k): v for k, v in rows.items() if k != "none"}
+    for i, key in enumerate(("AP", "AP50", "AP75", "AP90")):
+        line = [100 * (v[key] or 0) for v in values.values()]
+        axis.plot([*values], line, "o-", color=f"C{i}", label=key)
+        axis.axhline(100 * (rows["none"][key] or 0), color=f"C{i}", ls=":", lw=1)
+    axis.set(xlabel=xlabel, ylabel="AP in %", title=title)
+    axis.legend()
+    figure.savefig(path, dpi=80)
+
+
 def draw_grid(data: Dataset, results: list[dict], score: float, path: Path, count: int = 6) -> None:
     """A picture of the first images: ground truth beside detections above `score`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     names = [c["name"] for c in data.categories]
     label = {c["id"]: i for i, c in enumerate(data.categories)}
     count = min(count, len(data))
     rows = math.ceil(count / 2)
-    figure, axes = plt.subplots(rows, 4, figsize=(16, 4 * rows), squeeze=False)
+    figure, axes = new_figure(16, 4 * rows, rows, 4)
     for axis in axes.flat:
         axis.axis("off")
     for i in range(count):
@@ -1802,20 +1841,13 @@ def draw_grid(data: Dataset, results: list[dict], score: float, path: Path, coun
         ):
             axis.imshow(picture.permute(1, 2, 0).numpy())
             axis.set_title(title)
-    figure.tight_layout()
     figure.savefig(path, dpi=70)
-    plt.close(figure)
 
 
 def draw_curves(log: list[dict], path: Path) -> None:
     """Losses and learning rate by step, and AP where it was measured."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     steps, scored = [r for r in log if "losses" in r], [r for r in log if "AP" in r]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5))
+    figure, ((left, right),) = new_figure(13, 4.5, 1, 2)
     for name in steps[-1]["losses"] if steps else ():
         left.plot([r["step"] for r in steps], [r["losses"][name] for r in steps], label=name)
     left.plot([r["step"] for r in steps], [r["loss"] for r in steps], "k", lw=2, label="total")
@@ -1829,9 +1861,7 @@ def draw_curves(log: list[dict], path: Path) -> None:
         right.plot([r["step"] for r in scored], values, "o-", label=key)
     right.set(xlabel="step", ylim=(0, 1), title="validation")
     right.legend()
-    figure.tight_layout()
     figure.savefig(path, dpi=80)
-    plt.close(figure)
 
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")

@@ -259,11 +259,7 @@ def compare_nms(model: Detector, val_data, config: Config, device, out: Path) ->
     """Table 3: plain, soft and CL-NMS on the same boxes, from one forward pass: compare_nms.json."""
     configs = {nms: replace(config, nms=nms, cl_literal=False) for nms in ("plain", "soft", "cl")}
     configs["cl, literal"] = replace(config, nms="cl", cl_literal=True)
-    rows = common.evaluate_variants(model, configs, val_data, config, device)
-    common.show_table(rows)
-    if common.rank_and_world()[0] == 0:
-        common.write_json(out / "compare_nms.json", rows)
-    return rows
+    return common.study("compare_nms", model, configs, val_data, config, device, out)
 
 
 def analyze(model: Detector, val_data, config: Config, device, out: Path) -> dict:

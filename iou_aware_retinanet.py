@@ -87,19 +87,6 @@ class Config(common.Config):
 # ------------------------------------------------------------------------------ equations
 
 
-def aligned_iou(boxes: Tensor, gt_boxes: Tensor) -> Tensor:
-    """IoU [...] of boxes and gt_boxes [..., 4], pair by pair (they broadcast); differentiable.
-
-    >>> aligned_iou(torch.tensor([0., 0., 10., 10.]), torch.tensor([5., 0., 15., 10.])) * 3
-    tensor(1.)
-    """
-    corner = torch.maximum(boxes[..., :2], gt_boxes[..., :2])
-    other = torch.minimum(boxes[..., 2:], gt_boxes[..., 2:])
-    w, h = (other - corner).clamp(min=0).unbind(-1)  # prod's backward would wait for the GPU
-    (bw, bh), (gw, gh) = ((b[..., 2:] - b[..., :2]).unbind(-1) for b in (boxes, gt_boxes))
-    return w * h / (bw * bh + gw * gh - w * h).clamp(min=1e-6)
-
-
 def iou_prediction_loss(
     logits: Tensor, ious: Tensor, kind: str = "bce", beta: float = 0.11
 ) -> Tensor:
@@ -165,7 +152,7 @@ def positive_losses(deltas, iou_logits, anchors, gt_boxes, num, config: Config) 
     box = F.smooth_l1_loss(deltas, wanted, beta=config.box_beta, reduction="sum")
     losses = {"box": config.box_weight * box / num}
     if iou_logits is not None:
-        ious = aligned_iou(common.decode_boxes(anchors, deltas), gt_boxes)
+        ious = common.aligned_iou(common.decode_boxes(anchors, deltas), gt_boxes)
         ious = ious if config.iou_grad else ious.detach()
         iou = iou_prediction_loss(iou_logits, ious, config.iou_loss, config.box_beta).sum()
         losses["iou"] = config.iou_weight * iou / num
@@ -232,31 +219,12 @@ def sweep_alpha(model: Detector, val_data, config: Config, device, out: Path) ->
         raise common.BadInput("--sweep-alpha needs a model with an IoU head (--iou-head)")
     configs = {"none": replace(config, product=True)}
     configs |= {f"{a:.1f}": replace(config, product=False, alpha=a) for a in ALPHAS}
-    rows = common.evaluate_variants(model, configs, val_data, config, device)
-    common.show_table(rows)
+    rows = common.study("sweep_alpha", model, configs, val_data, config, device, out)
     if common.rank_and_world()[0] == 0:
-        common.write_json(out / "sweep_alpha.json", rows)
-        draw_sweep(rows, out / "sweep_alpha.png")
+        xlabel = "alpha (0: predicted IoU alone, 1: class score alone)"
+        title = "score = p^alpha IoU^(1 - alpha); dotted: p IoU"
+        common.draw_sweep(rows, xlabel, title, out / "sweep_alpha.png")
     return rows
-
-
-def draw_sweep(rows: dict[str, dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4.5))
-    for i, key in enumerate(("AP", "AP50", "AP75", "AP90")):
-        values = [rows[f"{a:.1f}"][key] for a in ALPHAS]
-        axis.plot(ALPHAS, [100 * (v or 0) for v in values], "o-", color=f"C{i}", label=key)
-        axis.axhline(100 * (rows["none"][key] or 0), color=f"C{i}", ls=":", lw=1)
-    axis.set(xlabel="alpha (0: predicted IoU alone, 1: class score alone)", ylabel="AP in %")
-    axis.set_title("score = p^alpha IoU^(1 - alpha); dotted: p IoU")
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
 
 
 def analyze(model: Detector, val_data, config: Config, device, out: Path) -> dict:
@@ -308,12 +276,7 @@ def report(points: dict[str, Tensor], results: dict, truth: dict, alpha, out: Pa
 
 
 def draw_analysis(points: dict[str, Tensor], rows: dict[str, dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.5))
+    figure, ((left, middle, right),) = common.new_figure(15, 4.5, 1, 3)
     for axis, name in ((left, "class score"), (middle, "fused")):
         if name in points:
             x, y = points[name], points["IoU"]
@@ -327,9 +290,7 @@ def draw_analysis(points: dict[str, Tensor], rows: dict[str, dict], path: Path) 
         )
     right.set(xlabel="IoU threshold in %", ylabel="AP in %", title="the same boxes, ranked by")
     right.legend()
-    figure.tight_layout()
     figure.savefig(path, dpi=80)
-    plt.close(figure)
 
 
 # ------------------------------------------------------------------------------ rows

@@ -38,12 +38,12 @@ def test_aligned_iou_against_torchvision():
     corner = torch.rand(2, 300, 2) * 20
     boxes, gts = torch.cat([corner, corner + torch.rand(2, 300, 2) * 20], -1)
     want = torchvision.ops.box_iou(boxes, gts)
-    torch.testing.assert_close(method.aligned_iou(boxes, gts), want.diagonal())
-    torch.testing.assert_close(method.aligned_iou(boxes[:, None], gts), want)
+    torch.testing.assert_close(common.aligned_iou(boxes, gts), want.diagonal())
+    torch.testing.assert_close(common.aligned_iou(boxes[:, None], gts), want)
     box = torch.tensor([0.0, 0, 10, 10], requires_grad=True)
-    method.aligned_iou(box, torch.tensor([0.0, 0, 20, 10])).backward()
+    common.aligned_iou(box, torch.tensor([0.0, 0, 20, 10])).backward()
     assert box.grad[2] == pytest.approx(0.05)  # IoU = x2 / 20
-    assert method.aligned_iou(torch.zeros(4), torch.zeros(4)) == 0
+    assert common.aligned_iou(torch.zeros(4), torch.zeros(4)) == 0
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_padding_and_crowds_do_not_train():
     target = dict(
         boxes=torch.tensor([[42.0, 0, 48, 4]]), labels=torch.tensor([3]), ignore=torch.tensor([False])
     )  # fmt: skip
-    assert method.aligned_iou(anchors, target["boxes"]).tolist() == pytest.approx([0.06, 0.06])
+    assert common.aligned_iou(anchors, target["boxes"]).tolist() == pytest.approx([0.06, 0.06])
     labels, _, _ = common.match_anchors(anchors, torch.tensor([[48.0, 48]]), [target])
     assert labels.tolist() == [[-1, 1]]
     target["ignore"][0] = True

@@ -1,0 +1,444 @@
+"""CPM R-CNN: its equations by hand, its heads, and what a whole step must satisfy."""
+
+import dataclasses
+import doctest
+import functools
+import json
+import math
+
+import pytest
+import torch
+import torchvision
+from one_stage import batch, own_flags, without_objects
+
+import common
+import cpm_rcnn as method
+from cpm_rcnn import Config
+
+SMALL = dict(
+    fpn_channels=16, point_channels=2, num_convs=1, fc_channels=32, norm="gn", workers=0,
+    proposals_train=60, proposals_test=40,
+)  # fmt: skip
+BOX = torch.tensor([[100.0, 200, 128, 256]])  # twice as large: 86..142, 172..284, cells of 1 x 2 px
+
+
+def make(**changes):
+    torch.manual_seed(0)
+    config = dataclasses.replace(Config(), **{**method.TINY, **SMALL, **changes})
+    return method.Detector(config, 10)
+
+
+def sure(model):
+    """The same model with class scores and heat maps far apart, as after training."""
+    torch.manual_seed(1)
+    for layer in (model.classify[-1], *([model.rsm[-1]] if model.config.rsm else [])):
+        torch.nn.init.normal_(layer.weight, std=1)
+    for head in model.grids:
+        torch.nn.init.normal_(head.heat[-1].weight, std=1)
+    return model
+
+
+def test_examples_in_docstrings():
+    assert doctest.testmod(method).attempted >= 6 and doctest.testmod(method).failed == 0
+
+
+# ------------------------------------------------------------------------------ equations
+
+
+def test_targets_by_hand():
+    """gt x 104, 117, 130 -> columns 18, 31, 44 of 56; y 210, 230, 250 -> rows 19, 29, 39."""
+    gt = torch.tensor([[104.0, 210, 130, 250]])
+    centres = method.grid_targets(BOX, gt, 2.0, radius=0)
+    assert centres.shape == (1, 9, 28, 28)
+    # less each window's start 0, 14, 28; (map, row, column), columns of points one after another
+    rows, columns = (19, 15, 11), (18, 17, 16)
+    want = [[3 * i + j, rows[j], columns[i]] for i in range(3) for j in range(3)]
+    assert centres[0].nonzero().tolist() == want
+    plus = method.grid_targets(BOX, gt, 2.0)[0]
+    assert plus.sum((1, 2)).tolist() == [5] * 9
+    assert plus[0].nonzero().tolist() == [[18, 18], [19, 17], [19, 18], [19, 19], [20, 18]]
+
+
+def test_targets_at_the_borders_by_hand():
+    cells = lambda *gt: method.grid_targets(BOX, torch.tensor([gt]))[0]  # noqa: E731
+    # left side in the last column of its window: that arm is cut off
+    assert cells(113.5, 210, 130, 250)[0].nonzero()[:, 1].tolist() == [27, 26, 27, 27]
+    # one column further the point has left its window, but an arm is in
+    assert cells(114.5, 210, 130, 250)[0].nonzero().tolist() == [[19, 27]]
+    # a tenth of a pixel outside the grid: nothing on the left side; the middle is not touched
+    outside = cells(85.9, 210, 130, 250).sum((1, 2))
+    assert outside.tolist() == [0, 0, 0] + [5] * 6
+    assert cells(86.1, 210, 130, 250)[0].nonzero().tolist() == [[18, 0], [19, 0], [19, 1], [20, 0]]
+    assert cells(104, 210, 142, 250).sum((1, 2)).tolist() == [5] * 6 + [0, 0, 0]  # 142: cell 56
+    small = torch.tensor([[0.0, 0, 1.5, 9], [0, 0, 1.6, 9]])  # 3 and 3.2 px wide when enlarged
+    assert method.grid_targets(small, small).sum((1, 2, 3)).tolist() == [0, 45]
+    assert method.grid_targets(BOX[:0], BOX[:0]).shape == (0, 9, 28, 28)
+
+
+def test_decode_by_hand():
+    maps = torch.full((1, 9, 28, 28), -20.0)
+    for k in range(9):
+        maps[0, k, 10, 10] = 0.0  # probability 1/2
+    maps[0, 1, 10, 10], maps[0, 1, 15, 20] = -9.0, math.log(3)  # probability 3/4
+    # x1: columns 10, 20, 10 of the window at 0 -> 86 + 10.5, 106.5, 96.5, weights 2, 3, 2
+    x1 = (2 * 96.5 + 3 * 106.5 + 2 * 96.5) / 7
+    # y1, x2 and y2 do not use point 1: rows of 2 px from 172; windows at 28 of 56
+    want = torch.tensor([[x1, 172 + 2 * 10.5, 86 + 38.5, 172 + 2 * 38.5]])
+    torch.testing.assert_close(method.decode_grid(BOX, maps), want)
+    cut = method.decode_grid(BOX, maps, 2.0, torch.tensor([[240.0, 120.0]]))
+    torch.testing.assert_close(cut[0, 2:], torch.tensor([120.0, 240.0]))
+    # y1 reads maps 0, 3, 6: row 17 in map 3 alone moves it by a third of 7 rows
+    maps[0, 3] = maps[0, 3].roll(7, 0)
+    assert method.decode_grid(BOX, maps)[0, 1].item() == pytest.approx(193 + 14 / 3)
+    dark = method.decode_grid(BOX, maps - 500)  # no probability left: still a box
+    assert dark.isfinite().all() and (dark[0, 2:] > dark[0, :2]).all()
+
+
+def pairs(threshold, n=1000):
+    """Boxes and gts of at least that IoU; at 0.7 some sides lie off the 1.25 times larger grid."""
+    torch.manual_seed(0)
+    corner = torch.rand(n, 2) * 300
+    size = 4 + torch.rand(n, 2) * 200
+    boxes = torch.cat([corner, corner + size], 1)
+    gts = boxes + (torch.rand(n, 4) - 0.5) * (1 - threshold) * size.repeat(1, 2)
+    good = torchvision.ops.box_iou(boxes, gts).diagonal() >= threshold
+    return boxes[good], gts[good]
+
+
+def error_in_cells(boxes, gts, ratio, change=lambda maps: maps, shift=0.0):
+    """Largest distance of a decoded side from the gt's, for gts whose points are in the windows."""
+    centres = method.grid_targets(boxes, gts, ratio, radius=0)
+    held = (centres.sum((2, 3)) == 1).all(1)
+    boxes, gts = boxes[held], gts[held]
+    assert len(boxes) > 200 and held.float().mean() > 0.5
+    plus = method.grid_targets(boxes, gts, ratio)
+    kernel = torch.tensor([[0.0, 1, 0], [1, 1, 1], [0, 1, 0]])[None, None]
+    maps = torch.nn.functional.conv2d(plus.flatten(0, 1)[:, None], kernel, padding=1)
+    maps = change(maps.view_as(plus))  # the middle of a plus is now its highest cell
+    cell = (ratio * (boxes[:, 2:] - boxes[:, :2]) / 56).repeat(1, 2)
+    decoded = method.decode_grid(boxes, maps, ratio) + shift * cell
+    return ((decoded - gts).abs() / cell).max().item()
+
+
+@pytest.mark.parametrize("ratio, iou", list(zip(Config().ratios, Config().stage_ious)))
+def test_targets_decode_to_the_gt_within_half_a_cell(ratio, iou):
+    boxes, gts = pairs(iou)
+    assert error_in_cells(boxes, gts, ratio) <= 0.5 + 1e-3
+    # the same check fails for rows of points instead of columns, swapped axes, half a cell off
+    by_rows = [0, 3, 6, 1, 4, 7, 2, 5, 8]
+    assert error_in_cells(boxes, gts, ratio, lambda maps: maps[:, by_rows]) > 1
+    assert error_in_cells(boxes, gts, ratio, lambda maps: maps.mT) > 1
+    assert error_in_cells(boxes, gts, ratio, shift=0.5) > 0.9
+    assert error_in_cells(boxes, gts, ratio, torch.zeros_like) > 1
+
+
+def test_selection_by_hand():
+    """Two images; the second's object would fit the first's box. A crowd is nobody's object."""
+    objects = common.pad_targets([
+        dict(boxes=torch.tensor([[0.0, 0, 10, 5], [50, 0, 60, 10]]), labels=torch.tensor([3, 4]),
+             ignore=torch.tensor([False, True])),
+        dict(boxes=torch.tensor([[20.0, 0, 30, 10]]), labels=torch.tensor([5]),
+             ignore=torch.tensor([False])),
+    ])  # fmt: skip
+    rois = torch.tensor(
+        [[0.0, 0, 0, 10, 10], [0, 20, 0, 30, 10], [0, 50, 0, 60, 10], [1, 20, 0, 30, 8]]
+    )
+    kept, gts, labels, ious = method.select_boxes(rois, objects, 0.5)
+    assert torch.equal(kept, rois[[0, 3]]) and labels.tolist() == [3, 5]
+    assert gts.tolist() == [[0, 0, 10, 5], [20, 0, 30, 10]] and ious.tolist() == pytest.approx(
+        [0.5, 0.8]
+    )
+    assert method.select_boxes(rois, objects, 0.6)[2].tolist() == [5]
+    assert [len(x) for x in method.select_boxes(rois[:0], objects, 0.5)] == [0] * 4
+
+
+def test_fused_score():
+    cls, ism, rsm = torch.rand(3, 1000)
+    cls[0] = ism[1] = rsm[2] = 0
+    assert torch.equal(method.fused_score(cls, ism, rsm, 1.0), cls * ism)  # exactly
+    assert torch.equal(method.fused_score(cls, ism, rsm, 0.0), rsm)
+    by_hand = method.fused_score(*torch.tensor([0.9, 0.5, 0.3]), 0.8)
+    assert by_hand.item() == pytest.approx(0.45**0.8 * 0.3**0.2)
+    assert method.fused_score(cls, ism, rsm, 0.8).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "kind, want",  # errors 0.1 and 0.2
+    [("l2", (0.01 + 0.04) / 4), ("l1", 0.15), ("smooth_l1", (0.045 + 0.2 - 1 / 18) / 2)],
+)
+def test_losses_by_hand(kind, want):
+    ious = torch.tensor([0.8])
+    one = method.iou_scoring_loss(torch.tensor([[0.1, 0.6]]), ious, kind)
+    assert one.item() == pytest.approx(want, rel=1e-5)
+    two = method.iou_scoring_loss(torch.tensor([[0.1, 0.6], [0.2, 0.8]]), ious.repeat(2), kind)
+    assert two.item() == pytest.approx(want / 2, rel=1e-5)
+    assert method.iou_scoring_loss(torch.rand(0, 2), ious[:0], kind) == 0
+    logits, targets = torch.zeros(2, 9, 4, 4), torch.zeros(2, 9, 4, 4)
+    logits[0, 0, 0, 0], targets[0, 0, 0, 0] = math.log(3), 1  # -log 3/4 there, log 2 elsewhere
+    want = (287 * math.log(2) - math.log(3 / 4)) / 288
+    assert method.grid_loss(logits, targets).item() == pytest.approx(want, rel=1e-5)
+    assert method.grid_loss(logits[:0], targets[:0]) == 0
+
+
+# ------------------------------------------------------------------------------ heads
+
+
+def test_paper_sized_heads_have_the_releases_parameters():
+    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    head = method.GridHead()
+    trunk = 576 * (9 * 256 + 1) + 7 * 576 * (9 * 576 + 1) + 8 * 2 * 576
+    assert count(head.trunk) == trunk
+    assert count(head.heat) == 576 * 64 * 16 + 576 + 2 * 576 + 576 * 16 + 9
+    fc = 28224 * 1024 + 1024 + 1024 * 1024 + 1024 + 2 * 1024 + 2
+    assert count(method.IoUScoring()) == fc
+    assert method.GridHead(8, 2, 1, 9, True).heat[-1].bias.sigmoid().allclose(torch.tensor(0.01))
+
+
+def test_each_point_has_its_own_channels_behind_the_trunk():
+    head = method.GridHead(8, 4, 1, 9)
+    trunk = torch.rand(2, 36, 7, 7)
+    before = head.heat(trunk)
+    trunk[:, 12:16] += torch.rand(2, 4, 7, 7)  # point 3's
+    differs = (head.heat(trunk) != before).flatten(2).any(2)
+    assert differs.tolist() == [[k == 3 for k in range(9)]] * 2
+
+
+# ------------------------------------------------------------------------------ detector
+
+
+@pytest.mark.parametrize("row", [*method.ROWS])
+def test_every_row_builds_and_trains(row):
+    keep = ("backbone", "scales", "test_scales", "max_size")  # sizes stay small here
+    changes = {k: v for k, v in method.ROWS[row].items() if k not in keep}
+    model, (images, targets) = sure(make(**changes)), batch(1, 64)
+    losses = model.loss(images, targets)
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    config = model.config
+    grids = [f"grid{i + 1}" for i in range(config.num_stages)]
+    scores = ["ism"] * config.ism + ["rsm"] * config.rsm
+    assert [*losses] == ["rpn_cls", "rpn_box", "cls", *grids, *scores]
+    assert set(model.eval().predict(images)[0]) == {"boxes", "scores", "labels"}
+
+
+def test_every_printed_row_is_there_or_says_why_not():
+    for row in method.PAPER:
+        assert (row in method.ROWS) != (row in method.NOT_YET), row
+    assert set(method.PAPER) == set(method.ROWS) | set(method.NOT_YET)
+
+
+def test_images_without_objects_train_and_every_weight_learns():
+    model, (images, targets) = make(), batch()
+    sum(model.loss(images, targets).values()).backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+    model.zero_grad(set_to_none=True)
+    losses = model.loss(images, without_objects(targets))
+    assert all((v > 0) == (k in ("rpn_cls", "cls", "rsm")) for k, v in losses.items())
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    half = model.loss(images, [targets[0], *without_objects(targets[1:])])
+    assert half["grid3"] > 0 and all(v.isfinite() for v in half.values())
+
+
+def test_what_enters_each_stage(monkeypatch):
+    """Boxes of the stage before and the gts, from the stage's IoU on; no gradient through them."""
+    seen, original = [], method.grid_targets
+
+    def spy(boxes, gts, ratio, size):
+        seen.append((boxes, torchvision.ops.box_iou(boxes, gts).diagonal(), ratio))
+        return original(boxes, gts, ratio, size)
+
+    monkeypatch.setattr(method, "grid_targets", spy)
+    model, (images, targets) = make(grid_rois=3), batch(2)
+    used = []  # the ratio that each stage's maps are decoded with
+    monkeypatch.setattr(method, "decode_grid", lambda b, _, r, __: used.append(r) or b + 0.1)
+    pooled, labels, pool, loss = [], [], model.pool, common.class_loss
+    model.pool = lambda f, rois, size: pooled.append(rois) or pool(f, rois, size)
+    monkeypatch.setattr(common, "class_loss", lambda x, y: labels.append(y) or loss(x, y))
+    model.loss(images, targets)
+    gts = torch.cat([t["boxes"] for t in targets])
+    # RSM: the classifier's negatives, then the last stage's boxes with their objects' labels
+    first, last = pooled[0][labels[0] == 10], len(seen[2][0])
+    assert torch.equal(pooled[-1][:-last], first) and (labels[-1][:-last] == 10).all()
+    assert torch.equal(pooled[-1][-last:, 1:], seen[2][0])
+    image_of, known = pooled[-1][-last:, 0].long(), torch.cat([t["labels"] for t in targets])
+    of_gt = torch.cat([torch.full_like(t["labels"], i) for i, t in enumerate(targets)])
+    ious = torchvision.ops.box_iou(seen[2][0], gts) * (image_of[:, None] == of_gt)
+    assert torch.equal(labels[-1][-last:], known[ious.argmax(1)]) and known.unique().numel() > 2
+    assert [r for _, _, r in seen] == used == [2.0, 1.5, 1.25] and len(seen[0][0]) <= 6
+    for (boxes, ious, _), threshold in zip(seen, (0.5, 0.6, 0.7)):
+        assert ious.min() >= threshold and not boxes.requires_grad
+    for (before, _, _), (boxes, _, _), threshold in zip(seen, seen[1:], (0.6, 0.7)):
+        moved = before + 0.1
+        fit = torchvision.ops.box_iou(moved, gts).amax(1) >= threshold
+        assert torch.equal(boxes, torch.cat([moved[fit], gts]))
+
+
+def test_a_batch_of_two_equals_two_singles():
+    model, (images, _) = sure(make()).eval(), batch()
+    for image, both in zip(images, model.predict(images)):
+        (alone,) = model.predict([image])
+        assert len(alone["boxes"]) > 20 and (both["scores"].diff() <= 0).all()
+        torch.testing.assert_close(alone["boxes"], both["boxes"], atol=1e-2, rtol=0)
+        torch.testing.assert_close(alone["scores"], both["scores"], atol=1e-4, rtol=0)
+        assert torch.equal(alone["labels"], both["labels"])
+    small = model.predict([images[0], images[1][:, :50, :70]])[1]["boxes"]  # padded to 96x96
+    assert len(small) and small[:, 2].max() <= 70 and small[:, 3].max() <= 50
+
+
+def test_gamma_one_ignores_rsm_and_one_bare_stage_is_the_grid_baseline():
+    model, (images, targets) = sure(make()).eval(), batch()
+    torch.nn.init.normal_(model.ism.fc[-1].weight, std=1)
+    outputs = model.outputs(images)
+    found = lambda **c: model.select(outputs, dataclasses.replace(model.config, **c))["scores"]  # noqa: E731
+    assert torch.equal(found(gamma=1.0), found(rsm=False)) and len(found()) > 20
+    assert not torch.equal(found(gamma=1.0), found(gamma=0.8))
+    assert torch.equal(found(ism=False, rsm=False), outputs["cls"])
+    assert torch.equal(found(ism_use="replace", rsm=False), outputs["ism"])
+    assert outputs["ism"].min() == 0 and outputs["ism"].max() <= 1 and outputs["ism"].mean() > 0
+
+    baseline = sure(make(**method.ROWS["table1.baseline"])).eval()
+    left = baseline.load_state_dict(model.state_dict(), strict=False)
+    assert not left.missing_keys
+    assert {k.split(".")[0] for k in left.unexpected_keys} == {"grids", "ism", "rsm"}
+    model.config = dataclasses.replace(model.config, test_stage=1)
+    assert (model.outputs(images)["ism"] == 1).all()  # it belongs to the last stage
+    model.config = dataclasses.replace(model.config, ism=False, rsm=False)
+    for ours, theirs in zip(model.predict(images), baseline.predict(images)):
+        assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    assert set(baseline.loss(images, targets)) == {"rpn_cls", "rpn_box", "cls", "grid1"}
+
+
+def test_views_of_an_image_are_merged():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 11], [50, 50, 60, 60]])
+    found = dict(boxes=boxes, scores=torch.tensor([0.5, 0.9, 0.7]), labels=torch.zeros(3).long(),
+                 image=torch.zeros(3).long())  # fmt: skip
+    kept = lambda **c: make(**c).finish(found, 1)[0]["scores"].tolist()  # noqa: E731
+    assert kept() == pytest.approx([0.9, 0.7, 0.5])  # one view: no NMS
+    assert kept(test_flip=True) == kept(test_scales=(64, 96)) == pytest.approx([0.9, 0.7])
+    assert kept(soft_nms=True) == pytest.approx([0.9, 0.7, 0.5 * (1 - 10 / 11)], rel=1e-4)
+
+
+def test_impossible_stages_are_refused():
+    for changes in (dict(num_stages=4), dict(num_stages=0), dict(num_stages=2, test_stage=3)):
+        with pytest.raises(common.BadInput, match="stage"):
+            make(**changes)
+
+
+def test_one_image_can_be_overfitted():
+    model, data = make(fpn_channels=32, point_channels=4), common.SyntheticDetection(1, 96)
+    images, targets = common.to_device([data[0]], "cpu")
+    optimizer = torch.optim.AdamW(model.parameters())
+    for i in range(140):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, i / 10) * (0.1 if i > 110 else 1)
+        optimizer.zero_grad()
+        sum(model.loss(images, targets).values()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10)
+        optimizer.step()
+    (found,) = model.eval().predict(images)
+    certain = found["scores"] > 0.5
+    assert sorted(found["labels"][certain].tolist()) == sorted(targets[0]["labels"].tolist())
+    iou = torchvision.ops.box_iou(targets[0]["boxes"], found["boxes"][certain]).amax(1)
+    assert iou.min() > 0.75, iou
+
+
+# ------------------------------------------------------------------------------ flags, command line
+
+CHANGED = dict(
+    num_stages=2, ratios=(1.8, 1.5, 1.25), stage_ious=(0.6, 0.7, 0.8), test_stage=2, ism=False,
+    rsm=False, ism_loss="l1", ism_use="replace", gamma=0.5, point_channels=4, num_convs=2, groups=3,
+    grid_init=False, fc_channels=16, grid_weight=5.0, stage_decay=1.0, ism_weight=2.0, rsm_weight=2.0,
+    grid_rois=1, roi_samples=8, roi_positive=0.25, anchor_scale=3.0, proposals_train=20,
+    proposals_test=10, score_threshold=0.2, nms_iou=0.1, grid_test=5, soft_nms=True, merge_iou=0.1,
+    soft_nms_score=0.3, max_detections=3,
+)  # fmt: skip
+GIVEN = {"merge_iou": dict(soft_nms=True), "soft_nms_score": dict(soft_nms=True)}
+
+
+def behaviour(**changes):
+    """The losses of two small steps, and the detections after them."""
+    model, (images, targets) = sure(make(**changes)), batch(2, 64)
+    values = []
+    for _ in range(2):
+        losses = model.loss(images, targets)
+        sum(losses.values()).backward()
+        values += [(name, v.item()) for name, v in losses.items()]
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 1e-3 * p.grad
+                p.grad = None
+    return values, [{k: v.tolist() for k, v in f.items()} for f in model.eval().predict(images)]
+
+
+@functools.cache
+def known(flag):
+    """The run that the flag changes."""
+    return behaviour(**GIVEN.get(flag, {}))
+
+
+def test_every_flag_is_covered():
+    assert own_flags(method) == set(CHANGED) | {"sweep_gamma", "plot_ap"}
+    assert behaviour() == known("")
+
+
+@pytest.mark.parametrize("flag", list(CHANGED))
+def test_flag_changes_the_run(flag):
+    before = known(flag if flag in GIVEN else "")
+    assert behaviour(**GIVEN.get(flag, {}), **{flag: CHANGED[flag]}) != before
+
+
+RUN = """--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 12 --num-val 4
+ --batch 2 --steps 6 --workers 0 --fpn-channels 8 --point-channels 1 --num-convs 1 --fc-channels 16
+ --norm gn --log-every 1 --save-every 2 --device cpu --draw-score 0.01""".split()
+
+
+def test_the_command_line(tmp_path, monkeypatch):
+    metrics = method.main([*RUN, "--train", "--out", f"{tmp_path}/a"])
+    calls, original = [], method.Detector.loss
+
+    def killed(self, images, targets):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(self, images, targets)
+
+    monkeypatch.setattr(method.Detector, "loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        method.main([*RUN, "--train", "--out", f"{tmp_path}/b"])
+    monkeypatch.undo()
+    method.main([*RUN, "--train", "--resume", "--out", f"{tmp_path}/b"])
+    a, b = (common.load_checkpoint(tmp_path / name / "last.pt")["model"] for name in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+    image = common.SyntheticDetection(1, 64)[0][0]
+    common.Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
+    actions = ["--eval", "--predict", f"{tmp_path}/a.png", "--sweep-gamma", "--plot-ap"]
+    where = ["--weights", f"{tmp_path}/a/last.pt", "--out", f"{tmp_path}/c"]
+    assert method.main([*RUN, *actions, *where]) == metrics
+    names = {p.name for p in (tmp_path / "c").iterdir()}
+    assert {"pictures", "sweep_gamma.png", "plot_ap.png", "predictions.json"} <= names
+    sweep = json.loads((tmp_path / "c" / "sweep_gamma.json").read_text())
+    drawn = json.loads((tmp_path / "c" / "plot_ap.json").read_text())
+    assert len(sweep) == 12 and sweep["0.8"] == drawn["fused"] == metrics  # as --eval gives
+    assert sweep["1.0"] == drawn["without RSM"] and sweep["none"] == drawn["cls"]
+
+
+def test_figures_of_models_without_ism_or_rsm(tmp_path):
+    model, data = sure(make(ism=False, rsm=False)), common.SyntheticDetection(3, 64)
+    where = model.config, torch.device("cpu"), tmp_path
+    with pytest.raises(common.BadInput, match="needs a model with RSM"):
+        method.sweep_gamma(model, data, *where)
+    assert set(method.plot_ap(model, data, *where)) == {"cls"}
+
+
+@pytest.mark.parametrize("name", ["bccd", "coco_tiny"])
+def test_real_data(detection_data, tmp_path, name):
+    flags = """--preset tiny --steps 2 --scales 96 --test-scales 96 --max-size 160 --batch 2
+     --workers 0 --point-channels 1 --fpn-channels 16 --score-threshold 0.2"""
+    data, out = ["--data", f"{detection_data / name}"], ["--out", str(tmp_path)]
+    metrics = method.main([*flags.split(), "--train", *data, *out])
+    assert 0 <= metrics["AP"] <= 1 and len(metrics["per_class"]) in (3, 80)
+    file = str(sorted((detection_data / name).rglob("*.jpg"))[0])
+    method.main(["--predict", file, *out])
+    assert len(list((tmp_path / "pictures").iterdir())) == 1

@@ -1,0 +1,479 @@
+"""Double-Head R-CNN: equations and counts by hand, invariants, the analysis, whole runs."""
+
+import dataclasses
+import doctest
+import json
+
+import pytest
+import torch
+import torchvision
+from one_stage import batch, own_flags, without_objects
+
+import common
+import double_head as method
+from double_head import Config, ConvHead, Detector, FCHead
+
+SMALL = dict(
+    method.TINY, fpn_channels=16, fc_channels=32, conv_channels=32, norm="gn", proposals_train=60,
+    proposals_test=40, workers=0,
+)  # fmt: skip
+NARROW = "--fpn-channels 8 --fc-channels 16 --conv-channels 16 --workers 0 --score-threshold"
+RUN = f"""--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 12 --num-val 4
+ --batch 2 --steps 6 --norm gn --log-every 1 --save-every 2 --device cpu --draw-score 0.01
+ --analyze-objects 1 {NARROW} 0.05""".split()
+REAL = f"""--preset tiny --steps 2 --scales 96 --test-scales 96 --max-size 160 --batch 2
+ --analyze-objects 1 {NARROW} 0.3""".split()
+
+
+def make(**changes):
+    torch.manual_seed(0)
+    return Detector(dataclasses.replace(Config(), **{**SMALL, **changes}), 10)
+
+
+def sure(model):
+    """The same model with class scores and boxes apart, as after training."""
+    torch.manual_seed(1)
+    for layer in [*model.cls.values(), *model.box.values()]:
+        torch.nn.init.normal_(layer.weight, std=1)
+    return model
+
+
+def losses_of(model, images, targets):
+    torch.manual_seed(2)  # the same RoIs are drawn
+    return {k: v for k, v in model.loss(images, targets).items() if not k.startswith("rpn")}
+
+
+def test_examples_in_docstrings():
+    assert doctest.testmod(method).attempted >= 7 and doctest.testmod(method).failed == 0
+
+
+# ------------------------------------------------------------------------------ equations, heads
+
+
+def mega(head, kinds=(torch.nn.Conv2d, torch.nn.Linear)):
+    return sum(m.weight.numel() for m in head.modules() if isinstance(m, kinds)) / 2**20
+
+
+def test_parameters_of_table_2():
+    """The paper's M is 2^20 and counts weights of layers alone."""
+    printed = [1.06, 2.13, 3.19, 4.25, 5.31, 6.38, 7.44]
+    for k, want in enumerate(printed, 1):  # 1.0625 each; 2.125 is printed as 2.13
+        assert mega(ConvHead(256, k, False)) == 1.0625 * k == pytest.approx(want, abs=0.0051)
+    for k, want in ((3, 4.13), (5, 7.19), (7, 10.25)):
+        assert mega(ConvHead(256, k, True)) == pytest.approx(want, abs=0.0051)
+    assert mega(FCHead(256)) == 13.25 and mega(method.NonLocalBlock(1024)) == 2
+    with pytest.raises(ValueError, match="4 blocks"):
+        ConvHead(256, 4, True)
+
+
+def test_fuse_scores():
+    fc, conv = torch.rand(2, 10000).double()
+    fc[0], conv[1], fc[2] = 0, 0, 1
+    fused = method.fuse_scores(fc, conv, "complementary")
+    torch.testing.assert_close(fused, fc + conv * (1 - fc))
+    torch.testing.assert_close(fused, 1 - (1 - fc) * (1 - conv))
+    assert torch.equal(fused, method.fuse_scores(conv, fc, "complementary"))
+    for dtype in (torch.float32, torch.bfloat16):  # exactly, whatever the rounding
+        a, b = fc.to(dtype), conv.to(dtype)
+        both = method.fuse_scores(a, b)
+        assert (both >= torch.maximum(a, b)).all() and (both <= 1).all()
+        assert torch.equal(both, method.fuse_scores(b, a))
+    three, one = torch.tensor(0.75), torch.tensor(0.25)
+    values = [method.fuse_scores(three, one, how).item() for how in ("none", "max", "average")]
+    assert values == [0.75, 0.75, 0.5] and method.fuse_scores(three, one) == 0.8125
+    assert method.fuse_scores(one, three, "none") == 0.25
+
+
+def test_task_weights_by_hand():
+    ext = method.task_weights("double_head", 2.0, 2.5, 0.7, 0.8)
+    assert ext["fc"] == pytest.approx((1.4, 0.6)) and ext["conv"] == pytest.approx((0.5, 2.0))
+    assert method.task_weights("double_head", lambda_fc=0, lambda_conv=0) == {
+        "fc": (0, 1), "conv": (1, 0),
+    }  # fmt: skip
+    assert method.task_weights("double_conv", 2.0, 2.5) == {"conv": (2.5, 0), "conv2": (0, 2.5)}
+
+
+def test_attention_by_hand():
+    """theta = phi = g = the first channel, in a map of two cells 0 and a: softmax(0, a^2)."""
+    block, a = method.NonLocalBlock(2).eval(), 1.5
+    for layer in (block.theta, block.phi, block.g):
+        layer.weight.data = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
+    block.out[0].weight.data = torch.tensor([1.0, 0.0]).view(2, 1, 1, 1)
+    x = torch.tensor([0.0, a]).view(1, 1, 1, 2).repeat(1, 2, 1, 1)
+    assert torch.equal(block(x), x)  # starts as the identity
+    block.out[1].weight.data += (1 + block.out[1].eps) ** 0.5
+    share = torch.tensor([0, a * a]).softmax(0)[1].item()
+    want = torch.tensor([[a / 2, a + a * share], [0, a]])  # cell 0 attends evenly
+    torch.testing.assert_close(block(x)[0, :, 0], want)
+
+
+def test_maps_blocks_and_small_batches():
+    fc, conv = FCHead(4, 16), ConvHead(4, 5, True, channels=16)
+    x = torch.rand(2, 4, 7, 7)
+    whole = fc.maps(x).sum((2, 3)) + fc.first.bias  # Appendix A: cells add up to the layer
+    torch.testing.assert_close(whole, fc.first(x.flatten(1)))
+    order = [type(b).__name__[:3] for b in conv.blocks]
+    assert order == ["Res", "Non", "Res", "Non", "Res"]
+    for head in (fc, conv):
+        for n in (0, 1):  # in training: BN must survive both, and learn nothing of nothing
+            before = [b.clone() for b in head.buffers() if b.ndim]
+            head(x[:n]).sum().backward()
+            assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
+            after = [b for b in head.buffers() if b.ndim]
+            assert n or all(torch.equal(a, b) for a, b in zip(before, after))
+            assert all(b.isfinite().all() for b in after)
+
+
+def test_enlarged_rois_keep_their_level():
+    rois = torch.tensor([[1.0, 10, 20, 30, 60]])
+    assert method.enlarge(rois, 1.5).tolist() == [[1, 5, 10, 35, 70]]
+    model = make(reg_scale=2.0).eval()
+    maps = [torch.full((1, 16, 64 // 2**i, 64 // 2**i), float(i)) for i in range(5)]
+    rois = torch.tensor([[0.0, 60, 60, 180, 180], [0, 50, 50, 150, 150], [0, 0, 0, 256, 256]])
+    level = model.pool(maps, rois, 7)[:, 0, 3, 3]
+    assert level.tolist() == [1, 0, 2]  # P3, P2, P4: at twice the size one more each
+    assert torch.equal(model.pool_enlarged(maps, rois)[:, 0, 3, 3], level)
+    maps = [torch.rand(1, 16, 64 // 2**i, 64 // 2**i) for i in range(5)]
+    near = method.enlarge(rois[1:2], 0.5)  # both on P2
+    want = make(reg_scale=1.0).pool(maps, method.enlarge(near, 2.0), 7)
+    torch.testing.assert_close(model.pool_enlarged(maps, near), want)
+
+
+# ------------------------------------------------------------------------------ detector
+
+
+def test_lambda_one_is_exactly_the_vanilla_loss():
+    images, targets = batch()
+    ext, vanilla = make(), make(lambda_fc=1.0, lambda_conv=1.0)
+    vanilla.load_state_dict(
+        {k: v for k, v in ext.state_dict().items() if k in vanilla.state_dict()}
+    )
+    assert [*vanilla.cls] == ["fc"] and [*vanilla.box] == ["conv"]  # what is not used is not built
+    mixed, plain = losses_of(ext, images, targets), losses_of(vanilla, images, targets)
+    assert set(plain) == {"fc_cls", "conv_reg"} and len(mixed) == 4
+    assert mixed["fc_cls"].item() == pytest.approx(0.7 * plain["fc_cls"].item(), rel=1e-5)
+    assert mixed["conv_reg"].item() == pytest.approx(0.8 * plain["conv_reg"].item(), rel=1e-5)
+    torch.manual_seed(2)  # and by hand: Eq. 1 of cross entropy and smooth L1
+    features, _, _, rois, labels, gts = vanilla.training_rois(images, targets)
+    logits, deltas = vanilla.read(features, rois)
+    want = 2.0 * torch.nn.functional.cross_entropy(logits["fc"], labels)
+    torch.testing.assert_close(plain["fc_cls"], want)
+    i = (labels < 10).nonzero()[:, 0]
+    wanted = common.encode_boxes(rois[i, 1:], gts[i], (0.1, 0.1, 0.2, 0.2))
+    off = deltas["conv"][i, labels[i]] - wanted
+    smooth = torch.where(off.abs() < 1, off**2 / 2, off.abs() - 0.5).sum() / len(labels)
+    torch.testing.assert_close(plain["conv_reg"], 2.5 * smooth)
+
+
+@pytest.mark.parametrize("row", [*method.ROWS])
+def test_every_row_builds_and_trains(row):
+    keep = ("backbone", "epochs", "drops")  # sizes stay small here
+    changes = {k: v for k, v in method.ROWS[row].items() if k not in keep}
+    model, (images, targets) = sure(make(**changes)), batch(1, 64)
+    sum(model.loss(images, targets).values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert set(model.eval().predict(images)[0]) == {"boxes", "scores", "labels"}
+    assert row in method.PAPER and row not in method.NOT_YET
+
+
+def test_every_weight_learns_and_images_without_objects_train():
+    model, (images, targets) = sure(make()), batch(4)
+    for block in model.heads["conv"].blocks[1::2]:  # as after the first step
+        torch.nn.init.ones_(block.out[1].weight)
+    sum(model.loss(images, targets).values()).backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    model.zero_grad(set_to_none=True)
+    losses = model.loss(images, without_objects(targets))
+    assert losses["fc_cls"] > 0 and losses["conv_cls"] > 0
+    assert losses["fc_reg"] == losses["conv_reg"] == losses["rpn_box"] == 0
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_batch_of_two_equals_two_singles():
+    model, (images, _) = sure(make(score_threshold=0.2)).eval(), batch()
+    for image, found in zip(images, model.predict(images)):
+        (alone,) = model.predict([image])
+        assert len(found["boxes"]) > 5 and (found["scores"].diff() <= 0).all()
+        torch.testing.assert_close(alone["boxes"], found["boxes"], atol=1e-2, rtol=0)
+        torch.testing.assert_close(alone["scores"], found["scores"], atol=1e-4, rtol=0)
+    small = model.predict([images[0], images[1][:, :60, :70]])[1]["boxes"]  # padded to 96x96
+    assert len(small) and small.min() >= 0 and small[:, 2].max() <= 70 and small[:, 3].max() <= 60
+
+
+def test_select_takes_the_class_and_head_it_should():
+    model = make(score_threshold=0.3)
+    probs = {"fc": torch.zeros(2, 10), "conv": torch.zeros(2, 10)}
+    probs["fc"][0, 4], probs["conv"][0, 4], probs["conv"][1, 7] = 0.5, 0.5, 0.25
+    deltas = {k: torch.zeros(2, 10, 4) for k in ("fc", "conv")}
+    deltas["conv"][0, 4, 0], deltas["fc"][0, 4, 0] = 1.0, 2.0  # a tenth, a fifth of the width
+    out = dict(
+        probs=probs, deltas=deltas, image=torch.tensor([0, 0]), sizes=torch.full((1, 2), 99.0)
+    )
+    out["rois"] = torch.tensor([[0.0, 10, 10, 20, 20], [0, 50, 50, 70, 70]])
+    for changes, score, left in (
+        ({}, 0.75, 11), (dict(fusion="average"), 0.5, 11), (dict(fusion="none"), 0.5, 11),
+        (dict(alone="fc"), 0.5, 12), (dict(alone="conv"), 0.5, 11),
+    ):  # fmt: skip
+        found = model.select(out, dataclasses.replace(model.config, **changes))
+        assert found["labels"].tolist() == [4] and found["scores"].item() == score
+        torch.testing.assert_close(found["boxes"], torch.tensor([[left, 10.0, left + 10, 20]]))
+
+
+def test_one_image_can_be_overfitted():
+    model, data = make(fpn_channels=32, roi_samples=64), common.SyntheticDetection(4, 96)
+    images, targets = common.to_device([data[3]], "cpu")
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for i in range(80):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, i / 10) * (0.1 if i > 55 else 1)
+        optimizer.zero_grad()
+        sum(model.loss(images, targets).values()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10)
+        optimizer.step()
+    (found,) = model.eval().predict(images)
+    for box, label in zip(targets[0]["boxes"], targets[0]["labels"]):
+        best = found["boxes"][found["labels"] == label][:1]  # the surest one of this class
+        assert torchvision.ops.box_iou(best, box[None]).item() > 0.75
+    assert set(found["labels"][found["scores"] > 0.5].tolist()) == set(
+        targets[0]["labels"].tolist()
+    )
+
+
+# ------------------------------------------------------------------------------ analysis
+
+
+def test_sliding_windows():
+    gt = torch.tensor([[100.0, 100, 140, 180], [0, 0, 10, 10]])
+    windows = method.sliding_windows(gt)
+    assert windows.shape == (2, 14641, 4)
+    iou = torchvision.ops.box_iou(windows[0], gt[:1])[:, 0]
+    assert iou.min() == 0 and iou.max() == 1 and (torch.histc(iou, 20, 0, 1) > 0).all()
+    three = method.sliding_windows(gt[:1], 3)[0]  # shifts -1, 0, 1; sides 1/2, 1, 2
+    assert three[0].tolist() == [70, 40, 90, 80]  # centre (120 - 40, 140 - 80), 20x40
+    assert three[40].tolist() == gt[0].tolist() and len(three.unique(dim=0)) == 81
+    got = common.aligned_iou(windows[0], gt[:1].expand(14641, 4))
+    torch.testing.assert_close(got, iou)
+
+
+def test_statistics_by_hand():
+    torch.manual_seed(0)
+    labels, sizes, iou = torch.randint(4, (500,)), torch.randint(3, (500,)), torch.rand(500)
+    score, moved = (0.7 * iou + 0.3 * torch.rand(500)), torch.rand(500)
+    iou[0] = 1.0
+    moments = torch.zeros(4, 3, 20, 8, dtype=torch.double)
+    for i in (slice(0, 123), slice(123, 500)):  # in pieces, as windows come
+        method.tally(moments, labels[i], sizes[i], iou[i], score[i], moved[i])
+    mine = (labels == 2) & (sizes == 1)
+    found = method.statistics(moments[2, 1])
+    assert sum(found["count"]) == mine.sum()
+    assert found["pearson"] == common.correlation(score[mine], iou[mine])["pearson"]
+    everything = method.statistics(moments.sum((0, 1)))
+    inside = (iou >= 0.95) & (iou <= 1)
+    assert everything["count"][19] == inside.sum()
+    assert everything["score_mean"][19] == pytest.approx(score[inside].mean().item(), abs=1e-5)
+    assert everything["iou_std"][19] == pytest.approx(
+        moved[inside].std(correction=0).item(), abs=1e-5
+    )
+    nothing = method.statistics(moments[0, 0] * 0)
+    assert nothing["pearson"] is None and nothing["score_mean"] == [None] * 20
+
+
+def test_groups_and_objects():
+    thirds = method.groups_of_classes(dict(a=0.1, b=0.5, c=None, d=0.9, e=0.3, f=0.2, g=0.4))
+    assert [*thirds.values()] == [["d", "b"], ["g", "e"], ["f", "a"]]
+    assert method.size_group(torch.tensor([1024, 1025, 9216, 9217.0])).tolist() == [0, 1, 1, 2]
+    data = common.SyntheticDetection(5, 64)
+    count = sum(len(data[i][1]["labels"]) for i in range(5))
+    for most, want in ((0, count), (3, 3), (999, count)):
+        areas, chosen = method.read_objects(data, most)
+        assert sum(map(len, chosen.values())) == want
+    assert chosen[1] == list(range(len(data[1][1]["labels"]))) and len(areas[1]) == len(chosen[1])
+
+
+def test_cell_correlation():
+    maps = torch.tensor([[1.0, 0, 0], [2, 0, 0], [0, 3, 0], [-1, 0, 0]])
+    want = torch.tensor([[1.0, 1, 0, -1], [1, 1, 0, -1], [0, 0, 1, 0], [-1, -1, 0, 1]]).double()
+    assert torch.equal(method.cell_correlation(maps), want)
+
+
+class Oracle(torch.nn.Module):
+    """Heads that know: class 3's score is the window's IoU with the gt, and its box stays put."""
+
+    def __init__(self, model, gt):
+        super().__init__()
+        self.inner, self.gt, self.heads, self.cls, self.box = model, gt, model.heads, model.cls, {}
+        self.num_classes, self.pool = model.num_classes, model.pool
+
+    def predictions(self, features, rois):
+        iou = torchvision.ops.box_iou(rois[:, 1:], self.gt)
+        three = torch.nn.functional.one_hot(torch.tensor([3]), 10)
+        deltas = (1.0 - three)[..., None].expand(len(rois), -1, 4)
+        return dict(probs={"fc": iou * three, "conv": (1 - iou) * three}, deltas={"conv": deltas})
+
+
+def test_windows_of_heads_that_know():
+    """Perfect correlation, bin means that are the bin's IoUs, the box head's box the window."""
+    gt, size = torch.tensor([[20.0, 20, 50, 60]]), torch.tensor([[96.0, 96]])
+    model = make().eval()
+    analysis = method.Analysis(Oracle(model, gt), model.config, [])
+    features = model.backbone(torch.rand(1, 3, 96, 96))
+    with torch.no_grad():
+        analysis.add_windows(features, gt, torch.tensor([3]), torch.tensor([1]), size)
+    moments = analysis.windows["fc"]
+    assert analysis.num_windows == 14641 >= moments[..., 0].sum() == moments[3, 1, :, 0].sum()
+    fc, conv = (method.statistics(analysis.windows[k][3, 1]) for k in ("fc", "conv"))
+    assert fc["pearson"] == 1 and conv["pearson"] == -1 and min(fc["count"]) > 0
+    for i, (a, b, c) in enumerate(zip(fc["score_mean"], conv["score_mean"], conv["iou_mean"])):
+        assert i / 20 <= a < (i + 1) / 20 + 1e-4 and a + b == pytest.approx(1, abs=2e-5)
+        assert c == pytest.approx(a, abs=1e-4)
+    assert set(analysis.cells) == {"input", "fc", "conv"} and analysis.objects == 1
+    assert all(
+        torch.allclose(c.diagonal(), torch.ones(49).double()) for c in analysis.cells.values()
+    )
+
+
+def test_proposals_and_final_boxes_by_hand():
+    """An object of class 3, an ignored one of class 5; an image shown at half its size."""
+    model, data = make(score_threshold=0.1), common.SyntheticDetection(1, 96)
+    boxes = torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60]])
+    target = dict(boxes=boxes, labels=torch.tensor([3, 5]), ignore=torch.tensor([False, True]))
+    target |= dict(size=(192, 192), image_id=7)
+    rois = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 4], [80, 80, 90, 90], [50, 50, 60, 60]])
+    fc, deltas = torch.zeros(4, 10), torch.zeros(4, 10, 4)
+    fc[:, 3], fc[3, 5] = torch.tensor([0.875, 0.5, 0.25, 0.25]), 0.75
+    out = dict(rois=torch.nn.functional.pad(rois, (1, 0)), image=torch.zeros(4).long())
+    out |= dict(sizes=torch.tensor([[96.0, 96]]), probs={"fc": fc, "conv": fc * 0})
+    analysis = method.Analysis(model, model.config, data.categories)
+    analysis.add_image(
+        out | dict(deltas={"fc": deltas, "conv": deltas}), target, torch.tensor([2, 0]), []
+    )
+    count, score = analysis.proposals["fc"][..., 0], analysis.proposals["fc"][..., 3]
+    assert count.sum() == 2 and score[3, 2, 19] == 0.875 and score[3, 2, 8] == 0.5  # IoU 1, 0.4
+    count, score = analysis.final["fc"][..., 0], analysis.final["fc"][..., 3]
+    assert score[3, 2, 19] == 0.875 and score[3, 2, 8] == 0.5 and count.sum() == 4
+    assert score[3, 0, 0] == 0.5  # two that touch no object of their class: small, 20x20 in truth
+    assert analysis.final["conv"].sum() == 0 and analysis.final["model"][..., 0].sum() == 4
+    kept = [r["bbox"] for r in analysis.results]
+    assert len(kept) == 5 and kept[0] == [0, 0, 20, 20] and [160, 160, 20, 20] in kept
+
+
+# ------------------------------------------------------------------------------ flags, command line
+
+CHANGED = dict(
+    heads="double_fc", lambda_fc=0.5, lambda_conv=0.5, omega_fc=1.0, omega_conv=1.0, fusion="max",
+    alone="fc", fc_channels=16, conv_channels=16, num_blocks=3, non_local=False, reg_scale=1.3,
+    roi_samples=8, roi_positive=0.1, anchor_scale=2.0, proposals_train=10, proposals_test=5,
+    score_threshold=0.9, nms_iou=0.2, max_detections=3,
+)  # fmt: skip
+
+
+def behaviour(**changes):
+    """The losses of a small step, and the detections after it."""
+    model, (images, targets) = sure(make(**changes)), batch(2, 64)
+    losses = {k: v.item() for k, v in losses_of(model, images, targets).items()}
+    return losses, [{k: v.tolist() for k, v in f.items()} for f in model.eval().predict(images)]
+
+
+def test_every_flag_is_covered():
+    actions = {"compare_fusion", "analyze", "analyze_objects", "compare"}  # see the command line
+    assert own_flags(method) == set(CHANGED) | actions
+
+
+@pytest.fixture(scope="module")
+def known():
+    assert behaviour() == behaviour()
+    return behaviour()
+
+
+@pytest.mark.parametrize("flag", list(CHANGED))
+def test_flag_changes_the_run(known, flag):
+    assert behaviour(**{flag: CHANGED[flag]}) != known
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(lambda_fc=1.5), "between 0 and 1"),
+        (dict(num_blocks=4), "odd with --non-local"),
+        (dict(heads="conv", alone="fc"), "no such classifier"),
+        (dict(lambda_fc=1.0, lambda_conv=0.0), "no head has one of the tasks"),
+        (dict(omega_fc=0.0, omega_conv=0.0), "no head has one of the tasks"),
+    ],
+)
+def test_settings_that_make_no_detector(changes, message):
+    with pytest.raises(common.BadInput, match=message):
+        make(**changes)
+
+
+def test_the_command_line(tmp_path, capsys):
+    where = ["--weights", f"{tmp_path}/a/last.pt", "--out", f"{tmp_path}/c"]
+    metrics = method.main([*RUN, "--train", "--out", f"{tmp_path}/a"])
+    method.main(
+        [
+            *RUN,
+            "--train",
+            "--steps",
+            "2",
+            "--row",
+            "table1.fc",
+            "--analyze",
+            "--out",
+            f"{tmp_path}/fc",
+        ]
+    )
+    other = json.loads((tmp_path / "fc" / "analyze.json").read_text())
+    assert other["absent"] == [] and set(other["windows"]) == {"fc"} == set(other["final"])
+    actions = ["--eval", "--analyze", "--compare-fusion"]
+    compare = ["--compare", f"{tmp_path}/fc/analyze.json"]
+    assert method.main([*RUN, *actions, *compare, *where]) == metrics
+    names = {p.name for p in (tmp_path / "c").iterdir()}
+    figures = {f"analyze_{k}.png" for k in ("bins", "pearson", "weights", "features")}
+    assert figures | {"analyze.json", "compare_fusion.json"} <= names
+    table = json.loads((tmp_path / "c" / "compare_fusion.json").read_text())
+    assert table["complementary"] == metrics and len(table) == 6  # one pass gives what --eval gives
+    found = json.loads((tmp_path / "c" / "analyze.json").read_text())
+    assert found["per_class"] == other["per_class"] and found["objects"] == 1
+    assert set(found["final"]) == {"fc", "conv", "model"} and found["metrics"] == metrics
+    for head in ("fc", "conv"):
+        counts = found["windows"][head]["all objects"]["count"]
+        assert 5_000 < sum(counts) <= found["windows_made"] == 14641
+        groups = [found["windows"][head][g]["count"] for g in method.SIZES]
+        assert counts == [sum(n) for n in zip(*groups)] and sum(groups[2]) == 0  # images of 64 px
+    matrix = torch.tensor(found["weight_correlation"]["fc"])
+    assert (
+        matrix.shape == (49, 49) and torch.equal(matrix, matrix.T) and matrix.diagonal().min() == 1
+    )
+    (tmp_path / "bad.json").write_text('{"per_class": {"cow": 0.5}, "windows": {}}')
+    with pytest.raises(SystemExit):
+        method.main([*RUN, "--analyze", "--compare", f"{tmp_path}/bad.json", *where])
+    assert "not an analysis of these classes" in capsys.readouterr().err
+
+
+def test_actions_on_a_vanilla_and_a_single_head(tmp_path):
+    data, cpu = common.SyntheticDetection(2, 64), torch.device("cpu")
+    vanilla = sure(make(lambda_fc=1.0, lambda_conv=1.0, analyze_objects=1, fc_channels=16)).eval()
+    assert set(method.compare_fusion(vanilla, data, vanilla.config, cpu, tmp_path)) == {"none"}
+    found = method.analyze(vanilla, data, vanilla.config, cpu, tmp_path)
+    assert found["absent"] == ["conv cls", "fc reg"] and set(found["final"]) == {"fc"}
+    assert {k for k in found["windows"]["fc"]["all objects"]} == {
+        "count", "pearson", "score_mean", "score_std",
+    }  # fmt: skip
+    assert "pearson" not in found["windows"]["conv"]["all objects"]
+    single = make(heads="conv")
+    with pytest.raises(common.BadInput, match="both heads"):
+        method.compare_fusion(single, data, single.config, cpu, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["bccd", "coco_tiny"])
+def test_real_data(detection_data, tmp_path, name, monkeypatch):
+    monkeypatch.setattr(method, "draw_analysis", lambda *_: None)  # seen above; it takes a while
+    data = detection_data / name
+    metrics = method.main(
+        [*REAL, "--train", "--analyze", "--data", f"{data}", "--out", f"{tmp_path}"]
+    )
+    assert 0 <= metrics["AP"] <= 1 and len(metrics["per_class"]) in (3, 80)
+    found = json.loads((tmp_path / "analyze.json").read_text())
+    assert found["objects"] == 1 and found["windows_made"] == 14641
+    method.main(["--predict", str(sorted(data.rglob("*.jpg"))[0]), "--out", str(tmp_path)])
+    assert len(list((tmp_path / "pictures").iterdir())) == 1
