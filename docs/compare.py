@@ -29,6 +29,8 @@ import d2det
 
 BASELINES = {  # the flags that leave out what the paper adds
     "d2det": ["--row", "table2.baseline"],
+    "double_head": ["--row", "table1.fc"],
+    "cpm_rcnn": ["--row", "table1.baseline"],
     "iou_aware_retinanet": ["--no-iou-head"],
     "dc_loss_clnms": ["--no-iac", "--no-dc-loss", "--nms", "plain"],
 }
@@ -83,7 +85,6 @@ class Options:
     method: Annotated[Literal[tuple(BASELINES)], tyro.conf.Positional]  # script to compare
     seeds: tuple[int, ...] = (0, 1, 2)  # one training of each contender per seed
     num_val: int = 1000  # synthetic images to evaluate on
-    flags: tuple[str, ...] = ()  # more of the method's own flags, for every contender
     torchvision: bool = False  # add torchvision's Faster R-CNN, with D2Det's settings
     out: str = "runs/compare"  # results folder
 
@@ -92,9 +93,10 @@ def table(runs: dict[str, list[dict]]) -> list[str]:
     """Mean and standard deviation over seeds, then of the first minus each other, seed by seed."""
 
     def line(name: str, rows: list[dict]) -> str:
-        deviation = statistics.stdev if len(rows) > 1 else lambda _: float("nan")
-        values = {k: [100 * r[k] for r in rows] for k in KEYS}
-        text = (f"{statistics.mean(v):.1f} ± {deviation(v):.1f}" for v in values.values())
+        text = []
+        for values in ([100 * r[k] for r in rows] for k in KEYS):
+            spread = f" ± {statistics.stdev(values):.1f}" if len(rows) > 1 else ""
+            text.append(f"{statistics.mean(values):.1f}{spread}")
         return f"| {name} | " + " | ".join(text) + " |"
 
     first, *others = runs
@@ -123,7 +125,7 @@ def main(argv=None):
             if not (out / "metrics.json").exists():
                 shared = ["--train", "--preset", "tiny", "--eval-every", "0", "--out", str(out)]
                 shared += ["--seed", str(seed), "--num-val", str(options.num_val)]
-                train([*shared, *flags, *options.flags])
+                train([*shared, *flags])
             runs[name].append(json.loads((out / "metrics.json").read_text()))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, seeds {options.seeds}")
     print("\n".join(table(runs)))

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -302,3 +303,12 @@ def test_torchrun_trains_and_evaluates(tmp_path):
     assert "8 steps of 2 images (2 x 1)" in done.stdout
     assert len(common.load_checkpoint(tmp_path / "r" / "last.pt")["rng"]) == 2
     assert "AP" in json.loads((tmp_path / "r" / "metrics.json").read_text())
+
+
+def test_readme_links_point_at_what_they_name():
+    """[`Name`](file.py#L12) is the line that defines Name."""
+    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", (ROOT / "README.md").read_text())
+    assert len(links) >= 15
+    for name, file, number in links:
+        line = (ROOT / file).read_text().splitlines()[int(number) - 1]
+        assert re.match(rf"(class|def) {name}\b", line), (name, file, number, line)

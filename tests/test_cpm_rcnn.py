@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 import torchvision
-from one_stage import batch, own_flags, without_objects
+from methods import batch, check_real_data, check_resume, own_flags, without_objects
 
 import common
 import cpm_rcnn as method
@@ -394,27 +394,8 @@ RUN = """--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 
 
 
 def test_the_command_line(tmp_path, monkeypatch):
-    metrics = method.main([*RUN, "--train", "--out", f"{tmp_path}/a"])
-    calls, original = [], method.Detector.loss
-
-    def killed(self, images, targets):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return original(self, images, targets)
-
-    monkeypatch.setattr(method.Detector, "loss", killed)
-    with pytest.raises(KeyboardInterrupt):
-        method.main([*RUN, "--train", "--out", f"{tmp_path}/b"])
-    monkeypatch.undo()
-    method.main([*RUN, "--train", "--resume", "--out", f"{tmp_path}/b"])
-    a, b = (common.load_checkpoint(tmp_path / name / "last.pt")["model"] for name in "ab")
-    assert all(torch.equal(a[k], b[k]) for k in a)
-
-    image = common.SyntheticDetection(1, 64)[0][0]
-    common.Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
+    metrics, where = check_resume(method, RUN, tmp_path, monkeypatch)
     actions = ["--eval", "--predict", f"{tmp_path}/a.png", "--sweep-gamma", "--plot-ap"]
-    where = ["--weights", f"{tmp_path}/a/last.pt", "--out", f"{tmp_path}/c"]
     assert method.main([*RUN, *actions, *where]) == metrics
     names = {p.name for p in (tmp_path / "c").iterdir()}
     assert {"pictures", "sweep_gamma.png", "plot_ap.png", "predictions.json"} <= names
@@ -434,11 +415,6 @@ def test_figures_of_models_without_ism_or_rsm(tmp_path):
 
 @pytest.mark.parametrize("name", ["bccd", "coco_tiny"])
 def test_real_data(detection_data, tmp_path, name):
-    flags = """--preset tiny --steps 2 --scales 96 --test-scales 96 --max-size 160 --batch 2
-     --workers 0 --point-channels 1 --fpn-channels 16 --score-threshold 0.2"""
-    data, out = ["--data", f"{detection_data / name}"], ["--out", str(tmp_path)]
-    metrics = method.main([*flags.split(), "--train", *data, *out])
-    assert 0 <= metrics["AP"] <= 1 and len(metrics["per_class"]) in (3, 80)
-    file = str(sorted((detection_data / name).rglob("*.jpg"))[0])
-    method.main(["--predict", file, *out])
-    assert len(list((tmp_path / "pictures").iterdir())) == 1
+    real = """--preset tiny --steps 2 --scales 96 --test-scales 96 --max-size 160 --batch 2
+     --workers 0 --point-channels 1 --fpn-channels 16 --score-threshold 0.2""".split()
+    check_real_data(method, real, detection_data / name, tmp_path)

@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 import torchvision
-from one_stage import (
+from methods import (
+    REAL,
     RUN,
     batch,
     behaviour,
@@ -273,7 +274,7 @@ def test_flag_changes_the_run(known, flag):
 
 
 def test_the_command_line(tmp_path, monkeypatch):
-    metrics, where = check_resume(method, tmp_path, monkeypatch)
+    metrics, where = check_resume(method, RUN, tmp_path, monkeypatch)
     actions = ["--eval", "--predict", f"{tmp_path}/a.png", "--compare-nms", "--analyze"]
     assert method.main([*RUN, *actions, *where]) == metrics
     assert (tmp_path / "c" / "pictures").is_dir()
@@ -287,5 +288,5 @@ def test_the_command_line(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["bccd", "coco_tiny"])
 def test_real_data(detection_data, tmp_path, name):
-    check_real_data(method, detection_data / name, tmp_path, "--compare-nms")
+    check_real_data(method, REAL, detection_data / name, tmp_path, "--compare-nms")
     assert (tmp_path / "compare_nms.json").exists()

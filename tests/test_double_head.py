@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import torchvision
-from one_stage import batch, own_flags, without_objects
+from methods import batch, check_real_data, check_resume, own_flags, without_objects
 
 import common
 import double_head as method
@@ -406,22 +406,10 @@ def test_settings_that_make_no_detector(changes, message):
         make(**changes)
 
 
-def test_the_command_line(tmp_path, capsys):
-    where = ["--weights", f"{tmp_path}/a/last.pt", "--out", f"{tmp_path}/c"]
-    metrics = method.main([*RUN, "--train", "--out", f"{tmp_path}/a"])
-    method.main(
-        [
-            *RUN,
-            "--train",
-            "--steps",
-            "2",
-            "--row",
-            "table1.fc",
-            "--analyze",
-            "--out",
-            f"{tmp_path}/fc",
-        ]
-    )
+def test_the_command_line(tmp_path, capsys, monkeypatch):
+    metrics, where = check_resume(method, RUN, tmp_path, monkeypatch)
+    fc = ["--row", "table1.fc", "--analyze", "--out", f"{tmp_path}/fc"]
+    method.main([*RUN, "--train", "--steps", "2", *fc])
     other = json.loads((tmp_path / "fc" / "analyze.json").read_text())
     assert other["absent"] == [] and set(other["windows"]) == {"fc"} == set(other["final"])
     actions = ["--eval", "--analyze", "--compare-fusion"]
@@ -468,12 +456,6 @@ def test_actions_on_a_vanilla_and_a_single_head(tmp_path):
 @pytest.mark.parametrize("name", ["bccd", "coco_tiny"])
 def test_real_data(detection_data, tmp_path, name, monkeypatch):
     monkeypatch.setattr(method, "draw_analysis", lambda *_: None)  # seen above; it takes a while
-    data = detection_data / name
-    metrics = method.main(
-        [*REAL, "--train", "--analyze", "--data", f"{data}", "--out", f"{tmp_path}"]
-    )
-    assert 0 <= metrics["AP"] <= 1 and len(metrics["per_class"]) in (3, 80)
+    check_real_data(method, REAL, detection_data / name, tmp_path, "--analyze")
     found = json.loads((tmp_path / "analyze.json").read_text())
     assert found["objects"] == 1 and found["windows_made"] == 14641
-    method.main(["--predict", str(sorted(data.rglob("*.jpg"))[0]), "--out", str(tmp_path)])
-    assert len(list((tmp_path / "pictures").iterdir())) == 1

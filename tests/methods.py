@@ -1,4 +1,4 @@
-"""What the tests of the two one-stage methods share: small models, small runs, common checks."""
+"""What the tests of several methods share: small models and runs (one-stage), common checks."""
 
 import dataclasses
 
@@ -172,9 +172,9 @@ def check_variants(method, configs: list):
     assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
 
 
-def check_resume(method, folder, monkeypatch):
+def check_resume(method, run, folder, monkeypatch):
     """Trains into folder/a, and into folder/b with an interruption, to the same weights."""
-    metrics = method.main([*RUN, "--train", "--out", f"{folder}/a"])
+    metrics = method.main([*run, "--train", "--out", f"{folder}/a"])
     calls, original = [], method.Detector.loss
 
     def killed(self, images, targets):
@@ -185,9 +185,9 @@ def check_resume(method, folder, monkeypatch):
 
     monkeypatch.setattr(method.Detector, "loss", killed)
     with pytest.raises(KeyboardInterrupt):
-        method.main([*RUN, "--train", "--out", f"{folder}/b"])
+        method.main([*run, "--train", "--out", f"{folder}/b"])
     monkeypatch.undo()
-    method.main([*RUN, "--train", "--resume", "--out", f"{folder}/b"])
+    method.main([*run, "--train", "--resume", "--out", f"{folder}/b"])
     a, b = (common.load_checkpoint(folder / name / "last.pt")["model"] for name in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a)
     image = common.SyntheticDetection(1, 64)[0][0]
@@ -195,8 +195,8 @@ def check_resume(method, folder, monkeypatch):
     return metrics, ["--weights", f"{folder}/a/last.pt", "--out", f"{folder}/c"]
 
 
-def check_real_data(method, data, folder, *action):
-    metrics = method.main([*REAL, "--train", *action, "--data", f"{data}", "--out", f"{folder}"])
+def check_real_data(method, real, data, folder, *action):
+    metrics = method.main([*real, "--train", *action, "--data", f"{data}", "--out", f"{folder}"])
     assert 0 <= metrics["AP"] <= 1 and len(metrics["per_class"]) in (3, 80)
     file = str(sorted(data.rglob("*.jpg"))[0])
     method.main(["--predict", file, "--out", str(folder)])
