@@ -1096,7 +1096,7 @@ def class_box_loss(deltas: Tensor, rois: Tensor, labels: Tensor, gt_boxes: Tenso
     [R, 4]: background adds nothing to the sum, but counts in the mean.
     """
     positive = labels < deltas.shape[1] // 4
-    mine = deltas.view(len(deltas), -1, 4)
+    mine = deltas.unflatten(1, (deltas.shape[1] // 4, 4))  # view cannot, with R = 0
     mine = mine[torch.arange(len(mine), device=mine.device), torch.where(positive, labels, 0)]
     wanted = encode_boxes(rois[:, 1:], gt_boxes, RCNN_STDS)
     loss = F.smooth_l1_loss(mine.float(), wanted, reduction="none").sum(1)  # [R]
@@ -1105,6 +1105,7 @@ def class_box_loss(deltas: Tensor, rois: Tensor, labels: Tensor, gt_boxes: Tenso
 
 def two_fc(in_features: int, hidden: int, out_features: int) -> nn.Sequential:
     """Fast R-CNN's head: flattens, two hidden layers, one last that starts at N(0, 0.01)."""
+    # choice: the hidden ones start as PyTorch starts them
     last = nn.Linear(hidden, out_features)
     nn.init.normal_(last.weight, std=0.01)
     nn.init.zeros_(last.bias)
@@ -1112,16 +1113,49 @@ def two_fc(in_features: int, hidden: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), first, nn.ReLU(), second, nn.ReLU(), last)
 
 
-class TwoStage(nn.Module):
-    """Backbone, RPN and RoIs of a two-stage detector; a method adds heads, `loss`, `candidates`.
+class BaseDetector(nn.Module):
+    """The end that all detectors share. A method adds `loss`, and `outputs` with `select`.
+
+    `candidates`, the boxes that enter the last NMS, is `select(outputs(images), config)`, and
+    `finish` takes a config too, so that one forward pass can serve many.
+    """
+
+    def __init__(self, config: Config, num_classes: int):
+        super().__init__()
+        self.config, self.num_classes = config, num_classes
+
+    def predict(self, images: list[Tensor]) -> list[dict]:
+        return self.finish(self.candidates(images), len(images))
+
+    @torch.no_grad()
+    def candidates(self, images: list[Tensor]) -> dict[str, Tensor]:
+        return self.select(self.outputs(images), self.config)
+
+    def finish(self, candidates: dict, num_images: int, config: Config | None = None) -> list[dict]:
+        """NMS inside each image and class, then each image's best, under this config or another."""
+        config, keys = config or self.config, ("boxes", "scores", "labels", "image")
+        boxes, scores, labels, image = (candidates[k] for k in keys)
+        groups = image * self.num_classes + labels
+        keep, scores = self.suppress(boxes, scores, groups, config)
+        best = best_per_image(image[keep], num_images, config.max_detections)
+        keep, scores = keep[best], scores[best]
+        return split_images(boxes[keep], scores, labels[keep], image[keep], num_images)
+
+    def suppress(self, boxes: Tensor, scores: Tensor, groups: Tensor, config: Config):
+        """Indices kept, best first, and their scores: a method may have its own."""
+        keep = kernels.batched_nms(boxes, scores, groups, config.nms_iou)
+        return keep, scores[keep]
+
+
+class TwoStage(BaseDetector):
+    """Backbone, RPN and RoIs of a two-stage detector; a method adds heads and `loss`.
 
     Reads of the method's config: anchor_scale, proposals_train, proposals_test, roi_samples,
     roi_positive, max_detections, and what `ResNetFPN` takes.
     """
 
     def __init__(self, config: Config, num_classes: int):
-        super().__init__()
-        self.config, self.num_classes = config, num_classes
+        super().__init__(config, num_classes)
         self.backbone = make_backbone(config)
         boxes = (config.proposals_train, config.proposals_test)
         scale = config.anchor_scale
@@ -1156,19 +1190,6 @@ class TwoStage(nn.Module):
     def pool(self, features: list[Tensor], rois: Tensor, size: int) -> Tensor:
         """RoIAlign of rois [R, 5] from P2..P5 -> [R, C, size, size]."""
         return kernels.roi_align(features[:4], rois, size, self.strides)
-
-    def predict(self, images: list[Tensor]) -> list[dict]:
-        return self.finish(self.candidates(images), len(images))
-
-    def finish(self, candidates: dict, num_images: int, config: Config | None = None) -> list[dict]:
-        """The last NMS. `config`, one of several that were selected by, changes nothing."""
-        most = self.config.max_detections
-        return keep_best(candidates, num_images, self.num_classes, self.suppress, most)
-
-    def suppress(self, boxes: Tensor, scores: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices kept, best first, and their scores: a method may have its own."""
-        keep = kernels.batched_nms(boxes, scores, groups, self.config.nms_iou)
-        return keep, scores[keep]
 
 
 # ------------------------------------------------------------------------------ RetinaNet
@@ -1330,18 +1351,16 @@ def best_predictions(
     return found[0], anchor[found], label[found], scores[found]
 
 
-class RetinaNet(nn.Module):
+class RetinaNet(BaseDetector):
     """Backbone, anchors and choice of boxes of a RetinaNet; a method adds `loss`, and may `rank`.
 
     `head` is RetinaTowers or like it. Reads of the method's config: tower_convs, tower_groups,
     anchor_scale, top_scores, all_classes, score_threshold, nms_iou, max_detections, and what
-    `ResNetFPN` takes. `candidates` is `select(outputs(images), config)`, so that one forward pass
-    can serve many configs.
+    `ResNetFPN` takes.
     """
 
     def __init__(self, config: Config, num_classes: int, head: type[nn.Module] = RetinaTowers):
-        super().__init__()
-        self.config, self.num_classes = config, num_classes
+        super().__init__(config, num_classes)
         self.backbone = make_backbone(config, extra="conv")
         towers = config.tower_convs, config.tower_groups
         self.head = head(config.fpn_channels, 9, num_classes, *towers)
@@ -1360,13 +1379,6 @@ class RetinaNet(nn.Module):
         )
         out = dict(zip(("cls_logits", "deltas", "third"), self.head(features)))
         return out | dict(anchors=anchors, per_level=per_level, sizes=sizes)
-
-    def predict(self, images: list[Tensor]) -> list[dict]:
-        return self.finish(self.candidates(images), len(images))
-
-    @torch.no_grad()
-    def candidates(self, images: list[Tensor]) -> dict[str, Tensor]:
-        return self.select(self.outputs(images), self.config)
 
     def rank(self, probs: Tensor, outputs: dict, at: tuple, config: Config) -> Tensor:
         """Scores [..., K] of the anchors at = (image, anchor) from their class probs; rising."""
@@ -1393,17 +1405,6 @@ class RetinaNet(nn.Module):
         boxes = decode_boxes(anchors[anchor], outputs["deltas"][image, anchor])
         boxes = clip_boxes(boxes, sizes[image])
         return dict(boxes=boxes, scores=scores, labels=labels, image=image, anchor=anchor)
-
-    def finish(self, candidates: dict, num_images: int, config: Config | None = None) -> list[dict]:
-        """The last NMS, under this config or another."""
-        config = config or self.config
-        suppress = lambda *found: self.suppress(*found, config)  # noqa: E731
-        return keep_best(candidates, num_images, self.num_classes, suppress, config.max_detections)
-
-    def suppress(self, boxes: Tensor, scores: Tensor, groups: Tensor, config: Config):
-        """Indices kept, best first, and their scores: a method may have its own."""
-        keep = kernels.batched_nms(boxes, scores, groups, config.nms_iou)
-        return keep, scores[keep]
 
 
 class Variants(nn.Module):
@@ -1524,18 +1525,6 @@ def best_per_image(image: Tensor, num_images: int, most: int) -> Tensor:
     """Mask [N]: the first `most` entries of each image, in the order given (image [N])."""
     seen = F.one_hot(image, num_images).cumsum(0)  # [N, B]
     return seen.gather(1, image[:, None])[:, 0] <= most
-
-
-def keep_best(candidates: dict, num_images: int, num_classes: int, suppress, most: int):
-    """A detector's last step: NMS inside each image and class, then each image's best `most`.
-
-    suppress(boxes [N, 4], scores [N], groups [N]) -> indices kept, best first, and their scores.
-    """
-    boxes, scores, labels, image = (candidates[k] for k in ("boxes", "scores", "labels", "image"))
-    keep, scores = suppress(boxes, scores, image * num_classes + labels)
-    best = best_per_image(image[keep], num_images, most)
-    keep, scores = keep[best], scores[best]
-    return split_images(boxes[keep], scores, labels[keep], image[keep], num_images)
 
 
 def split_images(boxes: Tensor, scores: Tensor, labels: Tensor, image: Tensor, num_images: int):
@@ -1805,14 +1794,18 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
+def percent(value: float | None) -> float:
+    """A metric for a figure: nan, which leaves a gap, where it is undefined."""
+    return math.nan if value is None else 100 * value
+
+
 def draw_sweep(rows: dict[str, dict], xlabel: str, title: str, path: Path) -> None:
     """AP over a number that `rows` are named by; the row "none" is drawn as a dotted line."""
     figure, ((axis,),) = new_figure(7, 4.5)
     values = {float(k): v for k, v in rows.items() if k != "none"}
     for i, key in enumerate(("AP", "AP50", "AP75", "AP90")):
-        line = [100 * (v[key] or 0) for v in values.values()]
-        axis.plot([*values], line, "o-", color=f"C{i}", label=key)
-        axis.axhline(100 * (rows["none"][key] or 0), color=f"C{i}", ls=":", lw=1)
+        axis.plot([*values], [percent(v[key]) for v in values.values()], f"C{i}o-", label=key)
+        axis.axhline(percent(rows["none"][key]), color=f"C{i}", ls=":", lw=1)
     axis.set(xlabel=xlabel, ylabel="AP in %", title=title)
     axis.legend()
     figure.savefig(path, dpi=80)
@@ -2174,18 +2167,27 @@ def train(model: nn.Module, config: Config, train_data, val_data=None, out="runs
                 say(f"stopped by signal {stop} after step {step}; --resume goes on", bar)
                 sys.exit(128 + stop)
             if val_data and not done and config.eval_every and step % config.eval_every == 0:
+                share_buffers(model)
                 metrics = evaluate(model, val_data, config, device)
                 log.write({"step": step, **metrics})
                 log.draw()
                 say(f"step {step}: {show_metrics(metrics)}", bar)
                 clock = time.perf_counter()
     if val_data:  # also where a run is resumed that had only this left to do
+        share_buffers(model)
         metrics = evaluate(model, val_data, config, device, out)
         if not any("AP" in r and r["step"] == batches.total for r in log.lines):
             log.write({"step": batches.total, **metrics})
         say(f"step {batches.total}: {show_metrics(metrics)}")
     log.draw()
     return metrics
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every process the first one's BN statistics, as DDP does only when a step begins."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def take_step(wrapped, optimizer, rate: float, items: list, config: Config, device):
@@ -2382,6 +2384,12 @@ def parse(config_class, rows: dict, tiny: dict, name: str, argv=None, actions=()
             k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known
         }
     config = cli(dataclasses.replace(config_class(), **settings))
+    differ = [k for k, v in rows.get(asked.row, {}).items() if getattr(config, k) != v]
+    if source and differ:
+        flags = " ".join(f"--{k.replace('_', '-')}" for k in differ)
+        raise BadInput(
+            f"--row {asked.row}: {source} has other settings; give these as flags: {flags}"
+        )
     return dataclasses.replace(config, out=config.out or f"runs/{name}", weights=weights)
 
 

@@ -20,7 +20,7 @@ Rows (COCO AP as printed in the paper; ours: not run, needs COCO and GPU days):
     table2.cpm_r50 41.5   table2.cpm_r101 43.2   (val)   table7.r50 41.7  .r101 43.3  .x101 43.6 (test)
     table4.stages2_test1 39.9 _test2 40.7   table4.stages3_test1 39.8 _test2 40.7 _test3 40.8
     table5.same_test1 39.9 _test2 40.4 _test3 40.3   table6.l1 40.0   .smooth_l1 40.3   .l2 40.5
-    Figure 7 is `--sweep-gamma`, Figure 8 `--plot-ap`; both need one forward pass.
+    Figure 7 is `--sweep-gamma`; `--plot-ap` draws Figure 8's axes for the scores of one model.
     not yet: Table 3 (on Cascade R-CNN), Table 7's deformable backbones. Grid R-CNN's fusion between
     points is in none of the paper's own rows.
 
@@ -77,8 +77,8 @@ class Config(common.Config):
     ism_use: Literal["multiply", "replace"] = "multiply"  # ISM and the class score: Eq. 4, or alone
     gamma: float = 0.8  # share of cls * ism in the score, the rest is RSM's (Eq. 4, 3.4.3)
     point_channels: int = 64  # width of the grid branch for each of the nine points (release)
-    num_convs: int = 8  # its convolutions (release)
-    groups: int = 36  # of the GroupNorm behind them (release)
+    num_convs: int = 8  # convolutions of the grid branch (release)
+    groups: int = 36  # groups of the GroupNorms in the grid branch (release)
     grid_init: bool = False  # heat maps start at 1 % as in Grid R-CNN, not at 50 % (release)
     fc_channels: int = 1024  # hidden width of classifier, ISM and RSM (release)
     grid_weight: float = 15.0  # omega in Eq. 2 (release)
@@ -99,7 +99,7 @@ class Config(common.Config):
     soft_nms_score: float = 1e-3  # soft-NMS drops boxes whose score falls below # choice: D2Det's
     max_detections: int = 100  # detections kept per image
     sweep_gamma: bool = False  # score --weights under every gamma in one pass (Figure 7)
-    plot_ap: bool = False  # draw AP by IoU and size, with and without ISM and RSM (Figure 8)
+    plot_ap: bool = False  # draw AP by IoU and by size (as Figure 8), with and without ISM, RSM
     weight_decay: float = 1e-4  # of all weights (release; the paper says 4e-5)
     epochs: float = 24.35  # passes over the data: 180k steps of 16 of COCO's 118,287 images (3.4.2)
     drops: tuple[float, ...] = (120 / 180, 160 / 180)  # lr / 10 at these fractions (3.4.2)
@@ -293,6 +293,10 @@ class Detector(common.TwoStage):
             raise common.BadInput(f"--num-stages {stages}: needs as many --ratios and --stage-ious")
         if not 0 <= config.test_stage <= stages:
             raise common.BadInput(f"--test-stage {config.test_stage}: there are {stages} stages")
+        if config.ism and config.ism_use == "replace" and config.test_stage not in (0, stages):
+            raise common.BadInput("--ism-use replace: stages before the last have no ISM")
+        if 9 * config.point_channels % config.groups:
+            raise common.BadInput(f"--point-channels: 9 x {config.point_channels} channels do not split into {config.groups} --groups")  # fmt: skip
         grid = (C, config.point_channels, config.num_convs, config.groups, config.grid_init)
         self.grids = nn.ModuleList(GridHead(*grid) for _ in range(stages))
         self.classify = common.two_fc(C * 7 * 7, config.fc_channels, num_classes + 1)
@@ -303,14 +307,15 @@ class Detector(common.TwoStage):
         self.to(memory_format=torch.channels_last)
 
     def loss(self, images: list[Tensor], targets: list[dict]) -> dict[str, Tensor]:
-        config, objects = self.config, common.pad_targets(targets)
+        config = self.config
+        gt_boxes, _, gt_valid, _ = objects = common.pad_targets(targets)
         features, sizes, losses, sampled, labels, _ = self.training_rois(images, targets)
         losses["cls"] = common.class_loss(self.classify(self.pool(features, sampled, 7)), labels)
         entering = sampled[labels < self.num_classes]
         first = common.best_per_image(entering[:, 0].long(), len(images), config.grid_rois)
         entering, weight = entering[first], config.grid_weight
-        image, slot = objects[2].nonzero(as_tuple=True)
-        gt_rois = torch.cat([image[:, None].float(), objects[0][image, slot]], 1)
+        image, slot = gt_valid.nonzero(as_tuple=True)
+        gt_rois = torch.cat([image[:, None].float(), gt_boxes[image, slot]], 1)
         for stage, head in enumerate(self.grids):  # Eq. 1 and 2
             rois, gts, gt_labels, ious = select_boxes(entering, objects, config.stage_ious[stage])
             logits, trunk = head(self.pool(features, rois, 14))
@@ -322,7 +327,7 @@ class Detector(common.TwoStage):
             ism = iou_scoring_loss(self.ism(trunk), ious, config.ism_loss)
             losses["ism"] = config.ism_weight * ism
         if config.rsm:  # the classifier's negatives, but the last stage's positives
-            background = labels == self.num_classes
+            background = (labels == self.num_classes).nonzero()[:, 0]
             again = self.rsm(self.pool(features, torch.cat([sampled[background], rois]), 7))
             rsm = common.class_loss(again, torch.cat([labels[background], gt_labels]))
             losses["rsm"] = config.rsm_weight * rsm
@@ -333,9 +338,6 @@ class Detector(common.TwoStage):
         image = rois[:, 0].long()
         boxes = decode_grid(rois[:, 1:], heat_logits, self.config.ratios[stage], sizes[image])
         return torch.cat([rois[:, :1], boxes], 1)
-
-    def candidates(self, images: list[Tensor]) -> dict[str, Tensor]:
-        return self.select(self.outputs(images), self.config)
 
     @torch.no_grad()
     def outputs(self, images: list[Tensor]) -> dict[str, Tensor]:
@@ -369,9 +371,8 @@ class Detector(common.TwoStage):
             cls = torch.ones_like(cls)
         return {**outputs, "scores": fused_score(cls, ism, rsm, config.gamma if config.rsm else 1)}
 
-    def suppress(self, boxes: Tensor, scores: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    def suppress(self, boxes: Tensor, scores: Tensor, groups: Tensor, config: Config):
         """Nothing (3.4.3): the proposals went through NMS. Several views of an image are merged."""
-        config = self.config
         if config.soft_nms:
             limits = dict(iou_threshold=config.merge_iou, score_threshold=config.soft_nms_score)
             return kernels.soft_nms(boxes, scores, groups, **limits)
@@ -418,7 +419,7 @@ def plot_ap(model: Detector, val_data, config: Config, device, out: Path) -> dic
         figure, (axes,) = common.new_figure(13, 4.5, 1, 2)
         for axis, keys in zip(axes, (BY_IOU, BY_SIZE)):
             for name, metrics in rows.items():
-                axis.plot(keys, [100 * (metrics[k] or 0) for k in keys], "o-", label=name)
+                axis.plot(keys, [common.percent(metrics[k]) for k in keys], "o-", label=name)
             axis.set(ylabel="AP in %")
             axis.legend()
         figure.savefig(out / "plot_ap.png", dpi=80)
@@ -485,7 +486,8 @@ _OTHERS = {  # Table 7's other detectors
 }
 PAPER: dict[str, dict] = {
     "table1.baseline": dict(zip(_AP, (39.9, 58.8, 42.8, 22.3, 43.1, 53.3))),
-    # of rows 2 to 5 the scan left only AP75; .cmm is also in Table 4 and .ism in Table 6
+    # of rows 2 to 5 the scan left only AP75, and of the last two not the marks: .cmm is also in
+    # Table 4 and .ism in Table 6, so these are .rsm and .ism_rsm, in the order of the other rows
     "table1.cmm": dict(zip(_AP, (40.7, 58.8, 43.3, 22.5, 44.1, 54.5))),
     "table1.ism": dict(zip(_AP, (40.5, 58.1, 43.5, 22.4, 43.9, 54.2))),
     "table1.rsm": dict(AP75=43.5),

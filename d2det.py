@@ -316,10 +316,9 @@ class Detector(common.TwoStage):
         boxes = kernels.decode_dense_offsets(rois[row, 1:], offsets, overlap, sizes[image[row]])
         return dict(boxes=boxes, scores=scores, labels=labels, image=image[row])
 
-    def suppress(self, boxes: Tensor, scores: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-        config = self.config
+    def suppress(self, boxes: Tensor, scores: Tensor, groups: Tensor, config: Config):
         if not (config.soft_nms and config.dlr):
-            return super().suppress(boxes, scores, groups)
+            return super().suppress(boxes, scores, groups, config)
         limits = dict(iou_threshold=config.soft_nms_iou, score_threshold=config.soft_nms_score)
         return kernels.soft_nms(boxes, scores, groups, **limits)
 

@@ -39,6 +39,7 @@ Deviations (paper | maskrcnn-benchmark, on which the authors built | here):
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -74,13 +75,13 @@ class Config(common.Config):
     lambda_conv: float = 0.8  # share of the box loss in its conv-head (Eq. 3, 5.2)
     omega_fc: float = 2.0  # loss weight of fc-heads (Eq. 1, 5.2)
     omega_conv: float = 2.5  # loss weight of conv-heads (Eq. 1, 5.2)
-    # of the class scores (Eq. 4), where both heads classify; none: fc-head's
+    # how two heads' class scores become one (Eq. 4, Table 3); none: fc-head's alone
     fusion: Literal["complementary", "average", "max", "none"] = "complementary"
-    alone: Literal["", "fc", "conv"] = ""  # test with this head's scores, and boxes if it has any
+    alone: Literal["", "fc", "conv"] = ""  # test with one head's scores, and boxes if it regresses
     fc_channels: int = 1024  # width of fc-head (4.1)
     conv_channels: int = 1024  # width of conv-head; half and a quarter of it inside blocks (4.1)
     num_blocks: int = 5  # K: blocks in conv-head, non-local ones included (5.2)
-    non_local: bool = True  # every second one of them is a non-local block (4.1)
+    non_local: bool = True  # every second block of conv-head is a non-local one (4.1)
     reg_scale: float = 1.0  # enlarges the RoI of the head that gives the boxes
     roi_samples: int = 512  # RoIs per image in training (maskrcnn-benchmark)
     roi_positive: float = 0.25  # share of positives among them (maskrcnn-benchmark)
@@ -327,7 +328,7 @@ class Detector(common.TwoStage):
             if name in self.cls:
                 logits[name] = self.cls[name](vector)
             if name in self.box:
-                deltas[name] = self.box[name](vector).view(len(rois), -1, 4)
+                deltas[name] = self.box[name](vector).unflatten(1, (self.num_classes, 4))
         return logits, deltas
 
     @property
@@ -356,9 +357,6 @@ class Detector(common.TwoStage):
         logits, deltas = self.read(features, rois)
         probs = {name: x.float().softmax(1)[:, :-1] for name, x in logits.items()}
         return dict(probs=probs, deltas=deltas)
-
-    def candidates(self, images: list[Tensor]) -> dict[str, Tensor]:
-        return self.select(self.outputs(images), self.config)
 
     def select(self, outputs: dict, config: Config) -> dict[str, Tensor]:
         """The boxes that enter NMS: fused scores over the threshold, their class's box."""
@@ -492,7 +490,8 @@ class Analysis:
     def __init__(self, model: Detector, config: Config, categories: list[dict]):
         self.model, self.categories = model, categories
         self.finals = {name: replace(config, alone=name) for name in model.cls}
-        self.finals |= {"model": config} if len(model.cls) > 1 else {}
+        # the model as a whole, where it is more than one head alone
+        self.finals |= {"model": config} if len(model.cls) + len(model.box) > 2 else {}
         shape = (model.num_classes, 3, BINS, 8)
         zeros = lambda names: {k: torch.zeros(shape, dtype=torch.double) for k in names}  # noqa: E731
         self.windows, self.proposals = zeros(model.heads), zeros(model.heads)
@@ -592,6 +591,13 @@ def analyze(model: Detector, val_data, config: Config, device, out: Path) -> dic
     metrics = common.coco_metrics(val_data.coco(), analysis.gathered().results)
     per_class = next(iter(others.values()))["per_class"] if others else metrics["per_class"]
     summary = summarise(analysis, names, per_class) | {"metrics": metrics}
+    for file, other in others.items():
+        odd = [k for k in ("classes", "objects", "windows_made") if other[k] != summary[k]]
+        if odd:
+            reason = "the same first --compare and --analyze-objects"
+            raise common.BadInput(
+                f"--compare {file}: made with other {', '.join(odd)}; use {reason}"
+            )
     if rank == 0:
         common.write_json(out / "analyze.json", summary)
         draw_analysis({"": summary, **others}, out)
@@ -606,9 +612,8 @@ def read_analysis(file: str, names: list[str]) -> dict:
     """Another run's analyze.json; BadInput if it is none, or of other classes."""
     try:
         found = json.loads(Path(file).read_text())
-        same = set(found["per_class"]) == set(names) and {"windows", "proposals", "final"} <= set(
-            found
-        )
+        needed = {"windows", "proposals", "final", "classes", "objects", "windows_made"}
+        same = set(found["per_class"]) == set(names) and needed <= set(found)
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise common.BadInput(f"--compare {file}: {type(e).__name__}: {e}") from e
     if not same:
@@ -692,7 +697,8 @@ def draw_analysis(runs: dict[str, dict], out: Path) -> None:
         bars = [(k, f) for k, f in bars if "pearson" in f["all objects"]]
         for i, (label, found) in enumerate(bars):
             at = [g + 0.8 * (i + 0.5) / len(bars) - 0.4 for g in range(len(groups))]
-            axis.bar(at, [found[g]["pearson"] or 0 for g in groups], 0.8 / len(bars), label=label)
+            values = [math.nan if (v := found[g]["pearson"]) is None else v for g in groups]
+            axis.bar(at, values, 0.8 / len(bars), label=label)
         axis.set_xticks(range(len(groups)), groups, rotation=30, ha="right")
         axis.set(title=f"{where}: Pearson of class score and IoU")
         axis.legend()
@@ -807,7 +813,9 @@ PAPER: dict[str, dict] = {
     "extra.reg_scale": {},
 }
 
-NOT_YET: dict[str, str] = {row: "another method's" for row in PAPER if row not in ROWS}
+_OTHERS = """table4.faster_rcnn_r50_c4 table4.faster_rcnn_r101_c4 table5.fpn_r101 table5.mask_rcnn_r101
+ table5.deep_regionlets_r101 table5.iou_net_r101 table5.soft_nms table5.ltr_r101 table5.fitness_nms"""
+NOT_YET: dict[str, str] = {row: "another method's" for row in _OTHERS.split()}
 
 TINY = dict(
     common.TINY,

@@ -285,9 +285,8 @@ def draw_analysis(points: dict[str, Tensor], rows: dict[str, dict], path: Path) 
         axis.set(ylabel="IoU with the matched gt")
     for name, metrics in rows.items():
         keys = ("AP50", "AP60", "AP70", "AP80", "AP90")
-        right.plot(
-            [int(k[2:]) for k in keys], [100 * (metrics[k] or 0) for k in keys], "o-", label=name
-        )
+        values = [common.percent(metrics[k]) for k in keys]
+        right.plot([int(k[2:]) for k in keys], values, "o-", label=name)
     right.set(xlabel="IoU threshold in %", ylabel="AP in %", title="the same boxes, ranked by")
     right.legend()
     figure.savefig(path, dpi=80)

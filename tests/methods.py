@@ -1,4 +1,4 @@
-"""What the tests of several methods share: small models and runs (one-stage), common checks."""
+"""What the tests of several methods share: common checks, and one-stage models and runs."""
 
 import dataclasses
 
@@ -83,6 +83,18 @@ def check_gradients(method):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     half = model.loss(images, [targets[0], *without_objects(targets[1:])])
     assert half["box"] > 0 and all(v.isfinite() for v in half.values())
+
+
+def check_all_crowd(model):
+    """An image that one crowd fills: a step without a single RoI or anchor to classify."""
+    images, _ = batch(1)
+    size = torch.tensor([images[0].shape[2], images[0].shape[1]]).float()
+    box = torch.cat([size * 0, size])[None]
+    crowd = dict(boxes=box, labels=torch.tensor([0]), ignore=torch.tensor([True]))
+    losses = model.loss(images, [crowd])
+    assert all(v.isfinite() for v in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def check_batch_equals_singles(model):

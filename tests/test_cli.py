@@ -218,6 +218,14 @@ def test_rows_lists_every_row(capsys):
     assert "45.4" in text and "needs the mask branch" in text
 
 
+def test_a_row_that_the_checkpoint_contradicts_is_refused(tmp_path, capsys):
+    run("--train", "--out", tmp_path / "r")
+    run("--eval", "--weights", tmp_path / "r" / "last.pt", "--row", "table3.d2det")  # the same
+    with pytest.raises(SystemExit):
+        run("--eval", "--weights", tmp_path / "r" / "last.pt", "--row", "table2.dlr_no_overlap")
+    assert "give these as flags: --drp --overlap" in capsys.readouterr().err
+
+
 def test_non_finite_loss_stops_and_names_it(tmp_path, monkeypatch, capsys):
     def poisoned(self, images, targets):
         losses = original(self, images, targets)
@@ -254,6 +262,9 @@ def ddp_model(name):
     model = method.Detector(dataclasses.replace(method.Config(), **{**method.TINY, **small}), 10)
     if hasattr(model, "rpn"):
         model.rpn.num_samples = 10**6
+    for layer in model.modules():  # whose statistics are per process in training
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.eval()
     return model
 
 
@@ -271,6 +282,10 @@ def ddp_process(rank, port, out, name):
     wrapped = torch.nn.parallel.DistributedDataParallel(common.LossOnly(model))
     images, targets = ddp_items()
     sum(wrapped(images[rank : rank + 1], targets[rank : rank + 1]).values()).backward()
+    for buffer in model.buffers():  # as after steps that each process took on its own images
+        buffer += rank
+    common.share_buffers(model)
+    assert all(b.eq(0).all() for n, b in model.named_buffers() if n.endswith("running_mean"))
     data, config = common.SyntheticDetection(5, 64), model.config
     seen = [t["image_id"] for t, _ in common.detect(model, data, config, torch.device("cpu"))]
     metrics = common.evaluate(model, data, config)
@@ -288,7 +303,7 @@ def test_two_processes_have_the_gradients_of_one_with_both_images(tmp_path, name
     sum(model.loss(*ddp_items()).values()).backward()
     largest = max(p.grad.abs().max().item() for p in model.parameters())
     assert all(torch.equal(one["gradients"][n], two["gradients"][n]) for n in one["gradients"])
-    for n, p in model.named_parameters() if name != "double_head" else ():  # BN is per process
+    for n, p in model.named_parameters():
         difference = (one["gradients"][n] - p.grad).abs().max().item()
         assert difference < 1e-4 * max(p.grad.abs().max().item(), 1e-3 * largest), n
     assert sorted(one["seen"] + two["seen"]) == [0, 1, 2, 3, 4]

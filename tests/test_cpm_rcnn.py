@@ -9,7 +9,14 @@ import math
 import pytest
 import torch
 import torchvision
-from methods import batch, check_real_data, check_resume, own_flags, without_objects
+from methods import (
+    batch,
+    check_all_crowd,
+    check_real_data,
+    check_resume,
+    own_flags,
+    without_objects,
+)
 
 import common
 import cpm_rcnn as method
@@ -251,12 +258,20 @@ def test_what_enters_each_stage(monkeypatch):
     monkeypatch.setattr(method, "grid_targets", spy)
     model, (images, targets) = make(grid_rois=3), batch(2)
     used = []  # the ratio that each stage's maps are decoded with
-    monkeypatch.setattr(method, "decode_grid", lambda b, _, r, __: used.append(r) or b + 0.1)
+
+    def decode(boxes, logits, ratio, sizes):
+        assert not logits.requires_grad
+        used.append(ratio)
+        return boxes + 0.1
+
+    monkeypatch.setattr(method, "decode_grid", decode)
     pooled, labels, pool, loss = [], [], model.pool, common.class_loss
     model.pool = lambda f, rois, size: pooled.append(rois) or pool(f, rois, size)
     monkeypatch.setattr(common, "class_loss", lambda x, y: labels.append(y) or loss(x, y))
     model.loss(images, targets)
     gts = torch.cat([t["boxes"] for t in targets])
+    positives = torch.bincount(pooled[0][labels[0] < 10][:, 0].long())
+    assert positives.tolist() != [3, 3] and positives.min() >= 3  # more than grid_rois lets in
     # RSM: the classifier's negatives, then the last stage's boxes with their objects' labels
     first, last = pooled[0][labels[0] == 10], len(seen[2][0])
     assert torch.equal(pooled[-1][:-last], first) and (labels[-1][:-last] == 10).all()
@@ -319,7 +334,48 @@ def test_views_of_an_image_are_merged():
     assert kept(soft_nms=True) == pytest.approx([0.9, 0.7, 0.5 * (1 - 10 / 11)], rel=1e-4)
 
 
+MEANING = {  # stages, ratios, ISM, RSM, how ISM is used, stage tested, backbone
+    "table1.baseline": (1, (2.0,), False, False, "multiply", 0, "resnet50"),
+    "table1.cmm_rsm": (2, (2.0, 1.5), False, True, "multiply", 0, "resnet50"),
+    "table1.cmm_ism": (2, (2.0, 1.5), True, False, "multiply", 0, "resnet50"),
+    "table1.cmm_ism_rsm": (2, (2.0, 1.5), True, True, "replace", 0, "resnet50"),
+    "table2.cpm_r101": (3, (2.0, 1.5, 1.25), True, True, "multiply", 0, "resnet101"),
+    "table4.stages3_test2": (3, (2.0, 1.5, 1.25), False, False, "multiply", 2, "resnet50"),
+    "table5.same_test3": (3, (2.0, 2.0, 2.0), False, False, "multiply", 3, "resnet50"),
+    "table6.l2": (1, (2.0,), True, False, "multiply", 0, "resnet50"),
+    "table7.x101": (3, (2.0, 1.5, 1.25), True, True, "multiply", 0, "resnext101_64x4d"),
+}
+
+
+@pytest.mark.parametrize("row", list(MEANING))
+def test_rows_are_the_papers_experiments(row):
+    c = dataclasses.replace(Config(), **method.ROWS[row])
+    stages = c.num_stages, c.ratios[: c.num_stages]
+    found = *stages, c.ism, c.rsm, c.ism_use, c.test_stage, c.backbone
+    assert found == MEANING[row] and c.stage_ious[:3] == (0.5, 0.6, 0.7)
+    assert c.epochs * 118_287 / 16 == pytest.approx(180_000, rel=1e-3)
+    assert c.drops == (120 / 180, 160 / 180) and (c.lr, c.lr_batch) == (0.02, 16)
+
+
+def test_weights_of_the_losses(monkeypatch):
+    """Eq. 2 and 6: 15, 7.5 and 3.75 for the stages' maps, 1 for ISM and RSM."""
+    monkeypatch.setattr(method, "grid_loss", lambda logits, _: logits.sum() * 0 + 1)
+    monkeypatch.setattr(method, "iou_scoring_loss", lambda p, *_: p.sum() * 0 + 1)
+    monkeypatch.setattr(common, "class_loss", lambda p, _: p.sum() * 0 + 1)
+    losses = make().loss(*batch())
+    found = {k: v.item() for k, v in losses.items() if not k.startswith("rpn")}
+    assert found == dict(cls=1, grid1=15, grid2=7.5, grid3=3.75, ism=1, rsm=1)
+
+
+def test_an_image_that_is_all_crowd_trains():
+    check_all_crowd(make())
+
+
 def test_impossible_stages_are_refused():
+    with pytest.raises(common.BadInput, match="no ISM"):
+        make(ism_use="replace", test_stage=1)
+    with pytest.raises(common.BadInput, match="--groups"):
+        make(point_channels=3, groups=36)
     for changes in (dict(num_stages=4), dict(num_stages=0), dict(num_stages=2, test_stage=3)):
         with pytest.raises(common.BadInput, match="stage"):
             make(**changes)

@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 import torchvision
+from methods import check_all_crowd
 
 import common
 import d2det
@@ -285,6 +286,11 @@ def largest_of_the_smallest(boxes):
     """Side of an image's smallest object, for images with at least three."""
     sides = (boxes[:, 2:] - boxes[:, :2]).min(1)[0]
     return sides.min().item() if len(boxes) >= 3 else 0
+
+
+def test_an_image_that_is_all_crowd_trains():
+    check_all_crowd(make())
+    check_all_crowd(make(dlr=False, drp=False))
 
 
 def test_one_image_can_be_overfitted():

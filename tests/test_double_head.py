@@ -7,7 +7,14 @@ import json
 import pytest
 import torch
 import torchvision
-from methods import batch, check_real_data, check_resume, own_flags, without_objects
+from methods import (
+    batch,
+    check_all_crowd,
+    check_real_data,
+    check_resume,
+    own_flags,
+    without_objects,
+)
 
 import common
 import double_head as method
@@ -173,7 +180,46 @@ def test_every_row_builds_and_trains(row):
     sum(model.loss(images, targets).values()).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
     assert set(model.eval().predict(images)[0]) == {"boxes", "scores", "labels"}
-    assert row in method.PAPER and row not in method.NOT_YET
+
+
+def test_every_printed_row_is_there_or_says_why_not():
+    assert not set(method.ROWS) & set(method.NOT_YET)
+    assert set(method.PAPER) == set(method.ROWS) | set(method.NOT_YET)
+
+
+RES, NL = method.ResidualBlock, method.NonLocalBlock
+MEANING = {  # weights of each head's class and box loss, conv-head's blocks, backbone
+    "table1.fc": ({"fc": (1, 1)}, None, "resnet50"),
+    "table1.conv": ({"conv": (1, 1)}, [RES] * 5, "resnet50"),
+    "table1.double_fc_weighted": ({"fc": (2, 0), "fc2": (0, 2)}, None, "resnet50"),
+    "table1.double_conv": ({"conv": (1, 0), "conv2": (0, 1)}, [RES] * 5, "resnet50"),
+    "table1.reverse_weighted": ({"fc": (0, 2), "conv": (2.5, 0)}, [RES] * 5, "resnet50"),
+    "table1.double_head": ({"fc": (1, 0), "conv": (0, 1)}, [RES] * 5, "resnet50"),
+    "table2.k3": ({"fc": (2, 0), "conv": (0, 2.5)}, [RES] * 3, "resnet50"),
+    "table2.nl3": ({"fc": (2, 0), "conv": (0, 2.5)}, [RES, NL, RES], "resnet50"),
+    "table4.ext_r101": (
+        {"fc": (1.4, 0.6), "conv": (0.5, 2.0)}, [RES, NL, RES, NL, RES], "resnet101",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", list(MEANING))
+def test_rows_are_the_papers_experiments(row):
+    weights, blocks, backbone = MEANING[row]
+    config = dataclasses.replace(Config(), **method.ROWS[row])
+    lambdas = config.lambda_fc, config.lambda_conv
+    found = method.task_weights(config.heads, config.omega_fc, config.omega_conv, *lambdas)
+    assert {k: pytest.approx(v) for k, v in weights.items()} == found
+    assert config.backbone == backbone and config.reg_scale == 1
+    assert config.epochs * 118_287 / 8 == pytest.approx(180_000, rel=1e-3)
+    assert config.drops == (120 / 180, 160 / 180) and (config.lr, config.lr_batch) == (0.01, 8)
+    if blocks:
+        head = ConvHead(8, config.num_blocks, config.non_local, channels=16)
+        assert [type(b) for b in head.blocks] == blocks
+
+
+def test_an_image_that_is_all_crowd_trains():
+    check_all_crowd(make())
 
 
 def test_every_weight_learns_and_images_without_objects_train():
@@ -440,6 +486,10 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
 
 def test_actions_on_a_vanilla_and_a_single_head(tmp_path):
     data, cpu = common.SyntheticDetection(2, 64), torch.device("cpu")
+    one = sure(make(lambda_fc=0.8, lambda_conv=1.0, analyze_objects=1, fc_channels=16)).eval()
+    found = method.analyze(one, data, one.config, cpu, tmp_path)  # fc-head has boxes nobody takes
+    assert found["metrics"] == common.evaluate(one, data, one.config, cpu)
+    assert set(found["final"]) == {"fc", "model"}
     vanilla = sure(make(lambda_fc=1.0, lambda_conv=1.0, analyze_objects=1, fc_channels=16)).eval()
     assert set(method.compare_fusion(vanilla, data, vanilla.config, cpu, tmp_path)) == {"none"}
     found = method.analyze(vanilla, data, vanilla.config, cpu, tmp_path)

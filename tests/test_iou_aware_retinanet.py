@@ -14,6 +14,7 @@ from methods import (
     batch,
     behaviour,
     check_all_classes,
+    check_all_crowd,
     check_batch_equals_singles,
     check_gradients,
     check_real_data,
@@ -230,6 +231,10 @@ def test_every_row_builds_and_trains(row):
 
 def test_images_without_objects_train_and_every_weight_learns():
     check_gradients(method)
+
+
+def test_an_image_that_is_all_crowd_trains():
+    check_all_crowd(make(method))
 
 
 def test_a_batch_of_two_equals_two_singles():
