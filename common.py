@@ -104,8 +104,8 @@ class Config:
     optimizer: Literal["sgd", "adamw"] = "sgd"  # the papers use SGD
     lr: float = 0.02  # learning rate at lr_batch images a step; scaled linearly to the batch
     lr_batch: int = 16  # images a step that lr is meant for
-    momentum: float = 0.9  # of SGD
-    weight_decay: float = 1e-4  # of all weights
+    momentum: float = 0.9  # momentum of SGD
+    weight_decay: float = 1e-4  # weight decay, of all weights
     epochs: float = 12.0  # length of training, passes over the data
     steps: int = 0  # length of training in steps instead
     drops: tuple[float, ...] = (8 / 12, 11 / 12)  # lr / 10 at these fractions of training

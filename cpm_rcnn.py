@@ -73,8 +73,8 @@ class Config(common.Config):
     test_stage: int = 0  # boxes of this stage are the result (Table 4); 0: of the last
     ism: bool = True  # predict IoU (3.3.1)
     rsm: bool = True  # classify the final boxes again (3.3.2)
-    ism_loss: Literal["l2", "l1", "smooth_l1"] = "l2"  # (Eq. 7, Table 6)
-    ism_use: Literal["multiply", "replace"] = "multiply"  # ISM and the class score: Eq. 4, or alone
+    ism_loss: Literal["l2", "l1", "smooth_l1"] = "l2"  # loss of the predicted IoU (Eq. 7, Table 6)
+    ism_use: Literal["multiply", "replace"] = "multiply"  # ISM times the class score, or instead
     gamma: float = 0.8  # share of cls * ism in the score, the rest is RSM's (Eq. 4, 3.4.3)
     point_channels: int = 64  # width of the grid branch for each of the nine points (release)
     num_convs: int = 8  # convolutions of the grid branch (release)
@@ -95,8 +95,8 @@ class Config(common.Config):
     nms_iou: float = 0.3  # NMS per class, on the proposals, before the grid stages (3.4.3)
     grid_test: int = 96  # boxes per image that enter the grid stages in testing (3.4.3)
     soft_nms: bool = False  # linear soft-NMS on the final boxes (Table 7's last row)
-    merge_iou: float = 0.5  # overlap in that or in the NMS that merges views # choice: D2Det's
-    soft_nms_score: float = 1e-3  # soft-NMS drops boxes whose score falls below # choice: D2Det's
+    merge_iou: float = 0.5  # IoU from which that, or the NMS over several views, acts (choice)
+    soft_nms_score: float = 1e-3  # soft-NMS drops boxes whose score falls below this (choice)
     max_detections: int = 100  # detections kept per image
     sweep_gamma: bool = False  # score --weights under every gamma in one pass (Figure 7)
     plot_ap: bool = False  # draw AP by IoU and by size (as Figure 8), with and without ISM, RSM

@@ -30,7 +30,8 @@ Deviations (paper | maskrcnn-benchmark, on which the authors built | here):
         by 1.3 (`--reg-scale 1.3`; the pyramid level stays that of the proposal).
     Rates of biases: - | twice the rate, no decay | as for weights.
     Schedule on VOC 2007: "all models 180k iterations" | 14 passes, drop after 10 | the latter.
-    Analysis, windows: "about 14,000" | - | 11^4 = 14,641, less what lies outside the image.
+    Analysis, windows: "about 14,000" | - | 11^4 = 14,641, cut to the image (some then coincide), less
+        what lies outside it.
     Analysis, difficulty of classes: AP of the FPN baseline | - | AP of the first --compare run, or
         of the model itself.
     Crowd regions: - | left out | proposals at least half inside one do not train.
@@ -247,7 +248,9 @@ class ConvHead(nn.Module):
     ):
         super().__init__()
         if num_blocks < 1 or (non_local and num_blocks % 2 == 0):
-            raise ValueError(f"conv-head with {num_blocks} blocks: at least 1, odd with non-local")
+            raise ValueError(f"{num_blocks} blocks: at least 1, and odd with non-local ones")
+        if channels % 4:
+            raise ValueError(f"{channels} channels: blocks need a multiple of 4")
         blocks: list[nn.Module] = [ResidualBlock(in_channels, channels)]
         while len(blocks) < num_blocks:
             blocks += [NonLocalBlock(channels)] if non_local else []
@@ -289,7 +292,10 @@ class Detector(common.TwoStage):
             else:
                 width = config.conv_channels
                 blocks = config.num_blocks, config.non_local
-                self.heads[name] = ConvHead(config.fpn_channels, *blocks, width)
+                try:
+                    self.heads[name] = ConvHead(config.fpn_channels, *blocks, width)
+                except ValueError as e:
+                    raise common.BadInput(f"--num-blocks, --conv-channels: {e}") from e
             if cls_weight:
                 self.cls[name] = output_layer(width, num_classes + 1, 0.01)
             if box_weight:
@@ -303,8 +309,6 @@ class Detector(common.TwoStage):
             raise common.BadInput("--lambda-fc and --lambda-conv are between 0 and 1")
         if not (any(c for c, _ in pairs) and any(b for _, b in pairs)):
             raise common.BadInput("with these lambdas and omegas no head has one of the tasks")
-        if config.num_blocks < 1 or (config.non_local and config.num_blocks % 2 == 0):
-            raise common.BadInput("--num-blocks is at least 1, and odd with --non-local")
         if config.alone and not self.weights.get(config.alone, (0,))[0]:
             raise common.BadInput(f"--alone {config.alone}: this model has no such classifier")
 

@@ -56,9 +56,7 @@ class Config(common.Config):
     """IoU-aware RetinaNet with ResNet-50 on COCO: Table 1."""
 
     iou_head: bool = True  # predict IoU (3.1); off: RetinaNet, the baseline
-    iou_loss: Literal["bce", "l2", "l1", "smooth_l1"] = (
-        "bce"  # loss of the predicted IoU (Eq. 3, Table 2)
-    )
+    iou_loss: Literal["bce", "l2", "l1", "smooth_l1"] = "bce"  # loss of the IoU (Eq. 3, Table 2)
     iou_grad: bool = True  # the IoU loss also moves the box, through its target (release)
     iou_weight: float = 1.0  # weight of the loss of the predicted IoU (Eq. 4)
     cls_weight: float = 1.0  # weight of the focal loss (Eq. 4)

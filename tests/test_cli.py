@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import inspect
 import json
 import math
 import os
@@ -335,3 +336,14 @@ def test_readme_links_point_at_what_they_name():
     for name, file, number in links:
         line = (ROOT / file).read_text().splitlines()[int(number) - 1]
         assert re.match(rf"(class|def) {name}\b", line), (name, file, number, line)
+
+
+@pytest.mark.parametrize("name", ["common", *DDP])
+def test_every_flag_has_a_help_text(name):
+    """tyro takes the comment behind a field, or above it, and drops it where a line is broken."""
+    lines = inspect.getsource(importlib.import_module(name).Config).splitlines()
+    fields = [i for i, line in enumerate(lines) if re.match(r"    \w+: ", line)]
+    assert len(fields) > 20
+    for i in fields:
+        above = lines[i - 1] if lines[i - 1].lstrip().startswith("#") else ""
+        assert len((lines[i] + above).partition("# ")[2]) >= 12, lines[i]

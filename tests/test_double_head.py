@@ -441,7 +441,8 @@ def test_flag_changes_the_run(known, flag):
     "changes, message",
     [
         (dict(lambda_fc=1.5), "between 0 and 1"),
-        (dict(num_blocks=4), "odd with --non-local"),
+        (dict(num_blocks=4), "odd with non-local"),
+        (dict(conv_channels=30), "multiple of 4"),
         (dict(heads="conv", alone="fc"), "no such classifier"),
         (dict(lambda_fc=1.0, lambda_conv=0.0), "no head has one of the tasks"),
         (dict(omega_fc=0.0, omega_conv=0.0), "no head has one of the tasks"),
@@ -450,6 +451,7 @@ def test_flag_changes_the_run(known, flag):
 def test_settings_that_make_no_detector(changes, message):
     with pytest.raises(common.BadInput, match=message):
         make(**changes)
+    make(heads="fc", num_blocks=4)  # no conv-head, no rule
 
 
 def test_the_command_line(tmp_path, capsys, monkeypatch):
