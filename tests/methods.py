@@ -45,10 +45,9 @@ def own_flags(method) -> set[str]:
     return names[0] - names[1]
 
 
-def behaviour(method, **changes):
+def behaviour(model):
     """The losses of two small steps, and the detections after them."""
-    model, (images, targets) = sure(make(method, **changes)), batch(2, 64)
-    values = []
+    (images, targets), values = batch(2, 64), []
     for _ in range(2):
         losses = model.loss(images, targets)
         sum(losses.values()).backward()

@@ -274,6 +274,20 @@ def ddp_items():
     return common.to_device([data[3 - 2], data[0]], "cpu")
 
 
+@pytest.mark.parametrize("name", list(DDP))
+def test_losses_under_bf16_are_float32_and_close(name):
+    torch.manual_seed(0)
+    model, (images, targets) = ddp_model(name), ddp_items()
+    with torch.no_grad():
+        want = model.loss(images, targets)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model.loss(images, targets)
+            boxes = model.eval().predict(images)[0]["boxes"]
+    for k, v in found.items():
+        assert v.dtype == torch.float32 and v.item() == pytest.approx(want[k].item(), rel=0.05), k
+    assert boxes.dtype == torch.float32
+
+
 def ddp_process(rank, port, out, name):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)

@@ -268,14 +268,14 @@ def test_all_classes():
 
 @pytest.fixture(scope="module")
 def known():
-    assert behaviour(method) == behaviour(method)
-    return {nms: behaviour(method, nms=nms) for nms in ("cl", "soft")}
+    assert behaviour(sure(make(method))) == behaviour(sure(make(method)))
+    return {nms: behaviour(sure(make(method, nms=nms))) for nms in ("cl", "soft")}
 
 
 @pytest.mark.parametrize("flag", list(CHANGED))
 def test_flag_changes_the_run(known, flag):
     nms = "soft" if "soft" in flag else "cl"
-    assert behaviour(method, **{"nms": nms, flag: CHANGED[flag]}) != known[nms]
+    assert behaviour(sure(make(method, **{"nms": nms, flag: CHANGED[flag]}))) != known[nms]
 
 
 def test_the_command_line(tmp_path, monkeypatch):
