@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+# Before torch is imported, and for the processes that tests start: on such small tensors threads cost
+# more than they give, and where cores are shared they wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+import torch  # noqa: E402
 
 # Before triton is imported: on a machine without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
