@@ -13,6 +13,7 @@ from methods import (
     batch,
     behaviour,
     check_all_crowd,
+    check_overfits,
     check_real_data,
     check_resume,
     own_flags,
@@ -383,21 +384,7 @@ def test_impossible_stages_are_refused():
 
 
 def test_one_image_can_be_overfitted():
-    model, data = make(fpn_channels=32, point_channels=4), common.SyntheticDetection(1, 96)
-    images, targets = common.to_device([data[0]], "cpu")
-    optimizer = torch.optim.AdamW(model.parameters())
-    for i in range(140):
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, i / 10) * (0.1 if i > 110 else 1)
-        optimizer.zero_grad()
-        sum(model.loss(images, targets).values()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 10)
-        optimizer.step()
-    (found,) = model.eval().predict(images)
-    certain = found["scores"] > 0.5
-    assert sorted(found["labels"][certain].tolist()) == sorted(targets[0]["labels"].tolist())
-    iou = torchvision.ops.box_iou(targets[0]["boxes"], found["boxes"][certain]).amax(1)
-    assert iou.min() > 0.75, iou
+    check_overfits(make(fpn_channels=32, point_channels=4), 0, 180, 0.8)
 
 
 # ------------------------------------------------------------------------------ flags, command line

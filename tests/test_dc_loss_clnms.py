@@ -17,12 +17,12 @@ from methods import (
     check_all_crowd,
     check_batch_equals_singles,
     check_gradients,
+    check_overfits,
     check_real_data,
     check_resume,
     check_row,
     check_variants,
     make,
-    overfitted,
     own_flags,
     sure,
 )
@@ -243,7 +243,7 @@ def test_rows_are_the_papers_experiments(row, backbone, switches, steps, images,
 
 
 def test_one_image_can_be_overfitted():
-    overfitted(method)
+    check_overfits(make(method, fpn_channels=32), 2, 150, 0.8)
 
 
 # ------------------------------------------------------------------------------ flags, command line

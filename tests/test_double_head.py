@@ -11,6 +11,7 @@ from methods import (
     batch,
     behaviour,
     check_all_crowd,
+    check_overfits,
     check_real_data,
     check_resume,
     own_flags,
@@ -268,23 +269,7 @@ def test_select_takes_the_class_and_head_it_should():
 
 
 def test_one_image_can_be_overfitted():
-    model, data = make(fpn_channels=32, roi_samples=64), common.SyntheticDetection(4, 96)
-    images, targets = common.to_device([data[3]], "cpu")
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    for i in range(80):
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, i / 10) * (0.1 if i > 55 else 1)
-        optimizer.zero_grad()
-        sum(model.loss(images, targets).values()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 10)
-        optimizer.step()
-    (found,) = model.eval().predict(images)
-    for box, label in zip(targets[0]["boxes"], targets[0]["labels"]):
-        best = found["boxes"][found["labels"] == label][:1]  # the surest one of this class
-        assert torchvision.ops.box_iou(best, box[None]).item() > 0.75
-    assert set(found["labels"][found["scores"] > 0.5].tolist()) == set(
-        targets[0]["labels"].tolist()
-    )
+    check_overfits(make(fpn_channels=32, roi_samples=64), 3, 120, 0.75)
 
 
 # ------------------------------------------------------------------------------ analysis

@@ -17,12 +17,12 @@ from methods import (
     check_all_crowd,
     check_batch_equals_singles,
     check_gradients,
+    check_overfits,
     check_real_data,
     check_resume,
     check_row,
     check_variants,
     make,
-    overfitted,
     own_flags,
     sure,
 )
@@ -246,7 +246,8 @@ def test_one_pass_serves_every_alpha():
 
 
 def test_one_image_can_be_overfitted():
-    model, images, objects = overfitted(method)
+    model = make(method, fpn_channels=32)
+    images, objects = check_overfits(model, 2, 150, 0.8)
     found = model.candidates(images)
     iou = torchvision.ops.box_iou(found["boxes"], objects).amax(1)
     sure = found["cls_probs"] > 0.3
