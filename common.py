@@ -82,7 +82,7 @@ class Config:
     train_images: str = ""  # ... and their image folder
     val_json: str = ""  # COCO annotations to evaluate on ...
     val_images: str = ""  # ... and their image folder
-    train_split: str = ""  # VOC: ImageSets/Main/<split>.txt (default: trainval, else train)
+    train_split: str = ""  # VOC: ImageSets/Main/<split>.txt (default: trainval if test is tested)
     val_split: str = ""  # VOC: split to evaluate on (default: test, else val)
     num_train: int = 7000  # synthetic images per epoch
     num_val: int = 200  # synthetic images to evaluate on
@@ -225,7 +225,7 @@ def match(
 
     boxes [..., N, 4], gt_boxes [..., G, 4] (leading dimensions broadcast), gt_valid and gt_ignore
     [..., G] bool -> labels [..., N] (1: IoU >= high, 0: IoU < low, -1: between), gt index [..., N],
-    IoU with that gt [..., N]. Only valid gts are assigned. A box of which at least half lies in an
+    the box's best IoU with any gt [..., N]. Only valid gts are assigned. A box of which at least half lies in an
     ignored gt (crowd, difficult) is -1 instead of 0. With `low_quality`, a gt's best boxes are
     positive for it whatever `high` says, if their IoU is above 0 and at least `low_quality`; of
     two gts that want one box the later gets it. Runs over gts in chunks: memory stays bounded.
@@ -279,15 +279,19 @@ def sample(labels: Tensor, num: int, positive_fraction: float) -> tuple[Tensor, 
 
 
 def global_mean(count: Tensor) -> Tensor:
-    """A loss normaliser averaged over the processes, at least 1.
+    """A loss normaliser: the mean over the processes of a count that is at least 1 over all.
 
     Dividing each process's sum by it makes DDP's mean gradient that of one process with all images.
     """
     count = count.detach().float().clone()
     if dist.is_initialized():
         dist.all_reduce(count)
-        count /= dist.get_world_size()
-    return count.clamp(min=1)
+    return count.clamp(min=1) / rank_and_world()[1]
+
+
+def global_rows(x: Tensor) -> Tensor:
+    """`global_mean` of the number of x's rows."""
+    return global_mean(torch.full((), float(len(x)), device=x.device))
 
 
 # ------------------------------------------------------------------------------ synthetic data
@@ -475,7 +479,9 @@ class FolderDetection(Dataset):
             )
             self.files = np.array([str(self.image_dir / i["file_name"]) for i in coco["images"]])
             self._flatten(coco["annotations"])
-        except (KeyError, TypeError) as e:
+        except BadInput:
+            raise
+        except (KeyError, TypeError, ValueError) as e:
             raise BadInput(f"{source}: not COCO annotations: {type(e).__name__} {e}") from e
         if categories is not None and categories != self.categories:
             odd = [
@@ -494,15 +500,16 @@ class FolderDetection(Dataset):
             raise BadInput(f"{self.source}: image id {double} occurs more than once")
         row = {image_id: i for i, image_id in enumerate(self.image_ids)}
         label = {c["id"]: i for i, c in enumerate(self.categories)}
+        name = lambda a: f"annotation {a.get('id', 'without id')}"  # noqa: E731
         for a in annotations:
             if a["image_id"] not in row:
-                raise BadInput(f"{self.source}: annotation {a['id']} has no image {a['image_id']}")
+                raise BadInput(f"{self.source}: {name(a)} has no image {a['image_id']}")
             if a["category_id"] not in label:
                 raise BadInput(
-                    f"{self.source}: annotation {a['id']} is of unknown category {a['category_id']}"
+                    f"{self.source}: {name(a)} is of unknown category {a['category_id']}"
                 )
             if len(a["bbox"]) != 4:
-                raise BadInput(f"{self.source}: annotation {a['id']}: bbox {a['bbox']}")
+                raise BadInput(f"{self.source}: {name(a)}: bbox {a['bbox']}")
         rows = np.array([row[a["image_id"]] for a in annotations], np.int64)
         boxes = np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
@@ -510,11 +517,12 @@ class FolderDetection(Dataset):
         whole = np.isfinite(boxes).all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
         boxes = np.clip(np.nan_to_num(boxes), 0, limit)  # annotators reach a little over the border
         whole &= (boxes[:, 2:] > boxes[:, :2]).all(1)
-        self.dropped = [annotations[i]["id"] for i in np.flatnonzero(~whole)]
+        self.dropped = np.flatnonzero(~whole).tolist()  # positions: ids may be missing or double
         if self.dropped:
-            print(
+            some = ", ".join(str(annotations[i].get("id", f"no. {i}")) for i in self.dropped[:10])
+            say(
                 f"{self.source}: dropped {len(self.dropped)} of {len(whole)} boxes (not finite, no area "
-                f"or outside the image): annotations {str(self.dropped[:10])[1:-1]}"
+                f"or outside the image): annotations {some}"
             )
         ignore = [bool(a.get("iscrowd", 0) or a.get("difficult", 0)) for a in annotations]
         order = np.argsort(rows, kind="stable")
@@ -539,10 +547,17 @@ class FolderDetection(Dataset):
         return read_image(self.files[index]), target
 
     def coco(self) -> dict:
-        """The ground truth as a COCO dictionary, read again, without the boxes dropped here."""
-        coco = self._read(self.source, self.categories)
-        dropped = set(self.dropped)
-        coco["annotations"] = [a for a in coco["annotations"] if a["id"] not in dropped]
+        """The ground truth as a COCO dictionary, read again, without the boxes dropped here.
+
+        Annotations are numbered anew from 1 (pycocotools takes id 0 for "no match") and have what
+        pycocotools wants of them: `area`, here the box's where the file has none, and `iscrowd`.
+        """
+        coco, dropped = self._read(self.source, self.categories), set(self.dropped)
+        coco["annotations"] = [
+            {"area": a["bbox"][2] * a["bbox"][3], "iscrowd": 0, **a, "id": i + 1}
+            for i, a in enumerate(coco["annotations"])
+            if i not in dropped
+        ]
         return coco
 
 
@@ -550,18 +565,23 @@ def read_json(path: Path, categories=None) -> dict:
     """COCO annotations as they are; `categories` are compared by the caller."""
     try:
         return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
+    except OSError as e:
+        raise BadInput(f"{path}: {e.strerror}") from None
     except ValueError as e:
         raise BadInput(f"{path}: broken JSON: {e}") from e
 
 
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises
+
+
 def read_image(path: str | Path) -> Tensor:
-    """uint8 RGB [3, h, w]; raises BadInput naming a missing, truncated or foreign file."""
+    """uint8 RGB [3, h, w]; raises BadInput naming a missing, truncated, foreign or 16-bit file."""
     try:
         with Image.open(path) as image:  # EXIF rotation is not applied: COCO annotates raw pixels
+            if image.mode[0] in "IF":  # PIL would clip these to black and white
+                raise ValueError(f"its pixels ({image.mode}) are not of 8 bits, convert it first")
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+    except UNREADABLE as e:
         raise BadInput(f"{path}: cannot read the image: {e}") from e
 
 
@@ -569,31 +589,30 @@ def check_images(files, sizes=None, source="") -> None:
     """Open every image file of this process's share; BadInput lists what is wrong with which.
 
     Reads the header and the last bytes; only a file whose end looks torn is decoded, which decides.
-    `sizes` [n, 2] (h, w) are compared with the files' own where given (0, 0 stands for unknown).
+    `sizes` [n, 2] (h, w), where given, are compared with the files' own.
     """
 
     def check(i: int) -> str | None:
         try:
             with Image.open(files[i]) as image:
-                w, h = image.size
+                (w, h), deep = image.size, image.mode[0] in "IF"
             with open(files[i], "rb") as f:
                 f.seek(-min(64, os.path.getsize(files[i])), os.SEEK_END)
                 tail = f.read()
-            if b"\xff\xd9" not in tail and b"IEND" not in tail:
+            if deep or (b"\xff\xd9" not in tail and b"IEND" not in tail):
                 read_image(files[i])
-        except OSError as e:
-            return f"{files[i]}: cannot read the image: {e}"
         except BadInput as e:
             return str(e)
+        except UNREADABLE as e:
+            return f"{files[i]}: cannot read the image: {e}"
         if sizes is not None and (h, w) != tuple(sizes[i]):
             return f"{files[i]}: is {h}x{w} px (h x w), {source} says {sizes[i][0]}x{sizes[i][1]}"
 
     rank, world = rank_and_world()
+    mine = range(rank, len(files), world)
     with ThreadPoolExecutor(16) as pool:
-        todo = progress(
-            pool.map(check, range(rank, len(files), world)), "checking images", len(files)
-        )
-        wrong = [problem for problem in todo if problem]
+        found = progress(pool.map(check, mine), "checking images", len(mine))
+        wrong = [problem for problem in found if problem]
     if wrong:
         more = f"\n... and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise BadInput("\n".join(wrong[:10]) + more)
@@ -610,10 +629,11 @@ def read_voc(split_file: Path, categories: list[dict] | None = None) -> dict:
     names = {c["name"] for c in categories or ()}
     for split in str(split_file).split(os.pathsep):
         root = Path(split).parents[2]
-        for line in Path(split).read_text().split("\n"):
-            if not line.strip():
-                continue
-            stem = line.split()[0]
+        try:
+            lines = Path(split).read_text().split("\n")
+        except OSError as e:
+            raise BadInput(f"{split}: {e.strerror}") from None
+        for stem in (line.split()[0] for line in lines if line.strip()):
             path = root / "Annotations" / f"{stem}.xml"
             try:
                 tree = ET.parse(path).getroot()
@@ -650,8 +670,9 @@ def load_data(config: Config, train: bool = True, val: bool = True, categories=N
     """(training set, validation set) of config.data; None for one that is not asked for.
 
     Synthetic, COCO (annotations/instances_*2017.json or explicit paths) or VOC (JPEGImages/, also
-    VOC2007/ and VOC2012/ below: both train, 2007 tests). The training set's categories, or those
-    given (a checkpoint's), are the ones that the validation set must have. Raises BadInput.
+    VOC2007/ and VOC2012/ below: both train, the first one tests). The training set's categories,
+    or those given (a checkpoint's), are the ones that the validation set must have. Raises BadInput,
+    also for a set without images.
     """
     if config.data == "synthetic" and not (config.train_json or config.val_json):
         make = SyntheticDetection
@@ -680,23 +701,23 @@ def load_data(config: Config, train: bool = True, val: bool = True, categories=N
         if not roots:
             looked = "annotations/instances_*2017.json (COCO) nor JPEGImages/ (VOC)"
             raise BadInput(f"{root}: no data found: neither {looked} in that folder")
-        paths = {
-            "train": os.pathsep.join(_voc_split(r, config.train_split, "trainval") for r in roots),
-            "val": _voc_split(roots[0], config.val_split, "test"),
-        }
+        lists = lambda r, split: r / "ImageSets" / "Main" / f"{split}.txt"  # noqa: E731
+        tests = config.val_split or ("test" if lists(roots[0], "test").exists() else "val")
+        whole = tests == "test" and lists(roots[0], "trainval").exists()  # else val would train
+        trains = config.train_split or ("trainval" if whole else "train")
+        train_lists = os.pathsep.join(str(lists(r, trains)) for r in roots)
+        paths = {"train": train_lists, "val": str(lists(roots[0], tests))}
         folders, read = {"train": "", "val": ""}, read_voc
-    load = lambda s, known: FolderDetection(paths[s], folders[s], read, known)  # noqa: E731
+
+    def load(split: str, known):
+        data = FolderDetection(paths[split], folders[split], read, known)
+        if not len(data):
+            raise BadInput(f"{paths[split]}: no images")
+        return data
+
     train_data = load("train", categories) if train else None
-    known = train_data.categories if train_data else categories
+    known = train_data.categories if train else categories
     return train_data, load("val", known) if val else None
-
-
-def _voc_split(root: Path, split: str, default: str) -> str:
-    fallback = {"trainval": "train", "test": "val"}[default]
-    for name in [split] if split else [default, fallback]:
-        if (path := root / "ImageSets" / "Main" / f"{name}.txt").exists():
-            return str(path)
-    raise BadInput(f"{path}: no such file")
 
 
 # ------------------------------------------------------------------------------ batches
@@ -706,7 +727,8 @@ class Resized(Dataset):
     """A data set behind the v2 transforms of training or of one test scale.
 
     Training items are asked for as (epoch, index): the augmentation is a function of (seed, epoch,
-    index) alone, so neither the number of workers nor an interruption changes it.
+    index) alone, so neither the number of workers nor an interruption changes it. An item is a
+    uint8 image [3, h, w] and its target.
     """
 
     def __init__(self, data: Dataset, config: Config, train: bool, scale: int = 0):
@@ -749,6 +771,7 @@ class TrainBatches:
         self.per_epoch = max(1, per_rank // batch)
 
     def epoch(self, epoch: int) -> list[list[tuple[int, int]]]:
+        """This process's batches of one epoch, in order."""
         order = DistributedSampler(range(len(self.wide)), self.world, self.rank, seed=self.seed)
         order.set_epoch(epoch)
         batches, rest = [], []
@@ -782,6 +805,7 @@ def _leave_signals_to_the_parent(_) -> None:
 
 
 def make_loader(data: Dataset, config: Config, device: torch.device, **sampling) -> DataLoader:
+    """Batches as lists of (image, target), read by `config.workers` processes."""
     workers = config.workers if config.workers >= 0 else {"cuda": 4}.get(device.type, 2)
     return DataLoader(
         data,
@@ -853,7 +877,7 @@ class ConvP6P7(ExtraFPNBlock):
 
 
 def make_norm(kind: str):
-    """A constructor channels -> normalisation layer: frozen_bn, bn or gn (32 groups)."""
+    """A constructor channels -> normalisation layer: frozen_bn, bn or gn (32 groups at most)."""
     group = lambda channels: nn.GroupNorm(math.gcd(32, channels), channels)  # noqa: E731
     return {"frozen_bn": FrozenBatchNorm2d, "bn": nn.BatchNorm2d, "gn": group}[kind]
 
@@ -863,9 +887,9 @@ class ResNetFPN(nn.Module):
 
     extra="pool": P2..P6, strides 4..64, P6 by subsampling P5 (two-stage detectors).
     extra="conv": P3..P7, strides 8..128, P6 and P7 by convolution (RetinaNet).
-    With weights, BN is frozen and so are the stem and the first stages; from scratch ("none")
-    nothing is, and norm="auto" means GroupNorm, in the pyramid too. "random" is like "imagenet" in
-    all but the values. Raises BadInput if the weights cannot be had.
+    With weights the stem and the first stages are frozen, and with norm="auto" all BN is; from
+    scratch ("none") nothing is, and norm="auto" means GroupNorm, in the pyramid too. "random" is
+    like "imagenet" in all but the values. Raises BadInput if the weights cannot be had.
     """
 
     def __init__(
@@ -895,7 +919,8 @@ class ResNetFPN(nn.Module):
             raise BadInput(f"{name}, weights {weights}: {type(e).__name__}: {e}\n{hint}") from e
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
         self.stages = nn.ModuleList([net.layer1, net.layer2, net.layer3, net.layer4])
-        for part in [self.stem, *self.stages][: 0 if scratch else frozen_stages]:
+        self.frozen = 0 if scratch else frozen_stages
+        for part in [self.stem, *self.stages][: self.frozen]:
             part.requires_grad_(False)
         width = net.fc.in_features // 8
         channels = [width, 2 * width, 4 * width, 8 * width]
@@ -908,6 +933,13 @@ class ResNetFPN(nn.Module):
             norm_layer=make_norm(norm) if scratch else None,
         )
         self.to(memory_format=torch.channels_last)
+
+    def train(self, mode: bool = True):
+        """Frozen stages keep their BN statistics too."""
+        super().train(mode)
+        for part in [self.stem, *self.stages][: self.frozen]:
+            part.eval()
+        return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
         x, maps = self.stem(images), {}
@@ -1016,16 +1048,17 @@ class RPN(nn.Module):
         boxes = clip_boxes(boxes, sizes[:, None])
         scores[(boxes[..., 2:] <= boxes[..., :2]).any(-1)] = -torch.inf
         image = torch.arange(B, device=index.device)[:, None].expand(-1, M)
-        keep = kernels.batched_nms(
+        keep, _ = kernels.nms_padded(  # indices, then -1: nobody waits for their number
             boxes.flatten(0, 1),
             scores.flatten(),
             (image * len(per_level) + level).flatten(),
             self.nms_iou,
         )
         most = min(self.post_nms[not training], M)
-        kept = torch.full_like(scores, -torch.inf).flatten()
-        kept[keep] = scores.flatten()[keep]
-        best, index = kept.view(B, M).topk(most, dim=1)
+        padded = F.pad(scores.flatten(), (0, 1), value=-torch.inf)  # its last is whom -1 means
+        kept = torch.full_like(padded, -torch.inf)
+        kept[keep] = padded[keep]
+        best, index = kept[:-1].view(B, M).topk(most, dim=1)
         valid = best > -torch.inf
         return boxes.gather(1, index[..., None].expand(-1, -1, 4)) * valid[..., None], valid
 
@@ -1064,7 +1097,7 @@ def sample_rois(proposals: Tensor, valid: Tensor, targets: list[dict], num: int,
     """Training RoIs of a two-stage head: gts are added, matched at IoU 0.5, and sampled.
 
     proposals [B, P, 4], valid [B, P] -> rois [R, 5] (image, box), labels [R] (0..K-1, or -1 for
-    background: the head knows K), gt boxes [R, 4] and gt index in its image [R] (of positives).
+    background: the head knows K) and gt boxes [R, 4] (of positives).
     """
     gt_boxes, gt_labels, gt_valid, gt_ignore = pad_targets(targets)
     boxes = torch.cat([gt_boxes, proposals], 1)
@@ -1077,7 +1110,7 @@ def sample_rois(proposals: Tensor, valid: Tensor, targets: list[dict], num: int,
     gt = matched[image, index]
     rois = torch.cat([image[:, None].float(), boxes[image, index]], 1)
     foreground = labels[image, index] == 1
-    return rois, torch.where(foreground, gt_labels[image, gt], -1), gt_boxes[image, gt], gt
+    return rois, torch.where(foreground, gt_labels[image, gt], -1), gt_boxes[image, gt]
 
 
 RCNN_STDS = (0.1, 0.1, 0.2, 0.2)  # Faster R-CNN scales an RoI's deltas by these
@@ -1086,7 +1119,7 @@ RCNN_STDS = (0.1, 0.1, 0.2, 0.2)  # Faster R-CNN scales an RoI's deltas by these
 def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross entropy over all processes' RoIs: logits [R, K + 1], labels [R]; 0 with R = 0."""
     total = F.cross_entropy(logits.float(), labels, reduction="sum")
-    return total / global_mean(torch.ones_like(labels).sum())
+    return total / global_rows(labels)
 
 
 def class_box_loss(deltas: Tensor, rois: Tensor, labels: Tensor, gt_boxes: Tensor) -> Tensor:
@@ -1100,7 +1133,7 @@ def class_box_loss(deltas: Tensor, rois: Tensor, labels: Tensor, gt_boxes: Tenso
     mine = mine[torch.arange(len(mine), device=mine.device), torch.where(positive, labels, 0)]
     wanted = encode_boxes(rois[:, 1:], gt_boxes, RCNN_STDS)
     loss = F.smooth_l1_loss(mine.float(), wanted, reduction="none").sum(1)  # [R]
-    return torch.where(positive, loss, 0).sum() / global_mean(torch.ones_like(loss).sum())
+    return torch.where(positive, loss, 0).sum() / global_rows(loss)
 
 
 def two_fc(in_features: int, hidden: int, out_features: int) -> nn.Sequential:
@@ -1172,7 +1205,7 @@ class TwoStage(BaseDetector):
         output = self.rpn(features)
         losses = self.rpn.loss(output, sizes, targets)
         proposals, valid = self.rpn.proposals(output, sizes, training=True)
-        rois, labels, gt_boxes, _ = sample_rois(
+        rois, labels, gt_boxes = sample_rois(
             proposals, valid, targets, config.roi_samples, config.roi_positive
         )
         labels = torch.where(labels >= 0, labels, self.num_classes)
@@ -1302,8 +1335,8 @@ def retina_anchors(features: list[Tensor], strides, scale: float = 4.0):
 def match_anchors(anchors: Tensor, sizes: Tensor, targets: list[dict], high=0.5, low=0.4):
     """RetinaNet's assignment; every gt keeps its best anchor, anchors in the padding do not train.
 
-    anchors [N, 4] -> labels [B, N] (1, 0, -1), and the gt that each anchor overlaps most:
-    boxes [B, N, 4] and classes [B, N] (zeros where an image has none but crowds).
+    anchors [N, 4] -> labels [B, N] (1, 0, -1), and the gt that each anchor overlaps most, or that
+    has no better anchor: boxes [B, N, 4] and classes [B, N] (zeros where an image has none but crowds).
     """
     gt_boxes, gt_labels, valid, ignore = pad_targets(targets)
     inside = inside_image(anchors, sizes)
@@ -1567,6 +1600,7 @@ def progress(iterable, what: str, total: int):
 
 
 def autocast(config: Config, device: torch.device):
+    """The context of a forward pass: bf16 where `config.amp` and the device say so."""
     supported = device.type == "cuda" and torch.cuda.is_bf16_supported()
     on = config.amp == "bf16" or (config.amp == "auto" and supported)
     return torch.autocast(device.type, torch.bfloat16, enabled=on)
@@ -1577,34 +1611,35 @@ def detect(model: nn.Module, data: Dataset, config: Config, device: torch.device
     """Yield (target, detections in the original image's pixels) for this process's images.
 
     With several test scales, or the mirrored image too, the candidates of all are merged before
-    the last NMS. Every image is seen exactly once over all processes.
+    the last NMS. Every image is seen exactly once over all processes. The target's boxes are in
+    pixels of the last scale.
     """
     model.eval()
     rank, world = rank_and_world()
     mine = range(rank, len(data), world)
     batch = config.eval_batch or per_process_batch(config)
-    views = [
-        (s, flip) for s in config.test_scales for flip in (False, True)[: 1 + config.test_flip]
-    ]
     loaders = [
         make_loader(Resized(data, config, False, s), config, device, sampler=mine, batch_size=batch)
         for s in config.test_scales
     ]
     for batches in progress(zip(*loaders), "detecting", len(loaders[0])):
-        merged, moved = [], [to_device(items, device) for items in batches]
-        for scale, flip in views:
-            images, targets = moved[config.test_scales.index(scale)]
-            with autocast(config, device):
-                found = model.candidates([i.flip(-1) for i in images] if flip else images)
-            inner = torch.tensor([i.shape[1:] for i in images], device=device)
-            outer = torch.tensor([t["size"] for t in targets], device=device)
-            boxes, index = found["boxes"], found["image"]
-            if flip:
-                width = inner[index, 1]
-                mirrored = [width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]]
-                boxes = torch.stack(mirrored, 1)
-            grow = (outer / inner).flip(-1).repeat(1, 2)  # (w, h, w, h): sides are rounded apart
-            merged.append({**found, "boxes": boxes * grow[index]})
+        merged = []
+        for items in batches:
+            images, targets = to_device(items, device)
+            for flip in (False, True)[: 1 + config.test_flip]:
+                with autocast(config, device):
+                    found = model.candidates([i.flip(-1) for i in images] if flip else images)
+                inner = torch.tensor([i.shape[1:] for i in images], device=device)
+                outer = torch.tensor([t["size"] for t in targets], device=device)
+                boxes, index = found["boxes"], found["image"]
+                if flip:
+                    width = inner[index, 1]
+                    mirrored = [width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]]
+                    boxes = torch.stack(mirrored, 1)
+                grow = (
+                    (outer / inner).flip(-1).repeat(1, 2)
+                )  # (w, h, w, h): sides are rounded apart
+                merged.append({**found, "boxes": boxes * grow[index]})
         candidates = {k: torch.cat([m[k] for m in merged]) for k in merged[0]}
         for target, found in zip(targets, model.finish(candidates, len(images))):
             yield target, {k: v.cpu() for k, v in found.items()}
@@ -1741,9 +1776,9 @@ def show_metrics(metrics: dict) -> str:
     return "  ".join(f"{k} {metrics[k]:.3f}" for k in keys if metrics.get(k) is not None)
 
 
-def show_table(rows: dict[str, dict], keys="AP AP50 AP60 AP70 AP75 AP80 AP90") -> None:
+def show_table(rows: dict[str, dict]) -> None:
     """Print metrics of several evaluations, one a line, in percent."""
-    width, keys = max(map(len, rows)), keys.split()
+    width, keys = max(map(len, rows)), "AP AP50 AP60 AP70 AP75 AP80 AP90".split()
     say(f"{'':{width}}  " + "  ".join(f"{k:>5}" for k in keys))
     for name, metrics in rows.items():
         values = ("    -" if metrics[k] is None else f"{100 * metrics[k]:5.1f}" for k in keys)
@@ -1758,8 +1793,8 @@ def write_json(path: Path, value) -> None:
 # ------------------------------------------------------------------------------ pictures
 
 
-def draw(image: Tensor, boxes: Tensor, labels, names: list[str], scores=None, masks=None) -> Tensor:
-    """uint8 [3, h, w] with boxes [G, 4], names and scores written on it; masks [G, h, w] shaded."""
+def draw(image: Tensor, boxes: Tensor, labels, names: list[str], scores=None) -> Tensor:
+    """uint8 [3, h, w] with boxes [G, 4], names and scores written on it."""
     import matplotlib
 
     if not len(boxes):
@@ -1768,8 +1803,6 @@ def draw(image: Tensor, boxes: Tensor, labels, names: list[str], scores=None, ma
     colours = [tuple(int(255 * c) for c in palette[label % 10]) for label in labels]
     text = [f"{names[k]} {s:.2f}" for k, s in zip(labels, scores)] if scores is not None else None
     text = text or [names[k] for k in labels]
-    if masks is not None:
-        image = torchvision.utils.draw_segmentation_masks(image, masks, 0.5, colours)
     font = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
     side = min(image.shape[1:])
     return torchvision.utils.draw_bounding_boxes(
@@ -1902,7 +1935,9 @@ def predict_files(model, paths, categories: list[dict], config: Config, device, 
         picture = draw(read_image(file), boxes, labels.tolist(), names, scores.tolist())
         name = f"{target['image_id']:05d}_{file.stem}.jpg"  # files of one name may meet
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(out / "pictures" / name, quality=92)
-    write_json(out / "predictions.json", results)
+    results = [r for share in gather(results) for r in share]
+    if rank_and_world()[0] == 0:
+        write_json(out / "predictions.json", sorted(results, key=lambda r: r["image_id"]))
     return results
 
 
@@ -1930,8 +1965,10 @@ def load_checkpoint(path: str | Path) -> dict:
         raise BadInput(f"{path}: no such file") from None
     except Exception as e:  # pickle, zip and torch each have their own
         raise BadInput(f"{path}: not a checkpoint that is safe to load: {str(e)[:300]}") from e
-    if not isinstance(state, dict) or "model" not in state or "categories" not in state:
-        raise BadInput(f"{path}: not a checkpoint of this project (no model and categories in it)")
+    if not isinstance(state, dict) or not {"model", "categories", "config"} <= state.keys():
+        raise BadInput(
+            f"{path}: not a checkpoint of this project (no model, categories and config)"
+        )
     return state
 
 
@@ -1950,6 +1987,7 @@ def load_weights(model: nn.Module, state: dict, path, categories: list[dict] | N
 
 
 def per_process_batch(config: Config) -> int:
+    """Images per step of this process; BadInput if the batch cannot be shared out evenly."""
     world = rank_and_world()[1]
     total = config.batch or 2 * world
     if total % world:
@@ -1961,7 +1999,8 @@ def learning_rate(config: Config, step: int, total: int, batch: int) -> float:
     """Linear scaling rule, linear warm-up from warmup_factor, division by ten at each drop."""
     base = config.lr * batch / config.lr_batch
     warmup = min(config.warmup, total // 10)
-    warm = min(1.0, config.warmup_factor + (1 - config.warmup_factor) * step / max(1, warmup))
+    share = min(1.0, step / warmup) if warmup else 1.0
+    warm = config.warmup_factor + (1 - config.warmup_factor) * share
     return base * warm * 0.1 ** sum(step >= round(drop * total) for drop in config.drops)
 
 
@@ -2001,14 +2040,16 @@ def resume(path: Path, settings: dict, model, optimizer, categories: list[dict])
     if differ:
         old = {k: state["config"].get(k) for k in differ}
         raise BadInput(f"{path}: cannot resume, the run was made with {old}")
-    load_weights(model, state, path, categories)
+    if state["categories"] != categories:
+        raise BadInput(f"{path}: cannot resume, the data's categories are others now")
+    load_weights(model, state, path)
     optimizer.load_state_dict(state["optimizer"])
     rank, world = rank_and_world()
     if len(state["rng"]) == world:
         main, *cuda = state["rng"][rank]
         torch.set_rng_state(main)
         if cuda and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(cuda)
+            torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])
     else:
         say(f"{len(state['rng'])} processes before, {world} now: sampling starts anew")
     return state["step"]
@@ -2025,9 +2066,14 @@ def set_aside(out: Path) -> None:
 
 @contextlib.contextmanager
 def signals_caught():
-    """A list that collects SIGTERM and SIGINT, which then do not end the process."""
+    """A list that collects SIGTERM and SIGINT, which then do not end the process; the third does."""
     caught: list[int] = []
-    catch = lambda number, _: caught.append(number)  # noqa: E731
+
+    def catch(number, _):
+        caught.append(number)
+        if len(caught) == 3:  # somebody insists: the step hangs, and torchrun has sent its own
+            raise KeyboardInterrupt
+
     before = {s: signal.signal(s, catch) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield caught
@@ -2081,9 +2127,13 @@ class RunLog:
         if not self.silent:
             out.mkdir(parents=True, exist_ok=True)
             if start and self.path.exists():  # forget the lines of steps that were lost
-                lines = map(json.loads, self.path.read_text().splitlines())
-                self.lines = [line for line in lines if line["step"] <= start]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+                for text in self.path.read_text().splitlines():
+                    with contextlib.suppress(json.JSONDecodeError):  # a kill may have torn the last
+                        line = json.loads(text)
+                        self.lines += [line] if line["step"] <= start else []
+            whole = self.path.with_name(".log.tmp")
+            whole.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+            os.replace(whole, self.path)
 
     def write(self, line: dict) -> None:
         if not self.silent:
@@ -2107,7 +2157,9 @@ def train(model: nn.Module, config: Config, train_data, val_data=None, out="runs
     batch = per_process_batch(config) * world
     batches = TrainBatches(train_data.sizes, batch // world, config.seed)
     batches.total = config.steps or max(1, round(config.epochs * batches.per_epoch))
-    settings = as_json({**dataclasses.asdict(config), "batch": batch})
+    # derived: a later test may run on another number of processes
+    derived = dict(batch=batch, eval_batch=config.eval_batch or batch // world)
+    settings = json.loads(json.dumps({**dataclasses.asdict(config), **derived}))  # tuples as lists
     wrapped = LossOnly(model)
     if world > 1:
         wrapped = nn.parallel.DistributedDataParallel(wrapped)
@@ -2157,7 +2209,8 @@ def train(model: nn.Module, config: Config, train_data, val_data=None, out="runs
                 logged, clock = step, time.perf_counter()
             if done or step % config.save_every == 0:
                 watch.check()
-                rng = gather([torch.get_rng_state(), *cuda_rng_states()])
+                cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+                rng = gather([torch.get_rng_state(), *cuda])
                 if rank == 0:
                     state = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
                     state |= dict(step=step, rng=rng, config=settings)
@@ -2166,14 +2219,16 @@ def train(model: nn.Module, config: Config, train_data, val_data=None, out="runs
                 log.draw()
                 say(f"stopped by signal {stop} after step {step}; --resume goes on", bar)
                 sys.exit(128 + stop)
-            if val_data and not done and config.eval_every and step % config.eval_every == 0:
+            due = config.eval_every and step % config.eval_every == 0
+            if val_data is not None and due and not done:
+                paused = time.perf_counter()
                 share_buffers(model)
                 metrics = evaluate(model, val_data, config, device)
                 log.write({"step": step, **metrics})
                 log.draw()
                 say(f"step {step}: {show_metrics(metrics)}", bar)
-                clock = time.perf_counter()
-    if val_data:  # also where a run is resumed that had only this left to do
+                clock += time.perf_counter() - paused
+    if val_data is not None:  # also where a run is resumed that had only this left to do
         share_buffers(model)
         metrics = evaluate(model, val_data, config, device, out)
         if not any("AP" in r and r["step"] == batches.total for r in log.lines):
@@ -2203,14 +2258,6 @@ def take_step(wrapped, optimizer, rate: float, items: list, config: Config, devi
             nn.utils.clip_grad_norm_(group["params"], config.clip_norm)
     optimizer.step()
     return losses, [t["image_id"] for t in targets]
-
-
-def cuda_rng_states() -> list[Tensor]:
-    return torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-
-
-def as_json(value):
-    return json.loads(json.dumps(value))
 
 
 def say(text: str, bar=None) -> None:
@@ -2263,9 +2310,9 @@ def torchvision_detector(kind: str, config: Config, num_classes: int, **options)
     scratch, width = config.backbone_weights == "none", config.fpn_channels
     norm = make_norm({"auto": "gn" if scratch else "frozen_bn"}.get(config.norm, config.norm))
     net = torchvision.models.get_model(config.backbone, weights=None, norm_layer=norm)
-    if not scratch:
-        for part in (net.conv1, net.bn1, net.layer1):
-            part.requires_grad_(False)
+    stem = nn.ModuleList([net.conv1, net.bn1])
+    for part in [stem, net.layer1, net.layer2, net.layer3, net.layer4][: config.frozen_stages]:
+        part.requires_grad_(scratch)
     first = 1 if kind == "one_stage" else 0
     channels = [net.fc.in_features // 8 * 2**i for i in range(first, 4)]
     layers = {f"layer{i + 1}": str(i) for i in range(first, 4)}
@@ -2363,7 +2410,8 @@ def parse(config_class, rows: dict, tiny: dict, name: str, argv=None, actions=()
     asked = cli(config_class())
     settings = {}
     synthetic = asked.data == "synthetic" and not (asked.train_json or asked.val_json)
-    small = synthetic and not torch.cuda.is_available() and not asked.bench
+    slow = asked.device == "cpu" or not torch.cuda.is_available()
+    small = synthetic and slow and not asked.bench
     if asked.preset == "tiny" or (asked.preset == "auto" and small):
         settings |= tiny
     settings |= rows.get(asked.row, {})
@@ -2407,6 +2455,13 @@ def show_rows(rows: dict, paper: dict, not_yet: dict) -> None:
         print(f"{'':4}{f'not yet: {not_yet[row]}' if row in not_yet else flags}")
 
 
+# The least value of some flags.
+LEAST = dict(num_train=1, num_val=1, image_size=32, log_every=1, save_every=1, max_size=32)
+LEAST |= dict.fromkeys(
+    "batch eval_batch steps epochs seed eval_every warmup clip_norm lr".split(), 0
+)
+
+
 def run(
     name: str,
     config_class,
@@ -2427,6 +2482,10 @@ def run(
     actions = actions or {}
     try:
         config = parse(config_class, rows, tiny, name, argv, actions)
+        for key, least in LEAST.items():
+            if getattr(config, key) < least:
+                flag, value = key.replace("_", "-"), getattr(config, key)
+                raise BadInput(f"--{flag}: {value}, but {least} is the least")
         if config.rows:
             return show_rows(rows, paper, not_yet)
         if config.row and config.row not in rows:
@@ -2458,7 +2517,12 @@ def start_processes(config: Config) -> torch.device:
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as e:
+        raise BadInput(f"--device {name}: {str(e).splitlines()[0]}") from e
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BadInput(f"--device {name}: torch sees no GPU")
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -2479,7 +2543,7 @@ def _run(detector_class, config: Config, actions: dict, device: torch.device):
     if needs_data:
         known = None if config.train else state["categories"]
         train_data, val_data = load_data(config, config.train, True, known)
-    categories = val_data.categories if val_data else state["categories"]
+    categories = val_data.categories if val_data is not None else state["categories"]
     loaded = state or (config.resume and (out / "last.pt").exists())
     model = detector_class(untrained(config) if loaded else config, len(categories)).to(device)
     if state:

@@ -264,8 +264,7 @@ class IoUScoring(nn.Module):
 def grid_loss(heat_logits: Tensor, targets: Tensor) -> Tensor:
     """L_BCE in Eq. 2: the mean over all cells of all processes; 0 with R = 0."""
     total = F.binary_cross_entropy_with_logits(heat_logits.float(), targets, reduction="sum")
-    num = common.global_mean(torch.ones_like(targets[:, 0, 0, 0]).sum())
-    return total / targets.shape[1:].numel() / num
+    return total / targets.shape[1:].numel() / common.global_rows(targets)
 
 
 def iou_scoring_loss(predicted: Tensor, ious: Tensor, kind: str = "l2") -> Tensor:
@@ -277,7 +276,7 @@ def iou_scoring_loss(predicted: Tensor, ious: Tensor, kind: str = "l2") -> Tenso
         loss = torch.where(error < 1 / 9, error**2 * 4.5, error - 1 / 18)
     else:
         loss = error
-    return loss.sum() / 2 / common.global_mean(torch.ones_like(ious).sum())
+    return loss.sum() / 2 / common.global_rows(ious)
 
 
 # ------------------------------------------------------------------------------ detector

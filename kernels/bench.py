@@ -171,6 +171,9 @@ def times_ms(run, device: torch.device, seconds: float) -> list[float]:
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             flush.zero_()
+            torch.cuda._sleep(
+                2_000_000
+            )  # about a millisecond: Python is done before the GPU begins
             begin.record()
             run()
             end.record()
@@ -242,6 +245,8 @@ def main(argv: list[str] | None = None) -> int:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # events and memory counts are the current device's
     info = {
         "device": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),

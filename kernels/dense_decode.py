@@ -16,7 +16,6 @@ Contract:
   `decode_dense_reference`, which is plain torch.
 """
 
-import os
 from collections.abc import Sequence
 
 import torch
@@ -53,7 +52,6 @@ try:
 except ImportError:
     triton = None
 
-_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _CELLS_PER_PROGRAM = 512  # four a thread: enough loads in flight, and 125 programs at R = 1000
 
 if triton is not None:
@@ -134,6 +132,10 @@ if triton is not None:
         tl.store(out_ptr + roi * 4 + 3, bottom, valid)
 
 
+# Where TRITON_INTERPRET was on when triton was imported, kernels run on CPU tensors.
+INTERPRETED = triton is not None and not isinstance(_decode_kernel, triton.JITFunction)
+
+
 def _decode(
     proposals: Tensor,
     offsets: Tensor,
@@ -161,7 +163,16 @@ def _decode(
     tensors = (proposals, offsets, overlap_logits, sizes, out)
     with torch.cuda.device_of(out):
         _decode_kernel[(triton.cdiv(R, rois),)](
-            *tensors, R, height, width, *strides, S=S, CELLS=cells, ROIS=rois, CLIP=clip
+            *tensors,
+            R,
+            height,
+            width,
+            *strides,
+            S=S,
+            CELLS=cells,
+            ROIS=rois,
+            CLIP=clip,
+            enable_fp_fusion=True,
         )
     return out
 
@@ -222,7 +233,7 @@ def decode_dense_offsets(
     if impl == "auto":
         impl = "triton" if offsets.is_cuda and triton is not None else "torch"
     elif impl == "triton":
-        if triton is None or not (offsets.is_cuda or _INTERPRET):
+        if triton is None or not (offsets.is_cuda or INTERPRETED):
             raise ValueError(f"impl='triton' needs triton and CUDA tensors, not {offsets.device}")
     elif impl != "torch":
         raise ValueError(f"impl must be auto, triton or torch, not {impl!r}")

@@ -9,14 +9,15 @@ Contract, the same for every function here:
   So a buffer of fixed size is padded with scores of -inf. A box with a NaN or infinite coordinate
   overlaps nothing.
 - All is computed in the boxes' dtype, half precision in float32. IoU = inter / (area + area -
-  inter), each operation rounded on its own, as torchvision does on a CPU. A box is suppressed where
+  inter), each operation rounded on its own, as torchvision does on a CPU (on a GPU torchvision, which
+  `nms` of one group uses there, may fuse two of them into one rounding). A box is suppressed where
   IoU > iou_threshold, strictly; IoU equal to the threshold, and 0 / 0 of two boxes without area,
   suppress nothing.
 - The higher score goes first; among equal scores the lower index.
 - Results are in descending order of score, ties by lower index. No gradient flows through any.
 
-The `*_padded` functions have fixed shapes and never wait for a GPU: kept indices, then -1, and a
-count. The functions without the ending cut at the count, and that alone waits.
+The `*_padded` functions have fixed shapes and, with Triton, never wait for a GPU: kept indices, then
+-1, and a count. The functions without the ending cut at the count, and that alone waits.
 
 `soft_nms` lowers scores instead of removing boxes (Bodla et al., 2017). `cl_nms` is section 2.3 of
 "Dynamic Coefficient loss, IAC score, CL-NMS". The scan lost its equations; rebuilt from the prose:
@@ -29,7 +30,6 @@ Taken literally, the text adds the distance itself, which prefers the farthest b
 
 import functools
 import math
-import os
 import struct
 
 import torch
@@ -161,8 +161,7 @@ try:
 except ImportError:
     triton = None
 
-_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-_MAX_PROGRAMS = 1024  # about what an H100 holds at once; further groups are taken in turn
+_MAX_PROGRAMS = 1024  # several for each processor of a GPU; further groups are taken in turn
 # BLOCK: boxes a program looks at in one go; greedy NMS holds BLOCK x BLOCK pairs in registers.
 # No fma, because an IoU must round as it does on a CPU.
 _GREEDY_LAUNCH = {"BLOCK": 64, "num_warps": 8, "enable_fp_fusion": False}
@@ -237,14 +236,14 @@ if triton is not None:
                 # Rows that are not there come last in a group: the first tile of them ends it.
                 end = tl.where(tl.max(score, 0) > -float("inf"), end, tile)
                 box = _load_boxes(boxes_ptr, at, at < end)
-                hit = tl.zeros([BLOCK], tl.int32)
+                hits = tl.zeros([BLOCK, BLOCK], tl.int1)  # row: an earlier box, column: mine
                 first = start * 0
                 while first < num_kept:
                     known = first + lane < num_kept
                     earlier = _load_boxes(kept_ptr, start + first + lane, known)
-                    over = _over(box, earlier, iou_threshold) & known[:, None]
-                    hit = hit | tl.max(over.to(tl.int32), 0)
+                    hits = hits | (_over(box, earlier, iou_threshold) & known[:, None])
                     first += BLOCK
+                hit = tl.max(hits.to(tl.int32), 0)  # once: across warps it costs a barrier
                 alive = ((score > -float("inf")) & (hit == 0)).to(tl.int32)
                 # Within the tile: kept = alive and not hit by an earlier kept box. Iterated from
                 # kept = alive, box k is settled after k + 1 rounds at the latest, so the fixed
@@ -449,6 +448,9 @@ def _triton_select(boxes, scores, groups, iou_threshold, method, sigma, score_th
     return out
 
 
+# Where TRITON_INTERPRET was on when triton was imported, kernels run on CPU tensors.
+INTERPRETED = triton is not None and not isinstance(_nms_kernel, triton.JITFunction)
+
 # --- torchvision ----------------------------------------------------------------------------------
 
 
@@ -531,12 +533,12 @@ def _backend(boxes, scores, groups, iou_threshold, method, impl, padded):
         alone = groups is None and not padded and method == "greedy" and torchvision is not None
         if boxes.is_cuda and triton is not None and boxes.dtype != torch.float64 and not alone:
             return "triton"
-        usable = method == "greedy" and torchvision is not None and (alone or not boxes.is_cuda)
+        usable = method == "greedy" and torchvision is not None and not (padded and boxes.is_cuda)
         return "torchvision" if usable else "torch"
     if impl == "triton":
         if triton is None:
             raise ValueError("impl='triton': triton is not installed")
-        if not boxes.is_cuda and not _INTERPRET:
+        if not boxes.is_cuda and not INTERPRETED:
             raise ValueError(f"impl='triton' needs CUDA tensors, not {boxes.device}")
         if boxes.dtype == torch.float64:
             raise ValueError("impl='triton' computes in float32; use impl='torch' for float64")
@@ -662,7 +664,8 @@ def batched_nms(boxes, scores, groups, iou_threshold: float, impl="auto") -> Ten
 def nms_padded(boxes, scores, groups, iou_threshold: float, impl="auto") -> tuple[Tensor, Tensor]:
     """batched_nms of fixed shape: kept indices [N], best first, then -1; and their count [].
 
-    `groups` None is one group. Rows to leave out have the score -inf. Never waits for a GPU.
+    `groups` None is one group. Rows to leave out have the score -inf. With Triton it never waits
+    for a GPU.
     """
     keep, _, count = _run(True, boxes, scores, groups, iou_threshold, "greedy", impl)
     return keep, count

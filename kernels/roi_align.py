@@ -162,6 +162,7 @@ def roi_level(rois: Tensor, strides: Sequence[int]) -> Tensor:
     Counts the level boundaries that the box's area has passed: the formula without the logarithm,
     whose last bit differs between devices.
     """
+    rois = rois.to(torch.promote_types(rois.dtype, torch.float32))  # an area overflows in float16
     w, h = (rois[:, 3:5] - rois[:, 1:3]).clamp(min=0).unbind(1)
     level = torch.zeros_like(w, dtype=torch.int64)
     for stride in strides[1:]:
@@ -468,7 +469,7 @@ def _gather_kernel(
     tl.store(table + cell * C + channels, total, mask=channels < C)
 
 
-# Where TRITON_INTERPRET=1 was set when triton was imported, kernels run on CPU tensors.
+# Where TRITON_INTERPRET was on when triton was imported, kernels run on CPU tensors.
 INTERPRETED = triton is not None and not isinstance(_forward_kernel, triton.JITFunction)
 
 
@@ -478,6 +479,10 @@ INTERPRETED = triton is not None and not isinstance(_forward_kernel, triton.JITF
 # --------------------------------------------------------------------------------------------------
 
 
+_NAMESPACE = __name__.replace(".", "_")  # this module's name, so that copies do not clash
+_FUSED = {"enable_fp_fusion": True}  # said aloud: Triton's own default is about to change
+
+
 def _tiles(channels_last: bool, size: int, C: int) -> dict[str, int]:
     """Launch configuration. Where channels are the fast axis in memory, they are a tile's too.
     Otherwise lanes are bins, which read nearby cells of a plane; their geometry serves 32 planes.
@@ -485,8 +490,8 @@ def _tiles(channels_last: bool, size: int, C: int) -> dict[str, int]:
     CH = min(256, triton.next_power_of_2(C))
     bins = triton.next_power_of_2(size * size)
     if channels_last:
-        return {"BINS": min(2048 // CH, bins), "CH": CH, "CHUNK": CH, "num_warps": 4}
-    return {"BINS": min(64, bins), "CH": 1, "CHUNK": min(32, CH), "num_warps": 2}
+        return {"BINS": min(2048 // CH, bins), "CH": CH, "CHUNK": CH, "num_warps": 4, **_FUSED}
+    return {"BINS": min(64, bins), "CH": 1, "CHUNK": min(32, CH), "num_warps": 2, **_FUSED}
 
 
 def _grid(R: int, C: int, size: int, BINS: int, CHUNK: int, **_) -> tuple[int]:
@@ -528,7 +533,7 @@ def _on(tensor: Tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-@torch.library.custom_op("roi_kernels::pool", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::pool", mutates_args=())
 def _pool(
     features: Sequence[Tensor], rois: Tensor, offsets: Tensor | None, size: int,
     strides: Sequence[int], sampling_ratio: int, gamma: float, skip: bool,
@@ -551,12 +556,12 @@ def _(features, rois, offsets, size, strides, sampling_ratio, gamma, skip):
 
 
 def _empty_pooled(features, rois, size) -> Tensor:
-    C, layout = features[0].shape[1], _layout(_is_channels_last(features))
-    out = torch.empty(rois.shape[0], C, size, size, dtype=features[0].dtype, device=rois.device)
-    return torch.empty_like(out, memory_format=layout)
+    shape, layout = (len(rois), features[0].shape[1], size, size), _is_channels_last(features)
+    kind = dict(dtype=features[0].dtype, device=rois.device, memory_format=_layout(layout))
+    return torch.empty(shape, **kind)
 
 
-@torch.library.custom_op("roi_kernels::grad_features", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::grad_features", mutates_args=())
 def _grad_features(
     grad: Tensor, rois: Tensor, offsets: Tensor | None, batch: int, heights: Sequence[int],
     widths: Sequence[int], strides: Sequence[int], sampling_ratio: int, gamma: float, skip: bool,
@@ -580,13 +585,15 @@ def _grad_features(
         if not torch.are_deterministic_algorithms_enabled():
             table = torch.zeros(cells, C, dtype=torch.float32, device=grad.device)
             grid, CH = _grid(R, C, size, **tiles), tiles["CH"]
-            _scatter_kernel[grid](table, grad, C=C, **boxes, BINS=tiles["BINS"], CH=CH, num_warps=4)
+            _scatter_kernel[grid](
+                table, grad, C=C, **boxes, BINS=tiles["BINS"], CH=CH, num_warps=4, **_FUSED
+            )
             return table.to(grad.dtype)
         # Taps sorted by the cell they read: each cell then sums its own, always in the same order.
         bins, BINS = R * size * size, min(64, triton.next_power_of_2(size * size))
         cell = torch.empty(bins * 4 * sampling_ratio**2, dtype=torch.int32, device=grad.device)
         weights = torch.empty_like(cell, dtype=torch.float32)
-        sizes = {"num_bins": bins, "num_cells": cells, "BINS": BINS, "num_warps": 2}
+        sizes = {"num_bins": bins, "num_cells": cells, "BINS": BINS, "num_warps": 2, **_FUSED}
         _taps_kernel[_grid(R, 1, size, BINS, 1)](cell, weights, **boxes, **sizes)
         cell, order = torch.sort(cell, stable=True)
         every = torch.arange(cells + 1, dtype=torch.int32, device=grad.device)
@@ -594,7 +601,7 @@ def _grad_features(
         table = torch.empty(cells, C, dtype=grad.dtype, device=grad.device)
         grid, CH = (cells, triton.cdiv(C, tiles["CH"])), tiles["CH"]
         _gather_kernel[grid](
-            table, grad, order, weights, first, C, bins, TAPS=4, CH=CH, num_warps=1
+            table, grad, order, weights, first, C, bins, TAPS=4, CH=CH, num_warps=1, **_FUSED
         )
         return table
 
@@ -605,7 +612,7 @@ def _(grad, rois, offsets, batch, heights, widths, strides, sampling_ratio, gamm
     return grad.new_empty(cells, grad.shape[1])
 
 
-@torch.library.custom_op("roi_kernels::grad_offsets", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::grad_offsets", mutates_args=())
 def _grad_offsets(
     grad: Tensor, features: Sequence[Tensor], rois: Tensor, offsets: Tensor,
     strides: Sequence[int], sampling_ratio: int, gamma: float, skip: bool,

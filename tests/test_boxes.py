@@ -196,11 +196,11 @@ def test_sample_rois_adds_gts_and_marks_background():
         "labels": torch.tensor([3, 5]),
         "ignore": torch.tensor([False, False]),
     }
-    rois, labels, gt_boxes, gt = common.sample_rois(proposals, valid, [target], 512, 0.9)
+    rois, labels, gt_boxes = common.sample_rois(proposals, valid, [target], 512, 0.9)
     found = sorted(zip(labels.tolist(), rois[:, 1].tolist()))
     assert found == [(-1, 40.0), (3, 0.0), (3, 0.0), (3, 1.0), (5, 100.0)]
     assert gt_boxes[labels == 5].tolist() == [[100, 100, 130, 130]]
-    assert gt[labels == 3].tolist() == [0, 0, 0]
+    assert gt_boxes[labels == 3].tolist() == [[0, 0, 10, 10]] * 3
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnext101_32x8d"])

@@ -108,6 +108,9 @@ def test_interrupted_run_resumes_bit_for_bit(finished, tmp_path, number):
     for _ in range(2):  # the second time there is nothing left but to evaluate
         assert run("--train", "--resume", "--out", tmp_path / "r") == finished[1]
         assert same(weights(tmp_path / "r"), weights(finished[0]))
+    with open(tmp_path / "r" / "log.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')  # a kill may tear a line
+    run("--train", "--resume", "--out", tmp_path / "r")
     log = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in log if "loss" in r] == list(range(1, 9))  # none twice, none lost
 
@@ -154,7 +157,7 @@ def test_an_earlier_run_is_moved_aside(tmp_path):
 @pytest.mark.parametrize("where", ["save", "replace"])
 def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch, where):
     path = tmp_path / "last.pt"
-    good = {"model": {"w": torch.ones(3)}, "categories": []}
+    good = {"model": {"w": torch.ones(3)}, "categories": [], "config": {}}
     common.save_checkpoint(path, good)
 
     def crash(*args):
@@ -164,7 +167,9 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch, w
 
     monkeypatch.setattr(torch if where == "save" else os, where, crash)
     with pytest.raises(OSError, match="power cut"):
-        common.save_checkpoint(path, {"model": {"w": torch.zeros(3)}, "categories": []})
+        common.save_checkpoint(
+            path, {"model": {"w": torch.zeros(3)}, "categories": [], "config": {}}
+        )
     monkeypatch.undo()
     assert same(common.load_checkpoint(path)["model"], good["model"])
 
@@ -202,6 +207,9 @@ def test_class_count_mismatch_is_named(finished, detection_data, capsys):
         (["--eval", "--out", "/nowhere"], "this needs --weights"),
         (["--predict", "a.jpg", "--out", "/nowhere"], "this needs --weights"),
         (["--train", "--data", "/nowhere"], "/nowhere: no data found"),
+        (["--train", "--save-every", "0"], "--save-every: 0, but 1 is the least"),
+        (["--train", "--batch", "-2"], "--batch: -2, but 0 is the least"),
+        (["--train", "--device", "gpu"], "--device gpu: "),
     ],
 )
 def test_bad_calls_end_with_a_reason(argv, message, capsys):
@@ -334,12 +342,21 @@ def test_torchrun_trains_and_evaluates(tmp_path):
         "--nproc_per_node",
         "2",
     ]
+    for i in range(3):
+        image = common.SyntheticDetection(3, 64)[i][0].permute(1, 2, 0).numpy()
+        (tmp_path / "in").mkdir(exist_ok=True)
+        common.Image.fromarray(image).save(tmp_path / "in" / f"{i}.png")
     command += [str(ROOT / "d2det.py"), *TINY_RUN, "--train", "--out", str(tmp_path / "r")]
+    command += ["--predict", str(tmp_path / "in")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "8 steps of 2 images (2 x 1)" in done.stdout
-    assert len(common.load_checkpoint(tmp_path / "r" / "last.pt")["rng"]) == 2
+    state = common.load_checkpoint(tmp_path / "r" / "last.pt")
+    assert len(state["rng"]) == 2
+    assert state["config"]["eval_batch"] == 1  # of one process, whoever tests it later
+    results = json.loads((tmp_path / "r" / "predictions.json").read_text())
+    assert {r["image_id"] for r in results} == {0, 1, 2}  # both processes' share
     assert "AP" in json.loads((tmp_path / "r" / "metrics.json").read_text())
 
 

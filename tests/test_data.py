@@ -214,13 +214,19 @@ def test_coco_explicit_paths(coco_dir):
         (lambda d: (d / "train2017/9.png").write_text("hello"), r"9\.png: cannot read"),
         (lambda d: (d / "annotations/instances_train2017.json").write_text("{"), "broken JSON"),
         (lambda d: (d / "annotations/instances_train2017.json").write_text("{}"), "not COCO"),
-        (lambda d: (d / "annotations/instances_train2017.json").unlink(), "no such file"),
+        (lambda d: (d / "annotations/instances_train2017.json").unlink(), "[Nn]o such file"),
         (lambda d: edit(d, lambda j: j["annotations"][0].update(image_id=77)), "no image 77"),
         (
             lambda d: edit(d, lambda j: j["annotations"][0].update(category_id=1)),
             "unknown category 1",
         ),
         (lambda d: edit(d, lambda j: j["annotations"][0].update(bbox=[1, 2])), "bbox"),
+        (lambda d: edit(d, lambda j: j["annotations"][0].update(bbox=["a", 1, 2, 3])), "not COCO"),
+        (lambda d: edit(d, lambda j: j.update(images=[], annotations=[])), "train2017.json: no im"),
+        (
+            lambda d: Image.new("I;16", (60, 40)).save(d / "train2017/5.png"),
+            r"5\.png: cannot read the image: .*8 bit",
+        ),
         (lambda d: edit(d, lambda j: j["images"][0].update(height=41)), "40x60 .*says 41x60"),
         (
             lambda d: edit(d, lambda j: j["images"][1].update(id=5)),
@@ -250,6 +256,23 @@ def test_broken_boxes_are_dropped_and_counted(coco_dir, capsys):
     assert len(train.coco()["annotations"]) == 3
 
 
+def test_ground_truth_of_home_made_files_is_scored(coco_dir):
+    """pycocotools takes id 0 for "no match", and needs ids, areas and crowd marks."""
+
+    def strip(j):
+        for i, a in enumerate(j["annotations"]):
+            j["annotations"][i] = {k: a[k] for k in ("image_id", "category_id", "bbox")}
+        j["annotations"][0]["id"] = 0
+
+    edit(coco_dir, strip)
+    data, _ = common.load_data(Config(data=str(coco_dir)))
+    perfect = []
+    for _, target in (data[i] for i in range(len(data))):
+        scores = torch.ones(len(target["boxes"]))
+        perfect += common.to_coco(target["image_id"], {**target, "scores": scores}, data.categories)
+    assert common.coco_metrics(data.coco(), perfect)["AP"] == pytest.approx(1)
+
+
 @pytest.fixture
 def voc_dir(tmp_path):
     for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
@@ -275,6 +298,17 @@ def test_voc_layout(voc_dir):
     assert target["labels"].tolist() == [1] and val[0][1]["ignore"].tolist() == [True]
     smaller, _ = common.load_data(Config(data=str(voc_dir), train_split="test"), val=False)
     assert len(smaller) == 1
+
+
+def test_voc_without_a_test_split_does_not_train_on_what_it_tests(voc_dir):
+    lists = voc_dir / "ImageSets/Main"
+    (lists / "test.txt").rename(lists / "val.txt")
+    (lists / "train.txt").write_text("a1\n")
+    known = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+    train, val = common.load_data(Config(data=str(voc_dir)), categories=known)
+    assert train.image_ids == ["a1"] and val.image_ids == ["b2"]
+    (lists / "train.txt").unlink()  # nobody asks for it
+    assert len(common.load_data(Config(data=str(voc_dir)), train=False, categories=known)[1]) == 1
 
 
 @pytest.mark.parametrize(

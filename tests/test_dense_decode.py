@@ -211,15 +211,17 @@ def test_bench_finds_wrong_results_and_scenes_without_data(monkeypatch):
 def test_files_work_when_copied_alone(tmp_path):
     """With neither triton nor torchvision installed, and with nothing of this project around."""
     folder = Path(__file__).resolve().parent.parent / "kernels"
-    for name in ("nms.py", "dense_decode.py"):
+    for name in ("nms.py", "dense_decode.py", "roi_align.py"):
         (tmp_path / name).write_text((folder / name).read_text())
     program = """
 import sys; sys.modules |= {"triton": None, "torchvision": None}
-import torch, nms, dense_decode
+import torch, nms, dense_decode, roi_align
 boxes, scores = torch.tensor([[0., 0, 4, 4], [0, 0, 4, 4]]), torch.tensor([.4, .5])
 assert nms.nms(boxes, scores, .5).tolist() == [1]
 offsets = torch.full((2, 4, 1, 1), .5)
 assert dense_decode.decode_dense_offsets(boxes, offsets, offsets[:, :1]).equal(boxes)
+rois, maps = torch.tensor([[0., 0, 0, 8, 8]]), [torch.ones(1, 2, 4, 4)]
+assert roi_align.roi_align(maps, rois, 2, (4,)).allclose(torch.ones(1, 2, 2, 2))
 """
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
