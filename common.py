@@ -950,17 +950,6 @@ class ResNetFPN(nn.Module):
         return list(self.fpn(maps).values())
 
 
-def make_backbone(config: Config, extra: str = "pool") -> ResNetFPN:
-    return ResNetFPN(
-        config.backbone,
-        config.fpn_channels,
-        extra,
-        weights=config.backbone_weights,
-        norm=config.norm,
-        frozen_stages=config.frozen_stages,
-    )
-
-
 # ------------------------------------------------------------------------------ anchors, RPN
 
 
@@ -1147,15 +1136,23 @@ def two_fc(in_features: int, hidden: int, out_features: int) -> nn.Sequential:
 
 
 class BaseDetector(nn.Module):
-    """The end that all detectors share. A method adds `loss`, and `outputs` with `select`.
+    """Backbone and end, which all detectors share. A method adds `loss`, `outputs` and `select`.
 
     `candidates`, the boxes that enter the last NMS, is `select(outputs(images), config)`, and
     `finish` takes a config too, so that one forward pass can serve many.
     """
 
-    def __init__(self, config: Config, num_classes: int):
+    def __init__(self, config: Config, num_classes: int, extra: str = "pool"):
         super().__init__()
         self.config, self.num_classes = config, num_classes
+        self.backbone = ResNetFPN(
+            config.backbone,
+            config.fpn_channels,
+            extra,
+            weights=config.backbone_weights,
+            norm=config.norm,
+            frozen_stages=config.frozen_stages,
+        )
 
     def predict(self, images: list[Tensor]) -> list[dict]:
         return self.finish(self.candidates(images), len(images))
@@ -1181,7 +1178,7 @@ class BaseDetector(nn.Module):
 
 
 class TwoStage(BaseDetector):
-    """Backbone, RPN and RoIs of a two-stage detector; a method adds heads and `loss`.
+    """RPN and RoIs of a two-stage detector; a method adds heads.
 
     Reads of the method's config: anchor_scale, proposals_train, proposals_test, roi_samples,
     roi_positive, max_detections, and what `ResNetFPN` takes.
@@ -1189,7 +1186,6 @@ class TwoStage(BaseDetector):
 
     def __init__(self, config: Config, num_classes: int):
         super().__init__(config, num_classes)
-        self.backbone = make_backbone(config)
         boxes = (config.proposals_train, config.proposals_test)
         scale = config.anchor_scale
         self.rpn = RPN(config.fpn_channels, scale=scale, pre_nms=boxes, post_nms=boxes)
@@ -1393,8 +1389,7 @@ class RetinaNet(BaseDetector):
     """
 
     def __init__(self, config: Config, num_classes: int, head: type[nn.Module] = RetinaTowers):
-        super().__init__(config, num_classes)
-        self.backbone = make_backbone(config, extra="conv")
+        super().__init__(config, num_classes, extra="conv")
         towers = config.tower_convs, config.tower_groups
         self.head = head(config.fpn_channels, 9, num_classes, *towers)
         self.to(memory_format=torch.channels_last)
@@ -1952,9 +1947,10 @@ def save_checkpoint(path: Path, state: dict) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the rename itself
-    os.close(folder)
+    if os.name == "posix":  # elsewhere folders cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the rename itself
+        os.close(folder)
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -2281,12 +2277,14 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes held since the start or the last reset: of the GPU's allocator, or resident."""
+    """Most bytes held since the start or the last reset, of the GPU or resident; 0 on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     if sys.platform == "linux":
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) << 10
+    if sys.platform == "win32":
+        return 0
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
