@@ -18,8 +18,8 @@ Rows (COCO AP as printed in the paper; ours: not run, needs COCO and GPU days):
     Table 1's other detectors are other methods. Table 3 and 4 are one model: `--sweep-alpha`.
 
 Deviations (paper | authors' release | here):
-    Target IoU in Eq. 3: - | not detached, the IoU loss also moves the box | release;
-        `--no-iou-grad` detaches it.
+    Target IoU in Eq. 3: - | not detached, the IoU loss also moves the box | release: BCE draws it to
+        its gt where the predicted IoU is above 0.5 and away below it. `--no-iou-grad` detaches it.
     Number of positives: N_pos | each image counts at least one | release.
     L2, L1 and smooth L1 IoU losses: no formula | - | of sigmoid(logit) - IoU, squared without 1/2.
     Where scores are fused: "subsequent NMS and AP" | before top 1000 and threshold | release.
