@@ -645,7 +645,8 @@ def read_voc(split_file: Path, categories: list[dict] | None = None) -> dict:
                     if categories is None:
                         names.add(name)
                     elif name not in names:
-                        raise BadInput(f"{path}: unknown category {name}: training has {names}")
+                        known = ", ".join(sorted(names)[:20])
+                        raise BadInput(f"{path}: unknown category {name}, training has {known}")
                     objects.append((stem, name, (x1 - 1, y1 - 1, x2, y2), int(difficult)))
             except FileNotFoundError:
                 raise BadInput(f"{path}: no such file, but {split} lists {stem}") from None
@@ -674,7 +675,10 @@ def load_data(config: Config, train: bool = True, val: bool = True, categories=N
     or those given (a checkpoint's), are the ones that the validation set must have. Raises BadInput,
     also for a set without images.
     """
-    if config.data == "synthetic" and not (config.train_json or config.val_json):
+    explicit = config.train_json or config.val_json
+    if not explicit and (config.train_images or config.val_images):
+        raise BadInput("--train-images and --val-images go with --train-json and --val-json")
+    if config.data == "synthetic" and not explicit:
         make = SyntheticDetection
         return (
             make(config.num_train, config.image_size, config.seed) if train else None,
@@ -682,12 +686,13 @@ def load_data(config: Config, train: bool = True, val: bool = True, categories=N
             make(config.num_val, config.image_size, 2**31) if val else None,
         )
     root = Path(config.data)
-    if config.train_json or config.val_json:
+    if explicit:
         paths = {"train": config.train_json, "val": config.val_json}
         folders = {"train": config.train_images, "val": config.val_images}
         for split in ("train", "val"):
             if (train, val)[split == "val"] and not (paths[split] and folders[split]):
-                raise BadInput(f"--{split}-json and --{split}-images are needed together")
+                both = f"--{split}-json and --{split}-images are needed together"
+                raise BadInput(f"{both} (with explicit paths, --data is not used)")
         read = read_json
     elif (root / "annotations").is_dir():
         paths = {s: root / "annotations" / f"instances_{s}2017.json" for s in ("train", "val")}
@@ -723,6 +728,14 @@ def load_data(config: Config, train: bool = True, val: bool = True, categories=N
 # ------------------------------------------------------------------------------ batches
 
 
+class ShortestSize(v2.RandomShortestSize):
+    """Leaves every side at least one pixel, however thin the image."""
+
+    def make_params(self, flat_inputs):
+        params = super().make_params(flat_inputs)
+        return {**params, "size": [max(1, side) for side in params["size"]]}
+
+
 class Resized(Dataset):
     """A data set behind the v2 transforms of training or of one test scale.
 
@@ -735,7 +748,7 @@ class Resized(Dataset):
         self.data, self.seed, self.train = data, config.seed, train
         scales = config.scales if train else (scale or config.test_scales[0],)
         longest = {s: round(config.max_size * s / max(config.scales)) for s in scales}
-        self.resize = {s: v2.RandomShortestSize(s, longest[s]) for s in scales}
+        self.resize = {s: ShortestSize(s, longest[s]) for s in scales}
         self.flip = v2.RandomHorizontalFlip(config.flip)
 
     def __len__(self) -> int:
@@ -915,8 +928,11 @@ class ResNetFPN(nn.Module):
                 state = torch.load(weights, map_location="cpu", weights_only=True)
                 net.load_state_dict(state)
         except Exception as e:  # a download fails in many ways, a file in as many
-            hint = "--backbone-weights takes a downloaded .pth file, or none to train from scratch"
-            raise BadInput(f"{name}, weights {weights}: {type(e).__name__}: {e}\n{hint}") from e
+            hint = (
+                "\n--backbone-weights takes a downloaded .pth file, or none to train from scratch"
+            )
+            hint = "" if weights in ("none", "random") else hint
+            raise BadInput(f"{name}, weights {weights}: {type(e).__name__}: {e}{hint}") from e
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
         self.stages = nn.ModuleList([net.layer1, net.layer2, net.layer3, net.layer4])
         self.frozen = 0 if scratch else frozen_stages
@@ -1589,9 +1605,20 @@ _GLOO: list = []
 
 
 def progress(iterable, what: str, total: int):
-    """A bar on a terminal, on the first process; nothing elsewhere."""
-    quiet = rank_and_world()[0] > 0 or not sys.stderr.isatty()
-    return tqdm(iterable, desc=what, total=total, disable=quiet, leave=False)
+    """A bar on a terminal; elsewhere a line every half minute. On the first process only."""
+    first, terminal = rank_and_world()[0] == 0, sys.stderr.isatty()
+
+    def lines():
+        shown = time.perf_counter()
+        for i, item in enumerate(iterable):
+            if time.perf_counter() - shown > 30:
+                say(f"{what}: {i} of {total}")
+                shown = time.perf_counter()
+            yield item
+
+    if first and not terminal and iterable is not None:
+        return lines()
+    return tqdm(iterable, desc=what, total=total, disable=not (first and terminal), leave=False)
 
 
 def autocast(config: Config, device: torch.device):
@@ -1858,7 +1885,9 @@ def draw_grid(data: Dataset, results: list[dict], score: float, path: Path, coun
         truth = draw(image, target["boxes"] * zoom, target["labels"].tolist(), names)
         seen = draw(image, found * zoom, labels, names, [r["score"] for r in mine])
         for axis, picture, title in zip(
-            axes.flat[2 * i : 2 * i + 2], (truth, seen), ("ground truth", "detections")
+            axes.flat[2 * i : 2 * i + 2],
+            (truth, seen),
+            ("ground truth", f"detections above {score:g}"),
         ):
             axis.imshow(picture.permute(1, 2, 0).numpy())
             axis.set_title(title)
@@ -1915,7 +1944,7 @@ class Files(Dataset):
 def predict_files(model, paths, categories: list[dict], config: Config, device, out: Path) -> list:
     """Detect in files and folders; draws OUT/pictures/* and writes OUT/predictions.json.
 
-    Returns the COCO results; each also names its file.
+    Returns the COCO results; each also names its file and category.
     """
     data = Files(paths, categories)
     names = [c["name"] for c in categories]
@@ -1924,7 +1953,8 @@ def predict_files(model, paths, categories: list[dict], config: Config, device, 
     for target, found in detect(model, data, config, device):
         file = data.files[target["image_id"]]
         mine = to_coco(target["image_id"], found, categories)
-        results += [{**r, "file_name": str(file)} for r in mine]
+        called = (names[label] for label in found["labels"].tolist())
+        results += [{**r, "category": n, "file_name": str(file)} for r, n in zip(mine, called)]
         sure = found["scores"] >= config.draw_score
         boxes, labels, scores = (found[k][sure] for k in ("boxes", "labels", "scores"))
         picture = draw(read_image(file), boxes, labels.tolist(), names, scores.tolist())
@@ -1960,7 +1990,9 @@ def load_checkpoint(path: str | Path) -> dict:
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except Exception as e:  # pickle, zip and torch each have their own
-        raise BadInput(f"{path}: not a checkpoint that is safe to load: {str(e)[:300]}") from e
+        why = str(e).partition("WeightsUnpickler error:")[2].split("\n")[0].strip()
+        why = why or type(e).__name__  # torch's other lines advise to load it unsafely
+        raise BadInput(f"{path}: not a checkpoint that is safe to load: {why}") from e
     if not isinstance(state, dict) or not {"model", "categories", "config"} <= state.keys():
         raise BadInput(
             f"{path}: not a checkpoint of this project (no model, categories and config)"
@@ -1976,7 +2008,11 @@ def load_weights(model: nn.Module, state: dict, path, categories: list[dict] | N
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as e:
-        raise BadInput(f"{path}: does not fit this model: {str(e)[:600]}") from e
+        first = str(e).splitlines()[1].strip()[:200]
+        raise BadInput(
+            f"{path}: does not fit this model. Was it made by another script, or with other flags? "
+            f"{first}"
+        ) from e
 
 
 # ------------------------------------------------------------------------------ training
@@ -2013,8 +2049,10 @@ class LossOnly(nn.Module):
 
 # Flags that say what to do now; the others come with a checkpoint.
 ACTIONS = "train eval predict rows bench row preset weights resume out device workers".split()
-# Flags that say where the data is; these come with it unless one of them is given.
-PLACES = "data train_json train_images val_json val_images train_split val_split".split()
+# Flags that say where the data is; these come with it unless one of the first three is given.
+PLACES = "data train_json val_json train_images val_images train_split val_split".split()
+# Flags that say how a model is trained, not what it is.
+SCHEDULE = "epochs steps lr lr_batch drops batch".split()
 # Flags that may differ when a run is continued: they do not change what is learned.
 FREE = (
     "log_every save_every eval_every eval_batch test_scales test_flip draw_score".split() + ACTIONS
@@ -2034,7 +2072,7 @@ def resume(path: Path, settings: dict, model, optimizer, categories: list[dict])
     state = load_checkpoint(path)
     differ = [k for k, v in settings.items() if k not in FREE and v != state["config"].get(k)]
     if differ:
-        old = {k: state["config"].get(k) for k in differ}
+        old = " ".join(flag(k, state["config"].get(k)) for k in differ)
         raise BadInput(f"{path}: cannot resume, the run was made with {old}")
     if state["categories"] != categories:
         raise BadInput(f"{path}: cannot resume, the data's categories are others now")
@@ -2165,6 +2203,8 @@ def train(model: nn.Module, config: Config, train_data, val_data=None, out="runs
         batches.start = resume(out / "last.pt", settings, model, optimizer, train_data.categories)
         say(f"resumed at step {batches.start}")
     else:
+        if config.resume:
+            say(f"nothing to resume in {out}: starting anew")
         set_aside(out)
     log, watch, metrics = RunLog(out, batches.start), LossWatch(), {}
     if rank == 0:
@@ -2173,7 +2213,7 @@ def train(model: nn.Module, config: Config, train_data, val_data=None, out="runs
         f"{batches.total} steps of {batch} images ({world} x {batch // world}), "
         f"{batches.total / batches.per_epoch:.3g} epochs of {len(train_data)}; learning rate "
         f"{config.lr} x {batch}/{config.lr_batch} = {config.lr * batch / config.lr_batch:.4g}; "
-        f"{describe(model)} on {device}"
+        f"{config.backbone} at {' '.join(map(str, config.scales))} px, {describe(model)} on {device}"
     )
     loader = make_loader(Resized(train_data, config, True), config, device, batch_sampler=batches)
     bar = progress(None, "training", batches.total)
@@ -2403,6 +2443,8 @@ def parse(config_class, rows: dict, tiny: dict, name: str, argv=None, actions=()
         args=argv,
         default=default,
         prog=f"{name}.py",
+        description=f"{config_class.__doc__} Defaults shown are those of --preset paper; what a run "
+        "used is in its folder's config.json.",
         config=(tyro.conf.AvoidSubcommands,),
     )
     asked = cli(config_class())
@@ -2423,29 +2465,41 @@ def parse(config_class, rows: dict, tiny: dict, name: str, argv=None, actions=()
         source = last if asked.resume and last.exists() else None
     if source:
         saved = {k: v for k, v in load_checkpoint(source)["config"].items() if k not in ACTIONS}
-        if any(getattr(asked, k) != getattr(config_class(), k) for k in PLACES):
+        if any(getattr(asked, k) != getattr(config_class(), k) for k in PLACES[:3]):
             saved = {k: v for k, v in saved.items() if k not in PLACES}
         known = {f.name for f in dataclasses.fields(config_class)}
         settings |= {
             k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known
         }
     config = cli(dataclasses.replace(config_class(), **settings))
-    differ = [k for k, v in rows.get(asked.row, {}).items() if getattr(config, k) != v]
-    if source and differ:
-        flags = " ".join(f"--{k.replace('_', '-')}" for k in differ)
-        raise BadInput(
-            f"--row {asked.row}: {source} has other settings; give these as flags: {flags}"
-        )
+    if source and asked.row in rows:  # what makes it that row, and not another one?
+        switches = {k for row in rows.values() for k in row} - Config.__dataclass_fields__.keys()
+        wanted = {k: getattr(config_class(), k) for k in switches | {"backbone"}}
+        wanted = {k: v for k, v in wanted.items() if isinstance(v, (bool, int, str))}
+        wanted |= {k: v for k, v in rows[asked.row].items() if k not in SCHEDULE}
+        free = tiny.keys() - rows[asked.row].keys()  # these may be the tiny preset's as well
+        differ = [
+            flag(k, v)
+            for k, v in wanted.items()
+            if getattr(config, k) not in ((v, tiny[k]) if k in free else (v,))
+        ]
+        if differ:
+            raise BadInput(
+                f"--row {asked.row}: {source} has other settings; where they are not trained in, "
+                f"they can be given as flags: {' '.join(sorted(differ))}"
+            )
     return dataclasses.replace(config, out=config.out or f"runs/{name}", weights=weights)
 
 
-def show_rows(rows: dict, paper: dict, not_yet: dict) -> None:
-    def flag(name: str, value) -> str:
-        name = name.replace("_", "-")
-        if isinstance(value, bool):
-            return f"--{name}" if value else f"--no-{name}"
-        return f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+def flag(name: str, value) -> str:
+    """A setting as one would give it on the command line."""
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {' '.join(map(str, value)) if isinstance(value, (tuple, list)) else value}"
 
+
+def show_rows(rows: dict, paper: dict, not_yet: dict) -> None:
     for row, numbers in paper.items():
         printed = "  ".join(f"{k} {v}" for k, v in numbers.items())
         flags = " ".join(flag(k, v) for k, v in rows.get(row, {}).items()) or "(defaults)"
@@ -2484,6 +2538,8 @@ def run(
             if getattr(config, key) < least:
                 flag, value = key.replace("_", "-"), getattr(config, key)
                 raise BadInput(f"--{flag}: {value}, but {least} is the least")
+        if Path(config.out).exists() and not Path(config.out).is_dir():
+            raise BadInput(f"--out {config.out}: a file has that name")
         if config.rows:
             return show_rows(rows, paper, not_yet)
         if config.row and config.row not in rows:
@@ -2550,12 +2606,14 @@ def _run(detector_class, config: Config, actions: dict, device: torch.device):
     if config.train:
         plain = dataclasses.replace(config, **{action: False for action in asked})
         metrics = train(model, plain, train_data, val_data, out)
+        say(f"results: {out}/")
     elif config.eval:
         metrics = evaluate(model, val_data, config, device, out)
-        say(show_metrics(metrics))
+        say(f"{show_metrics(metrics)}\nresults: {out}/")
     if config.predict:
         found = predict_files(model, config.predict, categories, config, device, out)
-        say(f"{len(found)} detections: {out}/predictions.json and {out}/pictures/")
+        drawn = sum(r["score"] >= config.draw_score for r in found)
+        say(f"{len(found)} detections: {out}/predictions.json; {drawn} drawn: {out}/pictures/")
     for action in asked:
         actions[action](model, val_data, config, device, out)
     return metrics

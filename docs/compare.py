@@ -85,6 +85,7 @@ class Options:
     method: Annotated[Literal[tuple(BASELINES)], tyro.conf.Positional]  # script to compare
     seeds: tuple[int, ...] = (0, 1, 2)  # one training of each contender per seed
     num_val: int = 1000  # synthetic images to evaluate on
+    steps: int = 0  # length of each training; 0: the tiny preset's
     torchvision: bool = False  # add torchvision's Faster R-CNN, with D2Det's settings
     out: str = "runs/compare"  # results folder
 
@@ -122,9 +123,19 @@ def main(argv=None):
     for seed in options.seeds:
         for name, (train, flags) in contenders.items():
             out = Path(options.out) / options.method / f"{name.replace(' ', '_')}_{seed}"
-            if not (out / "metrics.json").exists():
+            made = (
+                json.loads((out / "config.json").read_text())
+                if (out / "metrics.json").exists()
+                else {}
+            )
+            if made and (made["seed"], made["num_val"]) != (seed, options.num_val):
+                raise SystemExit(f"{out} holds a run of other settings: move it away")
+            if made:
+                print(f"{out} is there already")
+            else:
                 shared = ["--train", "--preset", "tiny", "--eval-every", "0", "--out", str(out)]
                 shared += ["--seed", str(seed), "--num-val", str(options.num_val)]
+                shared += ["--resume", "--steps", str(options.steps)]
                 train([*shared, *flags])
             runs[name].append(json.loads((out / "metrics.json").read_text()))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, seeds {options.seeds}")

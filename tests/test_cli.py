@@ -143,7 +143,7 @@ def test_real_data_trains_evaluates_and_predicts(detection_data, tmp_path, name)
 def test_resume_refuses_other_settings_and_starts_if_there_is_nothing(finished, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run("--train", "--resume", "--out", finished[0], "--lr", "0.5")
-    assert "cannot resume, the run was made with {'lr': " in capsys.readouterr().err
+    assert "cannot resume, the run was made with --lr " in capsys.readouterr().err
     run("--train", "--resume", "--out", tmp_path / "new", "--steps", "1", "--num-val", "1")
     assert (tmp_path / "new" / "last.pt").exists()
 
@@ -232,7 +232,11 @@ def test_a_row_that_the_checkpoint_contradicts_is_refused(tmp_path, capsys):
     run("--eval", "--weights", tmp_path / "r" / "last.pt", "--row", "table3.d2det")  # the same
     with pytest.raises(SystemExit):
         run("--eval", "--weights", tmp_path / "r" / "last.pt", "--row", "table2.dlr_no_overlap")
-    assert "give these as flags: --drp --overlap" in capsys.readouterr().err
+    assert "given as flags: --no-drp --no-overlap" in capsys.readouterr().err
+    run("--train", "--out", tmp_path / "b", "--row", "table2.baseline", "--scales", 64)
+    with pytest.raises(SystemExit):  # that row says nothing of what the baseline leaves out
+        run("--eval", "--weights", tmp_path / "b" / "last.pt", "--row", "table2.dlr")
+    assert "given as flags: --dlr" in capsys.readouterr().err
 
 
 def test_non_finite_loss_stops_and_names_it(tmp_path, monkeypatch, capsys):
@@ -358,6 +362,13 @@ def test_torchrun_trains_and_evaluates(tmp_path):
     results = json.loads((tmp_path / "r" / "predictions.json").read_text())
     assert {r["image_id"] for r in results} == {0, 1, 2}  # both processes' share
     assert "AP" in json.loads((tmp_path / "r" / "metrics.json").read_text())
+
+
+def test_readme_snippet_runs():
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(snippet, names)
+    assert names["boxes"].shape == (2, 4) and names["inside"].shape == (2, 1, 7, 7)
 
 
 def test_readme_links_point_at_what_they_name():

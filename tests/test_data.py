@@ -136,6 +136,14 @@ def test_longer_side_is_limited_and_scales_are_drawn():
     assert common.Resized(Wide(), config(), False)[0][0].shape == (3, 40, 160)
 
 
+def test_a_very_thin_image_keeps_a_pixel_a_side():
+    image = torch.zeros(3, 3, 2000, dtype=torch.uint8)
+    target = common.make_target(torch.tensor([[0.0, 0, 1000, 3]]), [0], [False], 0, (3, 2000))
+    config = Config(scales=(64,), test_scales=(64,), max_size=128)
+    small, target = common.Resized([(image, target)], config, False)[0]
+    assert small.shape == (3, 1, 128) and target["boxes"].tolist() == [[0, 0, 64, 1]]
+
+
 def test_augmentation_depends_on_epoch_and_index_alone():
     data = common.SyntheticDetection(4, 64)
     wrapped = common.Resized(data, config(scales=(48, 64, 80)), True)
