@@ -225,10 +225,11 @@ def match(
 
     boxes [..., N, 4], gt_boxes [..., G, 4] (leading dimensions broadcast), gt_valid and gt_ignore
     [..., G] bool -> labels [..., N] (1: IoU >= high, 0: IoU < low, -1: between), gt index [..., N],
-    the box's best IoU with any gt [..., N]. Only valid gts are assigned. A box of which at least half lies in an
-    ignored gt (crowd, difficult) is -1 instead of 0. With `low_quality`, a gt's best boxes are
-    positive for it whatever `high` says, if their IoU is above 0 and at least `low_quality`; of
-    two gts that want one box the later gets it. Runs over gts in chunks: memory stays bounded.
+    the box's best IoU with any gt [..., N]. Only valid gts are assigned. A box of which at least
+    half lies in an ignored gt (crowd, difficult) is -1 instead of 0. With `low_quality`, a gt's best
+    boxes are positive for it whatever `high` says, if their IoU is above 0 and at least
+    `low_quality`; of two gts that want one box the later gets it. Runs over gts in chunks: memory
+    stays bounded.
     """
     N, G = boxes.shape[-2], gt_boxes.shape[-2]
     lead = torch.broadcast_shapes(boxes.shape[:-2], gt_boxes.shape[:-2])
@@ -2536,8 +2537,7 @@ def run(
         config = parse(config_class, rows, tiny, name, argv, actions)
         for key, least in LEAST.items():
             if getattr(config, key) < least:
-                flag, value = key.replace("_", "-"), getattr(config, key)
-                raise BadInput(f"--{flag}: {value}, but {least} is the least")
+                raise BadInput(f"{flag(key, getattr(config, key))}: {least} is the least")
         if Path(config.out).exists() and not Path(config.out).is_dir():
             raise BadInput(f"--out {config.out}: a file has that name")
         if config.rows:

@@ -253,7 +253,7 @@ def dense_losses(offsets, overlap_logits, proposals, gt_boxes, config: Config) -
     losses = {"reg": config.reg_weight * (loss * mask).sum() / common.global_mean(mask.sum())}
     if config.overlap:
         bce = F.binary_cross_entropy_with_logits(overlap_logits.float(), inside, reduction="sum")
-        num = common.global_mean(torch.ones_like(inside).sum())
+        num = common.global_rows(inside.flatten())
         losses["overlap"] = config.overlap_weight * bce / num
     return losses
 

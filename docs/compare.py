@@ -4,14 +4,13 @@
     python docs/compare.py d2det --torchvision     # torchvision's Faster R-CNN on the same data too
 
 Each line is the method's own command, `python METHOD.py --train` with the tiny preset; nothing but
-the flags below differs, and a seed gives all the same images in the same order. A run whose folder
-holds metrics.json is not made again, so several of these commands may share the work.
+the flags below differs, and a seed gives all the same images in the same order. Runs are resumed: an
+interrupted one goes on, a finished one is only tested again, one of other settings is refused.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import statistics
 import sys
 from dataclasses import dataclass
@@ -77,7 +76,9 @@ class TorchvisionFasterRCNN(torch.nn.Module):
 
 
 def train_torchvision(argv):
-    common.run("torchvision", d2det.Config, TorchvisionFasterRCNN, {}, {}, {}, d2det.TINY, argv)
+    return common.run(
+        "torchvision", d2det.Config, TorchvisionFasterRCNN, {}, {}, {}, d2det.TINY, argv
+    )
 
 
 @dataclass
@@ -123,21 +124,10 @@ def main(argv=None):
     for seed in options.seeds:
         for name, (train, flags) in contenders.items():
             out = Path(options.out) / options.method / f"{name.replace(' ', '_')}_{seed}"
-            made = (
-                json.loads((out / "config.json").read_text())
-                if (out / "metrics.json").exists()
-                else {}
-            )
-            if made and (made["seed"], made["num_val"]) != (seed, options.num_val):
-                raise SystemExit(f"{out} holds a run of other settings: move it away")
-            if made:
-                print(f"{out} is there already")
-            else:
-                shared = ["--train", "--preset", "tiny", "--eval-every", "0", "--out", str(out)]
-                shared += ["--seed", str(seed), "--num-val", str(options.num_val)]
-                shared += ["--resume", "--steps", str(options.steps)]
-                train([*shared, *flags])
-            runs[name].append(json.loads((out / "metrics.json").read_text()))
+            shared = ["--train", "--resume", "--preset", "tiny", "--eval-every", "0"]
+            shared += ["--seed", str(seed), "--num-val", str(options.num_val)]
+            shared += ["--steps", str(options.steps), "--out", str(out)]
+            runs[name].append(train([*shared, *flags]))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, seeds {options.seeds}")
     print("\n".join(table(runs)))
 

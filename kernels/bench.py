@@ -171,9 +171,7 @@ def times_ms(run, device: torch.device, seconds: float) -> list[float]:
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             flush.zero_()
-            torch.cuda._sleep(
-                2_000_000
-            )  # about a millisecond: Python is done before the GPU begins
+            torch.cuda._sleep(2_000_000)  # about 1 ms, in which Python launches what follows
             begin.record()
             run()
             end.record()

@@ -19,7 +19,7 @@ Contract:
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 
 def decode_dense_reference(
@@ -163,25 +163,15 @@ def _decode(
     tensors = (proposals, offsets, overlap_logits, sizes, out)
     with torch.cuda.device_of(out):
         _decode_kernel[(triton.cdiv(R, rois),)](
-            *tensors,
-            R,
-            height,
-            width,
-            *strides,
-            S=S,
-            CELLS=cells,
-            ROIS=rois,
-            CLIP=clip,
-            enable_fp_fusion=True,
-        )
+            *tensors, R, height, width, *strides, S=S, CELLS=cells, ROIS=rois, CLIP=clip,
+            enable_fp_fusion=True,  # said aloud: Triton's own default is about to change
+        )  # fmt: skip
     return out
 
 
 # A graph being compiled sees one opaque operator; eager calls skip the dispatcher. It bears this
 # module's name, so that a copy of the file elsewhere does not clash.
-_decode_op = torch.library.custom_op(
-    f"{__name__.replace('.', '_')}::decode", _decode, mutates_args=()
-)
+_decode_op = library.custom_op(f"{__name__.replace('.', '_')}::decode", _decode, mutates_args=())
 
 
 @_decode_op.register_fake

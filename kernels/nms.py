@@ -33,7 +33,7 @@ import math
 import struct
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 try:
     import torchvision  # noqa: F401  (it registers torch.ops.torchvision.nms)
@@ -613,8 +613,8 @@ def _indices(
 # A graph being compiled sees one opaque operator; eager calls go straight to the function, which
 # saves the dispatcher's time. The operators bear this module's name, so that copies do not clash.
 _NAMESPACE = __name__.replace(".", "_")
-_padded_op = torch.library.custom_op(f"{_NAMESPACE}::padded", _padded, mutates_args=())
-_indices_op = torch.library.custom_op(f"{_NAMESPACE}::indices", _indices, mutates_args=())
+_padded_op = library.custom_op(f"{_NAMESPACE}::padded", _padded, mutates_args=())
+_indices_op = library.custom_op(f"{_NAMESPACE}::indices", _indices, mutates_args=())
 
 
 @_padded_op.register_fake
@@ -627,7 +627,7 @@ def _(boxes, scores, groups, iou_threshold, method, sigma, score_threshold, impl
 @_indices_op.register_fake
 def _(boxes, scores, groups, iou_threshold, method, sigma, score_threshold, impl):
     dtype = torch.float64 if boxes.dtype == torch.float64 else torch.float32
-    size = torch.library.get_ctx().new_dynamic_size()
+    size = library.get_ctx().new_dynamic_size()
     return scores.new_empty([size], dtype=torch.int64), scores.new_empty([size], dtype=dtype)
 
 

@@ -34,7 +34,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
 # --------------------------------------------------------------------------------------------------
@@ -533,7 +533,7 @@ def _on(tensor: Tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::pool", mutates_args=())
+@library.custom_op(f"{_NAMESPACE}::pool", mutates_args=())
 def _pool(
     features: Sequence[Tensor], rois: Tensor, offsets: Tensor | None, size: int,
     strides: Sequence[int], sampling_ratio: int, gamma: float, skip: bool,
@@ -556,12 +556,12 @@ def _(features, rois, offsets, size, strides, sampling_ratio, gamma, skip):
 
 
 def _empty_pooled(features, rois, size) -> Tensor:
-    shape, layout = (len(rois), features[0].shape[1], size, size), _is_channels_last(features)
-    kind = dict(dtype=features[0].dtype, device=rois.device, memory_format=_layout(layout))
-    return torch.empty(shape, **kind)
+    shape = len(rois), features[0].shape[1], size, size
+    layout = _layout(_is_channels_last(features))
+    return torch.empty(shape, dtype=features[0].dtype, device=rois.device, memory_format=layout)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::grad_features", mutates_args=())
+@library.custom_op(f"{_NAMESPACE}::grad_features", mutates_args=())
 def _grad_features(
     grad: Tensor, rois: Tensor, offsets: Tensor | None, batch: int, heights: Sequence[int],
     widths: Sequence[int], strides: Sequence[int], sampling_ratio: int, gamma: float, skip: bool,
@@ -612,7 +612,7 @@ def _(grad, rois, offsets, batch, heights, widths, strides, sampling_ratio, gamm
     return grad.new_empty(cells, grad.shape[1])
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::grad_offsets", mutates_args=())
+@library.custom_op(f"{_NAMESPACE}::grad_offsets", mutates_args=())
 def _grad_offsets(
     grad: Tensor, features: Sequence[Tensor], rois: Tensor, offsets: Tensor,
     strides: Sequence[int], sampling_ratio: int, gamma: float, skip: bool,

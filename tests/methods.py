@@ -139,9 +139,9 @@ def check_all_classes(method):
         assert best[0] == best[1]
 
 
-def check_overfits(model, image: int, steps: int, least_iou: float):
-    """Trained on one image, a model is sure of exactly its objects. That image; their boxes."""
-    images, targets = common.to_device([common.SyntheticDetection(image + 1, 96)[image]], "cpu")
+def overfit(model, item, steps: int):
+    """Trains a model on one item of a data set. Its image and target, and what is found in it."""
+    images, targets = common.to_device([item], "cpu")
     optimizer = torch.optim.AdamW(model.parameters())
     for i in range(steps):
         for group in optimizer.param_groups:
@@ -150,9 +150,15 @@ def check_overfits(model, image: int, steps: int, least_iou: float):
         sum(model.loss(images, targets).values()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 10)
         optimizer.step()
-    (found,), gt_boxes = model.eval().predict(images), targets[0]["boxes"]
-    certain = found["scores"] > 0.5
-    assert sorted(found["labels"][certain].tolist()) == sorted(targets[0]["labels"].tolist())
+    (found,) = model.eval().predict(images)
+    return images, targets[0], found
+
+
+def check_overfits(model, image: int, steps: int, least_iou: float):
+    """Trained on one image, a model is sure of exactly its objects. That image; their boxes."""
+    images, target, found = overfit(model, common.SyntheticDetection(image + 1, 96)[image], steps)
+    certain, gt_boxes = found["scores"] > 0.5, target["boxes"]
+    assert sorted(found["labels"][certain].tolist()) == sorted(target["labels"].tolist())
     assert torchvision.ops.box_iou(gt_boxes, found["boxes"][certain]).amax(1).min() > least_iou
     return images, gt_boxes
 

@@ -203,6 +203,17 @@ def test_sample_rois_adds_gts_and_marks_background():
     assert gt_boxes[labels == 3].tolist() == [[0, 0, 10, 10]] * 3
 
 
+def test_frozen_stages_keep_weights_and_statistics():
+    body = common.ResNetFPN("resnet18", 8, weights="random", norm="bn", frozen_stages=2).train()
+    before = {k: v.clone() for k, v in body.state_dict().items()}
+    sum(m.sum() for m in body(torch.rand(2, 3, 64, 64))).backward()
+    moved = {k for k, v in body.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved and not any(k.startswith(("stem", "stages.0")) for k in moved)
+    assert any(k.startswith("stages.1") for k in moved)
+    frozen = {k for k, p in body.named_parameters() if p.grad is None}
+    assert frozen == {k for k in frozen if k.startswith(("stem", "stages.0"))} != set()
+
+
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnext101_32x8d"])
 @pytest.mark.parametrize("extra,first", [("pool", 4), ("conv", 8)])
 def test_backbone_levels(name, extra, first):

@@ -148,6 +148,23 @@ def test_resume_refuses_other_settings_and_starts_if_there_is_nothing(finished, 
     assert (tmp_path / "new" / "last.pt").exists()
 
 
+def test_resume_refuses_other_classes(tmp_path, capsys):
+    run("--train", "--out", tmp_path / "r", "--steps", "1")
+    state = common.load_checkpoint(tmp_path / "r" / "last.pt")
+    state["categories"][0]["name"] = "another"
+    common.save_checkpoint(tmp_path / "r" / "last.pt", state)
+    with pytest.raises(SystemExit):
+        run("--train", "--resume", "--out", tmp_path / "r", "--steps", "1")
+    assert "categories are others" in capsys.readouterr().err
+
+
+def test_who_sends_a_third_signal_is_heard_at_once():
+    with pytest.raises(KeyboardInterrupt), common.signals_caught() as caught:
+        for i in range(3):
+            assert len(caught) == i
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_an_earlier_run_is_moved_aside(tmp_path):
     for _ in range(2):
         run("--train", "--out", tmp_path / "r", "--steps", "1", "--num-val", "1")
@@ -207,8 +224,8 @@ def test_class_count_mismatch_is_named(finished, detection_data, capsys):
         (["--eval", "--out", "/nowhere"], "this needs --weights"),
         (["--predict", "a.jpg", "--out", "/nowhere"], "this needs --weights"),
         (["--train", "--data", "/nowhere"], "/nowhere: no data found"),
-        (["--train", "--save-every", "0"], "--save-every: 0, but 1 is the least"),
-        (["--train", "--batch", "-2"], "--batch: -2, but 0 is the least"),
+        (["--train", "--save-every", "0"], "--save-every 0: 1 is the least"),
+        (["--train", "--batch", "-2"], "--batch -2: 0 is the least"),
         (["--train", "--device", "gpu"], "--device gpu: "),
     ],
 )
