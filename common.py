@@ -929,11 +929,10 @@ class ResNetFPN(nn.Module):
                 state = torch.load(weights, map_location="cpu", weights_only=True)
                 net.load_state_dict(state)
         except Exception as e:  # a download fails in many ways, a file in as many
-            hint = (
-                "\n--backbone-weights takes a downloaded .pth file, or none to train from scratch"
-            )
-            hint = "" if weights in ("none", "random") else hint
-            raise BadInput(f"{name}, weights {weights}: {type(e).__name__}: {e}{hint}") from e
+            why = f"{name}, weights {weights}: {type(e).__name__}: {e}"
+            if weights not in ("none", "random"):
+                why += "\n--backbone-weights takes a downloaded .pth file, or none: from scratch"
+            raise BadInput(why) from e
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
         self.stages = nn.ModuleList([net.layer1, net.layer2, net.layer3, net.layer4])
         self.frozen = 0 if scratch else frozen_stages
@@ -1349,7 +1348,8 @@ def match_anchors(anchors: Tensor, sizes: Tensor, targets: list[dict], high=0.5,
     """RetinaNet's assignment; every gt keeps its best anchor, anchors in the padding do not train.
 
     anchors [N, 4] -> labels [B, N] (1, 0, -1), and the gt that each anchor overlaps most, or that
-    has no better anchor: boxes [B, N, 4] and classes [B, N] (zeros where an image has none but crowds).
+    has no better anchor: boxes [B, N, 4] and classes [B, N] (zeros where an image has none but
+    crowds).
     """
     gt_boxes, gt_labels, valid, ignore = pad_targets(targets)
     inside = inside_image(anchors, sizes)
