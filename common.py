@@ -8,6 +8,8 @@ line and then trains, evaluates, predicts or times it. A Detector has four metho
     finish(candidates, B) -> B dicts of boxes [D, 4], scores [D], labels [D]    best score first
     predict(images) = finish(candidates(images), B)
 
+`predict` and the evaluation ask for candidates of images of one padded size at a time
+(`candidates_by_size`), so that an image's detections do not depend on what is detected beside it.
 `images` is a list of uint8 [3, h, w] tensors, resized but neither normalised nor padded.
 A target is a dict: boxes [G, 4], labels [G], ignore [G] (bool: crowd or difficult), image_id, and
 size (h, w) of the image as it is on disk; optionally masks [G, h, w] (bool).
@@ -463,6 +465,7 @@ def make_target(boxes, labels, ignore, image_id, size) -> dict:
 class FolderDetection(Dataset):
     """Image files with COCO annotations (VOC's are turned into these), checked when loaded.
 
+    A file without "annotations", as of COCO's test sets, is a set in which nothing can be scored.
     Boxes that are broken (not finite, of zero or negative size, outside the image) are dropped and
     counted; everything else that is wrong raises BadInput with the file and the reason. The boxes
     are kept as flat arrays: loader processes share them instead of copying a million objects.
@@ -479,7 +482,7 @@ class FolderDetection(Dataset):
                 -1, 2
             )
             self.files = np.array([str(self.image_dir / i["file_name"]) for i in coco["images"]])
-            self._flatten(coco["annotations"])
+            self._flatten(coco.get("annotations", []))  # a test set has none
         except BadInput:
             raise
         except (KeyError, TypeError, ValueError) as e:
@@ -556,7 +559,7 @@ class FolderDetection(Dataset):
         coco, dropped = self._read(self.source, self.categories), set(self.dropped)
         coco["annotations"] = [
             {"area": a["bbox"][2] * a["bbox"][3], "iscrowd": 0, **a, "id": i + 1}
-            for i, a in enumerate(coco["annotations"])
+            for i, a in enumerate(coco.get("annotations", []))
             if i not in dropped
         ]
         return coco
@@ -674,7 +677,7 @@ def load_data(config: Config, train: bool = True, val: bool = True, categories=N
     Synthetic, COCO (annotations/instances_*2017.json or explicit paths) or VOC (JPEGImages/, also
     VOC2007/ and VOC2012/ below: both train, the first one tests). The training set's categories,
     or those given (a checkpoint's), are the ones that the validation set must have. Raises BadInput,
-    also for a set without images.
+    also for a set without images and a training set without boxes.
     """
     explicit = config.train_json or config.val_json
     if not explicit and (config.train_images or config.val_images):
@@ -719,6 +722,8 @@ def load_data(config: Config, train: bool = True, val: bool = True, categories=N
         data = FolderDetection(paths[split], folders[split], read, known)
         if not len(data):
             raise BadInput(f"{paths[split]}: no images")
+        if split == "train" and not len(data._boxes):
+            raise BadInput(f"{paths[split]}: no annotated boxes to train on")
         return data
 
     train_data = load("train", categories) if train else None
@@ -844,10 +849,14 @@ def to_device(items, device) -> tuple[list[Tensor], list[dict]]:
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's weights ask
 
 
+def padded_size(image: Tensor, divisor: int = 32) -> tuple[int, ...]:
+    """(H, W) of an image [3, h, w] that is padded alone."""
+    return tuple(math.ceil(side / divisor) * divisor for side in image.shape[1:])
+
+
 def pad_images(images: list[Tensor], divisor: int = 32) -> tuple[Tensor, Tensor]:
     """uint8 [3, h, w] images -> normalised, zero-padded batch [B, 3, H, W] and sizes [B, 2]."""
-    H, W = (max(i.shape[d] for i in images) for d in (1, 2))
-    H, W = (math.ceil(side / divisor) * divisor for side in (H, W))
+    H, W = map(max, zip(*(padded_size(i, divisor) for i in images)))
     batch = torch.zeros(len(images), 3, H, W, device=images[0].device)
     batch = batch.to(memory_format=torch.channels_last)
     mean, std = (constant(v, batch.device)[:, None, None] for v in (MEAN, STD))
@@ -1141,6 +1150,23 @@ def class_box_loss(deltas: Tensor, rois: Tensor, labels: Tensor, gt_boxes: Tenso
     return torch.where(positive, loss, 0).sum() / global_rows(loss)
 
 
+def candidates_by_size(model: nn.Module, images: list[Tensor]) -> dict[str, Tensor]:
+    """model.candidates of each group of images that pad to one size, put together.
+
+    Padding counts in GroupNorm's statistics, and is no longer zero behind the first convolution: an
+    image padded to the size of another would not be detected as it is alone.
+    """
+    groups: dict = {}
+    for i, image in enumerate(images):
+        groups.setdefault(padded_size(image), []).append(i)
+    parts = []
+    for members in groups.values():
+        found = model.candidates([images[i] for i in members])
+        index = torch.tensor(members).to(found["image"].device, non_blocking=True)
+        parts.append({**found, "image": index[found["image"]]})
+    return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+
+
 def two_fc(in_features: int, hidden: int, out_features: int) -> nn.Sequential:
     """Fast R-CNN's head: flattens, two hidden layers, one last that starts at N(0, 0.01)."""
     # choice: the hidden ones start as PyTorch starts them
@@ -1171,7 +1197,7 @@ class BaseDetector(nn.Module):
         )
 
     def predict(self, images: list[Tensor]) -> list[dict]:
-        return self.finish(self.candidates(images), len(images))
+        return self.finish(candidates_by_size(self, images), len(images))
 
     @torch.no_grad()
     def candidates(self, images: list[Tensor]) -> dict[str, Tensor]:
@@ -1634,12 +1660,13 @@ def detect(model: nn.Module, data: Dataset, config: Config, device: torch.device
     """Yield (target, detections in the original image's pixels) for this process's images.
 
     With several test scales, or the mirrored image too, the candidates of all are merged before
-    the last NMS. Every image is seen exactly once over all processes. The target's boxes are in
-    pixels of the last scale.
+    the last NMS. Every image is seen exactly once over all processes, in order of aspect: a batch
+    then has few padded sizes. The target's boxes are in pixels of the last scale.
     """
     model.eval()
     rank, world = rank_and_world()
-    mine = range(rank, len(data), world)
+    aspect = data.sizes[:, 1] / data.sizes[:, 0]
+    mine = sorted(range(rank, len(data), world), key=aspect.__getitem__)
     batch = config.eval_batch or per_process_batch(config)
     loaders = [
         make_loader(Resized(data, config, False, s), config, device, sampler=mine, batch_size=batch)
@@ -1651,7 +1678,8 @@ def detect(model: nn.Module, data: Dataset, config: Config, device: torch.device
             images, targets = to_device(items, device)
             for flip in (False, True)[: 1 + config.test_flip]:
                 with autocast(config, device):
-                    found = model.candidates([i.flip(-1) for i in images] if flip else images)
+                    seen = [i.flip(-1) for i in images] if flip else images
+                    found = candidates_by_size(model, seen)
                 inner = torch.tensor([i.shape[1:] for i in images], device=device)
                 outer = torch.tensor([t["size"] for t in targets], device=device)
                 boxes, index = found["boxes"], found["image"]
@@ -1690,7 +1718,10 @@ def coco_metrics(truth: dict, results: list[dict]) -> dict:
 
     Objects marked `difficult` are ignored like COCO's out-of-range areas; crowds as COCO does. For
     data with such marks (VOC) the 11-point AP of VOC 2007 at IoU 0.5 is added as `voc07_AP50`.
+    Without annotations (COCO's test sets) all are None.
     """
+    if not truth["annotations"]:
+        results = []  # spares matching a million detections with nothing
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -1740,8 +1771,9 @@ def voc07_ap(truth: dict, results: list[dict], iou: float = 0.5) -> float:
         groups.setdefault((a["category_id"], a["image_id"]), []).append(a)
     aps = []
     for category in truth["categories"]:
-        mine = sorted(
-            (r for r in results if r["category_id"] == category["id"]), key=lambda r: -r["score"]
+        mine = sorted(  # of equal scores the same one first, whatever the order of detection
+            (r for r in results if r["category_id"] == category["id"]),
+            key=lambda r: (-r["score"], r["image_id"]),
         )
         objects = {k[1]: v for k, v in groups.items() if k[0] == category["id"]}
         num = sum(not a.get("difficult", 0) for v in objects.values() for a in v)
@@ -1774,7 +1806,8 @@ def xywh_to_xyxy(boxes) -> Tensor:
 def evaluate(model: nn.Module, data: Dataset, config: Config, device=None, out=None) -> dict:
     """Detect in all images of `data` and score with pycocotools; all processes get the metrics.
 
-    With `out` (first process) writes predictions.json, metrics.json and detections.png there.
+    With `out` (first process) writes predictions.json, metrics.json and detections.png there. Of a
+    set without annotations the metrics are all None: predictions.json is for its server.
     """
     device = device or next(model.parameters()).device
     results, seen = [], 0
@@ -1785,6 +1818,7 @@ def evaluate(model: nn.Module, data: Dataset, config: Config, device=None, out=N
     metrics = None
     if rank_and_world()[0] == 0:
         results, counts = [r for share, _ in shares for r in share], [n for _, n in shares]
+        results.sort(key=lambda r: r["image_id"])  # the same file from any number of processes
         assert sum(counts) == len(data), f"{counts} images evaluated, the set has {len(data)}"
         metrics = coco_metrics(data.coco(), results)
         if out:
@@ -1796,7 +1830,8 @@ def evaluate(model: nn.Module, data: Dataset, config: Config, device=None, out=N
 
 def show_metrics(metrics: dict) -> str:
     keys = "AP AP50 AP75 AP90 AP_small AP_medium AP_large voc07_AP50".split()
-    return "  ".join(f"{k} {metrics[k]:.3f}" for k in keys if metrics.get(k) is not None)
+    shown = "  ".join(f"{k} {metrics[k]:.3f}" for k in keys if metrics.get(k) is not None)
+    return shown or "no AP: the set has no annotated objects"
 
 
 def show_table(rows: dict[str, dict]) -> None:
@@ -1932,6 +1967,7 @@ class Files(Dataset):
             else:
                 self.files.append(path)
         check_images(self.files)
+        self.sizes = np.ones((len(self.files), 2))  # unknown: detected in the order given
 
     def __len__(self) -> int:
         return len(self.files)

@@ -149,11 +149,12 @@ def _axis_taps(position: Tensor, cells: Tensor, skip: bool) -> tuple[Tensor, Ten
     inside = (position >= -margin) & (position <= cells - 1 + margin)
     samples = position.shape[-1] * position.shape[-2]  # one of the two is 1
     used = inside.sum((-1, -2), keepdim=True).clamp(min=1) if skip else samples
+    share = inside.to(position.dtype) / used  # a bool divided by an integer would be float32
     position = torch.minimum(torch.where(inside, position, 0).clamp(min=0), cells - 1)
     low = position.detach().floor()
     fraction = position - low
     cell = torch.stack([low, torch.minimum(low + 1, cells - 1)], -1).long()
-    return cell, torch.stack([1 - fraction, fraction], -1) * (inside / used)[..., None]
+    return cell, torch.stack([1 - fraction, fraction], -1) * share[..., None]
 
 
 def roi_level(rois: Tensor, strides: Sequence[int]) -> Tensor:

@@ -140,6 +140,40 @@ def test_real_data_trains_evaluates_and_predicts(detection_data, tmp_path, name)
     assert again == metrics
 
 
+def test_a_set_without_annotations_is_detected_in_but_not_scored(tmp_path, capsys):
+    data = common.SyntheticDetection(2, 64)
+    coco = data.coco()
+    for image in coco["images"]:
+        image["file_name"] = f"{image['id']}.png"
+        pixels = data[image["id"]][0].permute(1, 2, 0).numpy()
+        common.Image.fromarray(pixels).save(tmp_path / image["file_name"])
+    common.write_json(tmp_path / "known.json", coco)
+    del coco["annotations"]  # like COCO's image_info_test-dev2017.json
+    common.write_json(tmp_path / "test.json", coco)
+
+    def splits(**files):
+        flags = [(f"--{s}-json", tmp_path / f, f"--{s}-images", tmp_path) for s, f in files.items()]
+        return [word for part in flags for word in part]
+
+    periodic = ["--preset", "tiny", "--steps", 2, "--eval-every", 1, "--out", tmp_path / "r"]
+    metrics = run("--train", *splits(train="known.json", val="test.json"), *periodic)
+    text = capsys.readouterr().out
+    assert "step 1: no AP" in text and "step 2: no AP" in text and metrics["AP"] is None
+    weights = ["--weights", tmp_path / "r" / "last.pt", "--out", tmp_path / "e"]
+    assert run("--eval", *splits(val="known.json"), *weights)["AP"] is not None
+    capsys.readouterr()
+    run("--eval", *splits(val="test.json"), *weights)  # where the other evaluation has written
+    assert "no AP: the set has no annotated objects" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "e" / "metrics.json").read_text())
+    per_class = metrics.pop("per_class")
+    assert len(per_class) == 10 and {*metrics.values(), *per_class.values()} == {None}
+    results = json.loads((tmp_path / "e" / "predictions.json").read_text())
+    assert {r["image_id"] for r in results} == {0, 1}
+    with pytest.raises(SystemExit):
+        run("--train", *splits(train="test.json", val="known.json"), "--out", tmp_path / "n")
+    assert "test.json: no annotated boxes to train on" in capsys.readouterr().err
+
+
 def test_resume_refuses_other_settings_and_starts_if_there_is_nothing(finished, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run("--train", "--resume", "--out", finished[0], "--lr", "0.5")
@@ -246,7 +280,7 @@ def test_rows_lists_every_row(capsys):
 
 def test_a_row_that_the_checkpoint_contradicts_is_refused(tmp_path, capsys):
     run("--train", "--out", tmp_path / "r")
-    run("--eval", "--weights", tmp_path / "r" / "last.pt", "--row", "table3.d2det")  # the same
+    run("--eval", "--weights", tmp_path / "r" / "last.pt", "--row", "release.r50")  # the same
     with pytest.raises(SystemExit):
         run("--eval", "--weights", tmp_path / "r" / "last.pt", "--row", "table2.dlr_no_overlap")
     assert "given as flags: --no-drp --no-overlap" in capsys.readouterr().err

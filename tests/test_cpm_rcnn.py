@@ -38,12 +38,15 @@ def make(**changes):
 
 
 def sure(model):
-    """The same model with class scores and heat maps far apart, as after training."""
+    """The same model with class scores, IoUs and heat maps far apart, as after training."""
     torch.manual_seed(1)
     for layer in (model.classify[-1], *([model.rsm[-1]] if model.config.rsm else [])):
         torch.nn.init.normal_(layer.weight, std=1)
     for head in model.grids:
         torch.nn.init.normal_(head.heat[-1].weight, std=1)
+    if model.config.ism:
+        torch.nn.init.normal_(model.ism.fc[-1].weight, std=1)
+        torch.nn.init.constant_(model.ism.fc[-1].bias, 0.5)
     return model
 
 
@@ -203,6 +206,23 @@ def test_paper_sized_heads_have_the_releases_parameters():
     assert method.GridHead(8, 2, 1, 9, True).heat[-1].bias.sigmoid().allclose(torch.tensor(0.01))
 
 
+def test_heat_maps_are_float32_in_mixed_precision():
+    """Rounded to bf16 their highest cells would tie, and decoding takes the first."""
+    torch.manual_seed(0)
+    head, pooled = method.GridHead(8, 4, 1, 9), torch.randn(20, 8, 14, 14)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, trunk = head(pooled)
+    assert logits.dtype == torch.float32 and trunk.dtype == torch.bfloat16
+    assert (logits != logits.bfloat16()).float().mean() > 0.9
+    logits.sum().backward()
+    assert all(p.grad.isfinite().all() for p in head.parameters())
+
+
+def test_iou_scoring_starts_near_zero():
+    last = method.IoUScoring(36 * 7 * 7, 1024).fc[-1]
+    assert last.weight.std().item() == pytest.approx(0.01, rel=0.1) and not last.bias.any()
+
+
 def test_each_point_has_its_own_channels_behind_the_trunk():
     head = method.GridHead(8, 4, 1, 9)
     trunk = torch.rand(2, 36, 7, 7)
@@ -250,7 +270,7 @@ def test_images_without_objects_train_and_every_weight_learns():
 
 
 def test_what_enters_each_stage(monkeypatch):
-    """Boxes of the stage before and the gts, from the stage's IoU on; no gradient through them."""
+    """The gts, and what the stage before made of others, from the stage's IoU on; no gradient."""
     seen, original = [], method.grid_targets
 
     def spy(boxes, gts, ratio, size):
@@ -262,7 +282,7 @@ def test_what_enters_each_stage(monkeypatch):
     used = []  # the ratio that each stage's maps are decoded with
 
     def decode(boxes, logits, ratio, sizes):
-        assert not logits.requires_grad
+        assert not logits.requires_grad and len(logits) == len(boxes)
         used.append(ratio)
         return boxes + 0.1
 
@@ -285,10 +305,14 @@ def test_what_enters_each_stage(monkeypatch):
     assert [r for _, _, r in seen] == used == [2.0, 1.5, 1.25] and len(seen[0][0]) <= 6
     for (boxes, ious, _), threshold in zip(seen, (0.5, 0.6, 0.7)):
         assert ious.min() >= threshold and not boxes.requires_grad
+    gts_in = []
     for (before, _, _), (boxes, _, _), threshold in zip(seen, seen[1:], (0.6, 0.7)):
-        moved = before + 0.1
+        copies = (before[:, None] == gts).all(2).any(1)
+        gts_in.append(copies.sum().item())
+        moved = before[~copies] + 0.1
         fit = torchvision.ops.box_iou(moved, gts).amax(1) >= threshold
         assert torch.equal(boxes, torch.cat([moved[fit], gts]))
+    assert 0 < gts_in[0] <= 6 and gts_in[1] == len(gts)  # of the sampled ones; of those added
 
 
 def test_a_batch_of_two_equals_two_singles():
@@ -334,29 +358,50 @@ def test_views_of_an_image_are_merged():
     assert kept() == pytest.approx([0.9, 0.7, 0.5])  # one view: no NMS
     assert kept(test_flip=True) == kept(test_scales=(64, 96)) == pytest.approx([0.9, 0.7])
     assert kept(soft_nms=True) == pytest.approx([0.9, 0.7, 0.5 * (1 - 10 / 11)], rel=1e-4)
+    found["scores"][2] = 0.02  # a fused score below the threshold: dropped where views are merged
+    assert kept() == pytest.approx([0.9, 0.5, 0.02]) and kept(test_flip=True) == pytest.approx(
+        [0.9]
+    )
+    assert kept(soft_nms=True) == pytest.approx([0.9, 0.5 * (1 - 10 / 11)], rel=1e-4)
 
 
-MEANING = {  # stages, ratios, ISM, RSM, how ISM is used, stage tested, backbone
-    "table1.baseline": (1, (2.0,), False, False, "multiply", 0, "resnet50"),
-    "table1.cmm_rsm": (2, (2.0, 1.5), False, True, "multiply", 0, "resnet50"),
-    "table1.cmm_ism": (2, (2.0, 1.5), True, False, "multiply", 0, "resnet50"),
-    "table1.cmm_ism_rsm": (2, (2.0, 1.5), True, True, "replace", 0, "resnet50"),
-    "table2.cpm_r101": (3, (2.0, 1.5, 1.25), True, True, "multiply", 0, "resnet101"),
-    "table4.stages3_test2": (3, (2.0, 1.5, 1.25), False, False, "multiply", 2, "resnet50"),
-    "table5.same_test3": (3, (2.0, 2.0, 2.0), False, False, "multiply", 3, "resnet50"),
-    "table6.l2": (1, (2.0,), True, False, "multiply", 0, "resnet50"),
-    "table7.x101": (3, (2.0, 1.5, 1.25), True, True, "multiply", 0, "resnext101_64x4d"),
+CMM, CMM2 = ((2.0, 1.5, 1.25), (0.5, 0.6, 0.7)), ((2.0, 1.5), (0.5, 0.6))
+MEANING = {  # (ratios, IoUs) of the stages, ISM, RSM, stage tested, backbone
+    "table1.baseline": (((2.0,), (0.5,)), False, False, 0, "resnet50"),
+    "table1.rsm": (((2.0, 2.0), (0.5, 0.5)), False, True, 0, "resnet50"),
+    "table1.ism_rsm": (((2.0, 2.0), (0.5, 0.5)), True, True, 0, "resnet50"),
+    "table1.cmm_rsm": (CMM2, False, True, 0, "resnet50"),
+    "table1.cmm_ism": (CMM2, True, False, 0, "resnet50"),
+    "table1.cmm_ism_rsm": (CMM2, True, True, 0, "resnet50"),
+    "table2.cpm_r101": (CMM, True, True, 0, "resnet101"),
+    "table4.stages2_test2": (CMM2, False, False, 2, "resnet50"),
+    "table4.stages3_test2": (CMM, False, False, 2, "resnet50"),
+    "table5.same_test3": (((2.0, 2.0, 2.0), CMM[1]), False, False, 3, "resnet50"),
+    "table6.l2": (((2.0,), (0.5,)), True, False, 0, "resnet50"),
+    "table7.x101": (CMM, True, True, 0, "resnext101_64x4d"),
 }
 
 
 @pytest.mark.parametrize("row", list(MEANING))
 def test_rows_are_the_papers_experiments(row):
     c = dataclasses.replace(Config(), **method.ROWS[row])
-    stages = c.num_stages, c.ratios[: c.num_stages]
-    found = *stages, c.ism, c.rsm, c.ism_use, c.test_stage, c.backbone
-    assert found == MEANING[row] and c.stage_ious[:3] == (0.5, 0.6, 0.7)
+    stages = c.ratios[: c.num_stages], c.stage_ious[: c.num_stages]
+    assert (stages, c.ism, c.rsm, c.test_stage, c.backbone) == MEANING[row]
+    assert len(stages[0]) == len(stages[1]) == c.num_stages and c.ism_use == "multiply"  # Eq. 4
     assert c.epochs * 118_287 / 16 == pytest.approx(180_000, rel=1e-3)
     assert c.drops == (120 / 180, 160 / 180) and (c.lr, c.lr_batch) == (0.02, 16)
+    assert (c.warmup, c.warmup_factor) == (500, 1 / 10)
+
+
+def test_longest_sides_of_the_multi_scale_row():
+    """An image of 1 : 3 in every view: 2000 px at scale 1200, 1333 at 800, as in the release."""
+    c = dataclasses.replace(Config(), **method.ROWS["extra.x101_multiscale"])
+    assert c.test_flip and c.soft_nms and (c.merge_iou, c.soft_nms_score) == (0.5, 1e-4)
+    empty = dict(boxes=torch.zeros(0, 4), size=(8, 24))
+    data = [(torch.zeros(3, 8, 24, dtype=torch.uint8), empty)]
+    side = lambda scale: common.Resized(data, c, False, scale)[0][0].shape[2]  # noqa: E731
+    assert {s: side(s) for s in (800, 1200)} == {800: 1333, 1200: 2000}
+    assert sorted(c.test_scales) == [*range(400, 1201, 100)] and c.test_scales[0] == 800
 
 
 def test_weights_of_the_losses(monkeypatch):

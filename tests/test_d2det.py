@@ -98,17 +98,18 @@ def test_losses_by_hand():
             w = min(w, column + 7 - max(8, column - 7))
             h = min(14, row + 7) - max(0, row - 7)
             iou.append(w * h / (196 + 84 - w * h))
-    config = Config(overlap_margin=0.0)
-    losses = d2det.dense_losses(offsets, logits, proposal, gt, config)
-    want = 2.0 * sum(-math.log(v) for v in iou) / 21
+    losses = d2det.dense_losses(offsets, logits, proposal, gt, margin=0.0)
+    want = sum(-math.log(v if v > 0.1 else v + 0.1) for v in iou) / 49  # of all cells (release)
     assert losses["reg"].item() == pytest.approx(want, rel=1e-5)
     assert losses["overlap"].item() == pytest.approx(math.log(2), rel=1e-5)
     logits[..., 4:] = 2.0  # and the overlap loss knows which columns are inside
     sure, other = math.log1p(math.exp(-2)), math.log(2)
-    losses = d2det.dense_losses(offsets, logits, proposal, gt, config)
+    losses = d2det.dense_losses(offsets, logits, proposal, gt, margin=0.0)
     assert losses["overlap"].item() == pytest.approx((3 * sure + 4 * other) / 7, rel=1e-5)
-    everywhere = d2det.dense_losses(offsets, logits, proposal, gt, Config(reg_cells="all"))
+    everywhere = d2det.dense_losses(offsets, logits, proposal, gt, margin=0.0, cells="all")
     assert everywhere["reg"].item() > want
+    halved = d2det.dense_losses(offsets, logits, proposal, gt, margin=0.0, num_rois=2)
+    assert halved["reg"].item() == pytest.approx(want / 2, rel=1e-5)
 
 
 def test_iou_loss_gradient_and_disjoint_boxes():
@@ -118,7 +119,20 @@ def test_iou_loss_gradient_and_disjoint_boxes():
     loss.backward()
     assert box.grad[0, 2] == pytest.approx(-0.1)  # d(-log(x2 / 20)) / dx2
     far = d2det.iou_loss(torch.tensor([[0.0, 0, 1, 1]]), torch.tensor([[5.0, 5, 6, 6]]))
-    assert far.item() == pytest.approx(-math.log(1e-6), rel=1e-4)
+    assert far.item() == pytest.approx(-math.log(0.1 + 1e-6), rel=1e-4)
+
+
+def test_iou_loss_is_bounded_below_a_tenth():
+    """Just above IoU 0.1 it is the logarithm, up to there that of IoU + 0.1 (release)."""
+    gt = torch.tensor([[0.0, 0, 100, 10]])
+    widths = torch.tensor([10.5, 10.0, 1.0, 0.01])
+    boxes = torch.stack([widths * 0, widths * 0, widths, widths * 0 + 10], 1).requires_grad_()
+    loss = d2det.iou_loss(boxes, gt.expand(4, 4))
+    want = [-math.log(0.105), -math.log(0.2), -math.log(0.11), -math.log(0.1001)]
+    assert loss.tolist() == pytest.approx(want, rel=1e-4)
+    loss.sum().backward()
+    slopes = boxes.grad[:, 2] * 100  # d loss / d IoU = 1 / IoU, then 1 / (IoU + 0.1)
+    assert slopes.tolist() == pytest.approx([-1 / 0.105, -5, -1 / 0.11, -1 / 0.1001], rel=1e-3)
 
 
 def test_baseline_box_loss_by_hand():
@@ -166,6 +180,8 @@ def test_weighted_pool_starts_as_average_and_prefers_heavy_samples():
     assert (heavy > average).float().mean() > 0.99
     assert (heavy <= torch.nn.functional.max_pool2d(x, 3, 2, 1) + 1e-5).all()
     assert pool(x[:0]).shape == (0, 3, 7, 7)
+    plain = d2det.DiscriminativePool(3, 8, weighting=False)  # the ablation: padding does not count
+    torch.testing.assert_close(plain(x), average)
 
 
 @pytest.mark.parametrize("row", [*d2det.ROWS])
@@ -194,6 +210,27 @@ def test_every_weight_learns():
         optimizer.step()
     still = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()]
     assert not still
+
+
+def test_rows_run_what_they_name():
+    rows = {k: dataclasses.replace(Config(), **v) for k, v in d2det.ROWS.items()}
+    assert all(not r.soft_nms for k, r in rows.items() if k[:6] in ("table2", "table3") and r.dlr)
+    assert rows["table1.d2det_r101"].soft_nms and rows["table1.d2det_r101"].drp_samples == 1
+    assert rows["table2.dlr_no_overlap"].reg_cells == "all"
+    assert rows["table2.baseline"].warmup_factor == 1 / 3 != rows["table2.dlr"].warmup_factor
+    shared, separate = make(**d2det.ROWS["table2.shared"]), make(**d2det.ROWS["table2.baseline"])
+    assert len([*shared.regress.parameters()]) == 2 and len([*separate.regress.parameters()]) == 6
+
+
+def test_without_soft_nms_nothing_follows_the_regression():
+    """Boxes that DLR moves onto each other all stay (4.1: on minival)."""
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10], [1, 0, 11, 10]])
+    scores, groups = torch.tensor([0.5, 0.9, 0.7]), torch.zeros(3, dtype=torch.long)
+    model = make(soft_nms=False)
+    keep, kept = model.suppress(boxes, scores, groups, model.config)
+    assert keep.tolist() == [1, 2, 0] and kept.tolist() == pytest.approx([0.9, 0.7, 0.5])
+    views = dataclasses.replace(model.config, test_flip=True)  # seen twice: merged
+    assert model.suppress(boxes, scores, groups, views)[0].tolist() == [1]
 
 
 @pytest.mark.parametrize("row", ["table2.dlr_drp", "table2.baseline"])
@@ -241,11 +278,10 @@ def test_drp_samples_are_restored_to_the_rois_order():
     model = make(drp_per_level=True, anchor_scale=4.0).eval()
     features = [torch.rand(1, 16, 128 // s, 128 // s) for s in (1, 2, 4, 8)]
     rois = torch.tensor([[0, 0, 0, 500.0, 500], [0, 10, 10, 40, 40], [0, 0, 0, 200, 200]])
-    together = model.class_logits(features, rois)
+    together = model.class_features(features, rois)
     for i in range(3):
-        torch.testing.assert_close(
-            together[i : i + 1], model.class_logits(features, rois[i : i + 1])
-        )
+        alone = model.class_features(features, rois[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], alone)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])

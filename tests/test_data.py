@@ -231,6 +231,8 @@ def test_coco_explicit_paths(coco_dir):
         (lambda d: edit(d, lambda j: j["annotations"][0].update(bbox=[1, 2])), "bbox"),
         (lambda d: edit(d, lambda j: j["annotations"][0].update(bbox=["a", 1, 2, 3])), "not COCO"),
         (lambda d: edit(d, lambda j: j.update(images=[], annotations=[])), "train2017.json: no im"),
+        (lambda d: edit(d, lambda j: j.update(annotations=[])), "no annotated boxes to train on"),
+        (lambda d: edit(d, lambda j: j.pop("annotations")), "no annotated boxes to train on"),
         (
             lambda d: Image.new("I;16", (60, 40)).save(d / "train2017/5.png"),
             r"5\.png: cannot read the image: .*8 bit",
@@ -346,14 +348,12 @@ class Oracle(torch.nn.Module):
     def __init__(self, data, config, shift=0.0):
         super().__init__()
         views = [common.Resized(data, config, False, s) for s in config.test_scales]
-        self.truth = iter([[v[i][1] for v in views] for i in range(len(data))])
-        self.shift, self.views, self.waiting = shift, len(views), []
+        seen = [view[i] for view in views for i in range(len(data))]
+        self.truth = {image.numpy().tobytes(): target for image, target in seen}
+        self.shift, self.views = shift, len(views)
 
     def candidates(self, images):
-        if not self.waiting:  # a new batch: one answer for each scale
-            rows = [next(self.truth) for _ in images]
-            self.waiting = [[row[v] for row in rows] for v in range(self.views)]
-        targets = self.waiting.pop(0)
+        targets = [self.truth[image.numpy().tobytes()] for image in images]
         image = torch.cat([torch.full_like(t["labels"], i) for i, t in enumerate(targets)])
         boxes = torch.cat([t["boxes"] for t in targets]) + self.shift
         labels = torch.cat([t["labels"] for t in targets])
@@ -422,6 +422,13 @@ def test_voc07_ap_by_hand():
     # a difficult object counts neither as found nor as missed
     assert common.voc07_ap(truth_of([a, c], difficult={1}), found(c, a)) == pytest.approx(1)
     assert common.voc07_ap(truth_of([a]), []) == 0
+
+
+def test_voc07_ap_does_not_depend_on_the_order_of_images():
+    truth, a, b = truth_of([[0, 0, 20, 20]]), [0, 0, 20, 20], [50, 50, 20, 20]
+    truth["images"].append({**truth["images"][0], "id": 2})
+    results = [{**found(box)[0], "image_id": i} for i, box in ((1, a), (2, b))]  # equal scores
+    assert common.voc07_ap(truth, results) == common.voc07_ap(truth, results[::-1])
 
 
 def test_difficult_and_crowd_objects_are_ignored_by_the_evaluator():

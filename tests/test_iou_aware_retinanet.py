@@ -270,7 +270,7 @@ LARGE_IMAGES = ((800,), (800,), 1333)
         ("table2.bce", "resnet50", SMALL_IMAGES, True, True, 0.5, 88715, 2 / 3),
         ("table3.alpha_0.4", "resnet50", SMALL_IMAGES, True, False, 0.4, 88715, 2 / 3),
         ("table4.none", "resnet50", SMALL_IMAGES, True, True, 0.5, 88715, 2 / 3),
-        ("table5.r101", "resnet101", SMALL_IMAGES, True, False, 0.5, 88715, 3 / 4),
+        ("table5.r101", "resnet101", SMALL_IMAGES, True, False, 0.5, 88715, 2 / 3),
     ],
 )  # fmt: skip
 def test_rows_are_the_papers_experiments(row, backbone, images, head, product, alpha, steps, drops):
@@ -279,6 +279,15 @@ def test_rows_are_the_papers_experiments(row, backbone, images, head, product, a
     assert (config.scales, config.test_scales, config.max_size) == images
     assert (config.alpha, config.lr, config.lr_batch) == (alpha, 0.01, 16)
     assert round(config.epochs * N / 16) == steps and config.drops[0] == pytest.approx(drops)
+
+
+@pytest.mark.parametrize("row", ["retinanet_r50", "retinanet_r101", "r50", "r101"])
+def test_voc_rows_follow_the_releases_schedule(row):
+    """12 epochs, the rate 0.0075 for 12 images falls after 8 and 11 of them."""
+    config, steps = dataclasses.replace(Config(), **method.ROWS[f"table5.{row}"]), 12 * 1379
+    assert config.epochs == 12 and 1379 == 16_551 // 12
+    rates = [common.learning_rate(config, e * 1379, steps, 12) for e in (1, 7, 8, 10, 11)]
+    assert rates == pytest.approx([0.0075, 0.0075, 0.00075, 0.00075, 0.000075])
 
 
 CHANGED = dict(

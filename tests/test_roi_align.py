@@ -8,6 +8,7 @@ import importlib
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,38 @@ def test_by_hand():
     rois = torch.stack([0 * sides, 0 * sides, 0 * sides, sides, sides], 1)
     assert module.roi_level(rois, (4, 8, 16, 32)).tolist() == [0, 0, 1, 1, 2, 3, 3, 0, 0]
     assert module.roi_level(rois, (16, 32)).tolist() == [0, 0, 0, 0, 0, 1, 1, 0, 0]
+
+
+def bilinear(cells, y, x):
+    """The value of a map, a list of rows, at a point inside it."""
+    i, j = min(int(y), len(cells) - 2), min(int(x), len(cells[0]) - 2)
+    upper, lower = (row[j] + (x - j) * (row[j + 1] - row[j]) for row in cells[i : i + 2])
+    return upper + (y - i) * (lower - upper)
+
+
+def slow_bin(cells, box, row, column, size, samples, margin):
+    """The mean of one bin's samples, one at a time; `box` in cells, `margin` as in the contract."""
+    (x1, y1, x2, y2), values, steps = box, [], size * samples
+    for i, j in product(range(samples), range(samples)):
+        y = y1 - 0.5 + (y2 - y1) * (row * samples + i + 0.5) / steps
+        x = x1 - 0.5 + (x2 - x1) * (column * samples + j + 0.5) / steps
+        last = len(cells) - 1, len(cells[0]) - 1
+        if all(-margin <= v <= end + margin for v, end in zip((y, x), last)):
+            values.append(bilinear(cells, *(min(max(v, 0), end) for v, end in zip((y, x), last))))
+    return sum(values) / (max(1, len(values)) if margin == 0.5 else samples**2)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 5])
+def test_float64_is_exact(samples):
+    (cells,), rois, size = make_maps(1, torch.float64, strides=(8,)), make_rois(6).double(), 2
+    pools = {1.0: roi_align, 0.5: lambda f, r, *a, **k: deform_roi_pool(f, r, None, *a, **k)}
+    for margin, pool in pools.items():
+        out = pool([cells], rois, size, (8,), samples, impl="torch")
+        for r, row, column in product(range(len(rois)), range(size), range(size)):
+            image, *box = rois[r].tolist()
+            place = [v / 8 for v in box], row, column, size, samples, margin
+            truth = slow_bin(cells[int(image), 0].tolist(), *place)
+            assert abs(out[r, 0, row, column].item() - truth) < 1e-12
 
 
 def test_degenerate_input():

@@ -1,0 +1,92 @@
+"""What is found in an image does not depend on the images that are detected beside it."""
+
+import dataclasses
+import importlib
+
+import numpy as np
+import pytest
+import torch
+
+import common
+
+NAMES = ["d2det", "double_head", "cpm_rcnn", "iou_aware_retinanet", "dc_loss_clnms"]
+SMALL = {
+    "d2det": dict(conv_channels=8, num_convs=2, groups=2, fc_channels=16),
+    "double_head": dict(conv_channels=16, fc_channels=16),
+    "cpm_rcnn": dict(point_channels=1, num_convs=1, fc_channels=16),
+    "iou_aware_retinanet": dict(tower_convs=1, tower_groups=4),
+    "dc_loss_clnms": dict(tower_convs=1, tower_groups=4),
+}
+
+
+def make(name, norm):
+    """A narrow detector with random weights, none of them so small that its input hardly counts."""
+    method = importlib.import_module(name)
+    torch.manual_seed(0)
+    small = dict(fpn_channels=16, norm=norm, workers=0, score_threshold=0.005, **SMALL[name])
+    model = method.Detector(dataclasses.replace(method.Config(), **{**method.TINY, **small}), 10)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+            torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+    return model.eval()
+
+
+def pictures():
+    """A small image, a larger one of another aspect, one that pads to the first one's size."""
+    wide, tall, near = (common.SyntheticDetection(3, 160)[i][0] for i in range(3))
+    return [wide[:, :60, :90], tall[:, :, :70], near[:, :50, :96]]
+
+
+def check_same(found, alone):
+    """The same boxes in any order: where two are all but equal, the last bit decides."""
+    assert len(found["boxes"]) == len(alone["boxes"]) >= 20
+    near = (found["boxes"][:, None] - alone["boxes"]).abs().amax(-1) < 1e-3
+    near &= (found["scores"][:, None] - alone["scores"]).abs() < 1e-4
+    near &= found["labels"][:, None] == alone["labels"]
+    for side in (0, 1):
+        assert near.any(side).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("norm", ["gn", "bn", "frozen_bn"])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_image_is_detected_as_if_it_were_alone(name, norm):
+    model, images = make(name, norm), pictures()
+    for image, found in zip(images, model.predict(images), strict=True):
+        check_same(found, *model.predict([image]))
+
+
+class Crops(torch.utils.data.Dataset):
+    """Synthetic images of many sizes."""
+
+    def __init__(self):
+        self.whole = common.SyntheticDetection(7, 128)
+        self.sizes = np.array([(128, 40 + 29 * (i * 3 % 4)) for i in range(7)])
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        h, w = self.sizes[index].tolist()
+        target = common.make_target(torch.zeros(0, 4), [], [], index, (h, w))
+        return self.whole[index][0][:, :h, :w], target
+
+
+def test_evaluation_does_not_depend_on_batch_or_processes(monkeypatch):
+    model, data = make("iou_aware_retinanet", "gn"), Crops()
+    seen, shapes, outputs = [], [], model.outputs
+    monkeypatch.setattr(model, "outputs", lambda i: shapes.append(len(i)) or outputs(i))
+    for batch, world in ((1, 1), (3, 1), (8, 1), (2, 2)):
+        shared = dict(scales=(96,), test_scales=(96, 64), max_size=160, test_flip=True)
+        config = dataclasses.replace(model.config, eval_batch=batch, **shared)
+        found = {}
+        for rank in range(world):
+            monkeypatch.setattr(common, "rank_and_world", lambda r=rank, w=world: (r, w))
+            for target, mine in common.detect(model, data, config, torch.device("cpu")):
+                assert target["image_id"] not in found
+                found[target["image_id"]] = mine
+        assert sorted(found) == list(range(7))
+        seen.append(found)
+    assert max(shapes) > 1  # images of one size meet although they lie apart in the data
+    for other in seen[1:]:
+        for i in range(7):
+            check_same(other[i], seen[0][i])
