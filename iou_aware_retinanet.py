@@ -1,44 +1,38 @@
 """IoU-aware RetinaNet (Wu et al., 2019): let the detector say how well each box fits.
+Paper: https://arxiv.org/abs/1912.05992
+Release: https://github.com/ShengkaiWu/IoU-aware-single-stage-object-detector
 
-RetinaNet ranks boxes by class score, which knows nothing of how well they lie: a sloppy box with a
-sure class suppresses a good one. Here one more 3x3 convolution on the box tower predicts the IoU
-of each regressed anchor with its object, and boxes are ranked by p^alpha * IoU^(1 - alpha).
+RetinaNet ranks boxes by their class score, which does not know how well they fit. In NMS a box that
+fits badly therefore suppresses a better one of lower score, and in the computation of AP it stands
+before it. Here one more 3x3 convolution on the box tower predicts the IoU of each regressed anchor
+with its object, and boxes are ranked by p^alpha * IoU^(1 - alpha). The prediction shares the box
+tower, because a tower of its own would cost a third more of the head.
+The IoU is a target that the network itself makes, and the release lets the gradient through it: so
+the IoU loss also trains the box. In our experiments (docs/results.md) most of the gain at high IoU
+comes from this, at a cost in AP50, and little from the ranking.
 
     image -> ResNet-FPN -> P3..P7
       class tower, 4 convs -> cls_logits [B, N, K]
-      box tower, 4 convs   -> box_deltas [B, N, 4]
+      box tower, 4 convs   -> deltas     [B, N, 4]
                            -> iou_logits [B, N]       target: IoU(decoded box, its gt)
-      score = sigmoid(cls)^alpha * sigmoid(iou)^(1 - alpha) -> top 1000 a level -> NMS
+    training: RetinaNet's focal loss and box loss, and BCE of the predicted IoU on the positives
+    test:     score = sigmoid(cls)^alpha * sigmoid(iou)^(1 - alpha)
+              -> best 1000 (anchor, class) pairs of each level over 0.05 -> NMS -> best 100
 
-Rows (COCO AP as printed in the paper; ours: not run, needs COCO and GPU days):
-    table1.retinanet_r50 35.9 .._r101 38.1 .._x101 39.0   table1.r50 36.9  .r101 39.2  .x101 40.6
-    table2.baseline 34.3   table2.l2 35.1   table2.bce 35.4   (val 2017 from here on, 600/1000 px)
-    table3.none 35.4   table3.alpha_1.0 34.5 .. alpha_0.5 35.5 .. alpha_0.0 0.4   (table4: AP50..90)
-    table5.retinanet_r50 51.4   .._r101 55.1   table5.r50 53.6   table5.r101 56.2   (VOC 2007 test)
-    Table 1's other lines are other detectors. Tables 3 and 4 are one model: `--sweep-alpha`.
+Where paper and release differ, the release made the paper's numbers and decides:
+    The target IoU is not detached. BCE draws a box to its gt where the predicted IoU is above 0.5,
+    and away from it below. `--no-iou-grad` detaches it; the paper does not say.
+    Scores are fused before the best 1000 and the threshold of 0.05, not only for "subsequent NMS
+    and AP computation".
+All other deviations stand beside ROWS. RetinaNet itself is in baselines/retinanet.py.
 
-Deviations (paper | authors' release | here):
-    Target IoU in Eq. 3: - | not detached, the IoU loss also moves the box | release: BCE draws it to
-        its gt where the predicted IoU is above 0.5 and away below it. `--no-iou-grad` detaches it.
-    Number of positives: N_pos | each image counts at least one | release.
-    L2, L1 and smooth L1 IoU losses: no formula | - | of sigmoid(logit) - IoU, squared without 1/2.
-    Where scores are fused: "subsequent NMS and AP" | before top 1000 and threshold | release.
-    Table 1's X-101: ResNeXt-101-32x8d | 32x4d, the baseline too | 32x8d: torchvision has no
-        weights of 32x4d.
-    P7: - | no ReLU between P6 and P7 | release. Anchors: - | "+1" box sizes, rounded | neither.
-    Boxes that enter NMS: - | all classes of a level's best 1000 anchors | its best 1000 (anchor,
-        class) pairs, RetinaNet's own rule: the rest rarely reach the best 100 and cost most of NMS;
-        `--all-classes` is the release. At alpha = 0 an anchor's classes all tie, and it matters.
-    Anchors in the batch's padding and in crowd regions: - | plain background | do not train.
-
-"none" in Tables 2 to 4 is p * IoU: the ranking of alpha = 0.5, whose square it is. The two differ
-only through the score threshold, which cuts the square more often (35.4 and 35.5 in the paper).
+In comments "(3.1)" is a section of the paper, "(release)" a value seen in the release, "choice:"
+our own where neither decides.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -46,45 +40,91 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import common
+import engine
+from baselines import retinanet
 
-# B images, K classes, A = 9 anchors per cell, N anchors per image, G ground-truth boxes
-# P positive anchors of the whole batch; R anchors kept for prediction
-# labels of anchors [B, N]: 1 positive, 0 negative, -1 ignored; classes 0..K-1, background K
+# B images, L levels, K classes, A = 9 anchors per cell, N anchors per image
+# P positive anchors of the whole batch, each with its gt
+# index: (image, anchor), two tensors that pick anchors of the batch, as in iou_logits[index]
 # cls_probs = sigmoid(cls_logits): p in the paper; iou_probs = sigmoid(iou_logits): IoU in the paper
 
 
 @dataclass
-class Config(common.Config):
+class Config(retinanet.Config):
     """IoU-aware RetinaNet with ResNet-50 on COCO: Table 1."""
 
     iou_head: bool = True  # predict IoU (3.1); off: RetinaNet, the baseline
     iou_loss: Literal["bce", "l2", "l1", "smooth_l1"] = "bce"  # loss of the IoU (Eq. 3, Table 2)
     iou_grad: bool = True  # the IoU loss also moves the box, through its target (release)
     iou_weight: float = 1.0  # weight of the loss of the predicted IoU (Eq. 4)
-    cls_weight: float = 1.0  # weight of the focal loss (Eq. 4)
-    box_weight: float = 1.0  # weight of the box loss (Eq. 4)
     alpha: float = 0.5  # score = p^alpha IoU^(1-alpha) (Eq. 5; release; best in Table 3: 0.4, 0.5)
     product: bool = False  # score = p * IoU instead ("none" in Tables 2 to 4)
-    focal_alpha: float = 0.25  # focal loss: weight of the true class
-    focal_gamma: float = 2.0  # focal loss: exponent
-    box_beta: float = 0.11  # smooth L1 is quadratic below (release)
-    fg_iou: float = 0.5  # anchors are positive from this IoU on
-    bg_iou: float = 0.4  # anchors are negative below this IoU
-    tower_convs: int = 4  # convolutions in each tower
-    tower_groups: int = 0  # groups of a GroupNorm after each of them; 0: no norm (paper)
-    anchor_scale: float = 4.0  # anchors' side in strides, times 2^(0, 1/3, 2/3)
-    score_threshold: float = 0.05  # on the fused score
-    top_scores: int = 1000  # (anchor, class) pairs per level that are decoded, by fused score
-    all_classes: bool = False  # all classes of so many anchors instead of so many pairs (release)
-    nms_iou: float = 0.5  # NMS per class suppresses above this IoU
-    max_detections: int = 100  # detections kept per image
-    sweep_alpha: bool = False  # score --weights under every alpha in one pass and draw the curve
-    analyze: bool = False  # correlation of score and IoU before and after fusion, and the oracle
-    lr: float = 0.01  # learning rate for 16 images a step (release)
-    clip_norm: float = 35.0  # largest gradient norm (release)
 
 
 # ------------------------------------------------------------------------------ equations
+
+
+def detection_confidence(cls_probs: Tensor, iou_probs: Tensor, alpha: float | None) -> Tensor:
+    """Eq. 5: cls_probs^alpha * iou_probs^(1 - alpha), or with alpha None their plain product.
+
+    alpha = 1 gives cls_probs and alpha = 0 gives iou_probs, exactly. Shapes broadcast.
+
+    >>> detection_confidence(torch.tensor([0.25, 0.25]), torch.tensor([1.0, 0.04]), 0.5)
+    tensor([0.5000, 0.1000])
+    """
+    if alpha is None:
+        return cls_probs * iou_probs
+    return cls_probs**alpha * iou_probs ** (1 - alpha)
+
+
+# ------------------------------------------------------------------------------ heads
+
+
+class IoUBranch(nn.Conv2d):
+    """The paper's addition: a 3x3 convolution that predicts the IoU of each regressed anchor (3.1).
+
+    It sits on the last maps of anyone's box tower: L maps [B, C, H, W] -> logits [B, N] with
+    N = sum(H*W*A), level by level, cells row by row, in each cell anchor by anchor. It starts at
+    N(0, 0.01) with bias 0 (release): IoU 0.5 everywhere.
+
+    >>> branch = IoUBranch(in_channels=8, num_anchors=9)
+    >>> branch([torch.rand(2, 8, 4, 4), torch.rand(2, 8, 2, 2)]).shape
+    torch.Size([2, 180])
+    """
+
+    def __init__(self, in_channels: int = 256, num_anchors: int = 9):
+        super().__init__(in_channels, num_anchors, 3, padding=1)
+        nn.init.normal_(self.weight, std=0.01)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        convolve = super().forward
+        maps = [convolve(f) for f in features]  # [B, A, H, W] each
+        return torch.cat([m.permute(0, 2, 3, 1).flatten(1) for m in maps], 1).float()
+
+
+class IoUAwareHead(retinanet.RetinaTowers):
+    """Figure 1: RetinaNet's towers, and an IoUBranch on the box tower.
+
+    L maps -> cls_logits [B, N, K], deltas [B, N, 4], iou_logits [B, N]; N = sum(H*W*A).
+
+    >>> head = IoUAwareHead(8, num_anchors=9, num_classes=3)
+    >>> [t.shape for t in head([torch.rand(2, 8, 4, 4), torch.rand(2, 8, 2, 2)])]
+    [torch.Size([2, 180, 3]), torch.Size([2, 180, 4]), torch.Size([2, 180])]
+    """
+
+    names = ("cls_logits", "deltas", "iou_logits")  # of what forward returns
+
+    def __init__(self, in_channels=256, num_anchors=9, num_classes=80, num_convs=4, groups=0):
+        super().__init__(in_channels, num_anchors, num_classes, num_convs, groups)
+        self.iou_logits = IoUBranch(in_channels, num_anchors)
+
+    def forward(self, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        cls_logits, deltas, box_features = super().forward(features)
+        return cls_logits, deltas, self.iou_logits(box_features)
+
+
+# ------------------------------------------------------------------------------ losses
 
 
 def iou_prediction_loss(
@@ -104,205 +144,115 @@ def iou_prediction_loss(
     return {"l1": F.l1_loss, "l2": F.mse_loss}[kind](logits.sigmoid(), ious, reduction="none")
 
 
-def detection_confidence(cls_probs: Tensor, iou_probs: Tensor, alpha: float | None) -> Tensor:
-    """Eq. 5: cls_probs^alpha * iou_probs^(1 - alpha), or with alpha None their plain product.
+def iou_branch_loss(
+    iou_logits: Tensor,
+    boxes: Tensor,
+    gt_boxes: Tensor,
+    kind: str = "bce",
+    beta: float = 0.11,
+    move_boxes: bool = True,
+    num_positives: Tensor | int | None = None,
+) -> Tensor:
+    """Eq. 3 over P positives: the summed loss over num_positives (default: P), a scalar.
 
-    alpha = 1 gives cls_probs and alpha = 0 gives iou_probs, exactly. Shapes broadcast.
+    iou_logits [P]; boxes [P, 4], as the network regresses them, and gt_boxes [P, 4]. With
+    `move_boxes` the gradient also reaches `boxes`, by the IoU that is the target. The slope of BCE
+    in its target is -logit: an IoU predicted above 0.5 draws the box to its gt, one below pushes it
+    away.
 
-    >>> detection_confidence(torch.tensor([0.25, 0.25]), torch.tensor([1.0, 0.04]), 0.5)
-    tensor([0.5000, 0.1000])
+    >>> box, gt = torch.tensor([[0., 0., 20., 10.]]), torch.tensor([[5., 0., 15., 10.]])  # IoU 1/2
+    >>> iou_branch_loss(torch.zeros(1), box, gt) / torch.tensor(2.0).log()
+    tensor(1.)
     """
-    if alpha is None:
-        return cls_probs * iou_probs
-    return cls_probs**alpha * iou_probs ** (1 - alpha)
-
-
-# ------------------------------------------------------------------------------ heads
-
-
-class IoUAwareHead(common.RetinaTowers):
-    """Figure 1: RetinaNet's towers and one more 3x3 convolution on the box tower.
-
-    L maps -> cls_logits [B, N, K], box_deltas [B, N, 4], iou_logits [B, N]; N = sum(H*W*A).
-    The IoU convolution starts at N(0, 0.01) with bias 0 (release): IoU 0.5 everywhere.
-
-    >>> head = IoUAwareHead(8, num_anchors=9, num_classes=3)
-    >>> [t.shape for t in head([torch.rand(2, 8, 4, 4), torch.rand(2, 8, 2, 2)])]
-    [torch.Size([2, 180, 3]), torch.Size([2, 180, 4]), torch.Size([2, 180])]
-    """
-
-    def __init__(self, in_channels=256, num_anchors=9, num_classes=80, num_convs=4, groups=0):
-        super().__init__(in_channels, num_anchors, num_classes, num_convs, groups)
-        self.iou_logits = nn.Conv2d(in_channels, num_anchors, 3, padding=1)
-        nn.init.normal_(self.iou_logits.weight, std=0.01)
-        nn.init.zeros_(self.iou_logits.bias)
-
-    def forward(self, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        cls_logits, box_deltas, box_features = super().forward(features)
-        iou_logits = common.flatten_levels([self.iou_logits(f) for f in box_features], 1)
-        return cls_logits, box_deltas, iou_logits.squeeze(-1).float()
-
-
-# ------------------------------------------------------------------------------ losses
-
-
-def positive_losses(deltas, iou_logits, anchors, gt_boxes, num, config: Config) -> dict:
-    """Eq. 2 and 3 over P positives: deltas, anchors, gt_boxes [P, 4], iou_logits [P] or None."""
-    wanted = common.encode_boxes(anchors, gt_boxes)
-    box = F.smooth_l1_loss(deltas, wanted, beta=config.box_beta, reduction="sum")
-    losses = {"box": config.box_weight * box / num}
-    if iou_logits is not None:
-        ious = common.aligned_iou(common.decode_boxes(anchors, deltas), gt_boxes)
-        ious = ious if config.iou_grad else ious.detach()
-        iou = iou_prediction_loss(iou_logits, ious, config.iou_loss, config.box_beta).sum()
-        losses["iou"] = config.iou_weight * iou / num
-    return losses
+    ious = common.aligned_iou(boxes if move_boxes else boxes.detach(), gt_boxes)
+    total = iou_prediction_loss(iou_logits, ious, kind, beta).sum()
+    return total / (max(1, len(boxes)) if num_positives is None else num_positives)
 
 
 # ------------------------------------------------------------------------------ detector
 
 
-class Detector(common.RetinaNet):
-    """Figure 1. For `outputs`, `candidates`, `finish` and `predict` see common.py."""
+class Detector(retinanet.RetinaNet):
+    """Figure 1: RetinaNet with one more loss and another score.
+
+    `loss` is RetinaNet's, and adds `further_losses` to its own; `score` is what `select` ranks by.
+    For both see baselines/retinanet.py, for `finish`, `predict` and the two configs
+    engine/detector.py.
+    """
 
     def __init__(self, config: Config, num_classes: int):
-        head = IoUAwareHead if config.iou_head else common.RetinaTowers
+        head = IoUAwareHead if config.iou_head else retinanet.RetinaTowers
         super().__init__(config, num_classes, head)
 
-    def loss(self, images: list[Tensor], targets: list[dict]) -> dict[str, Tensor]:
-        config, out = self.config, self.outputs(images)
-        labels, gt_boxes, gt_labels = common.match_anchors(
-            out["anchors"], out["sizes"], targets, config.fg_iou, config.bg_iou
+    def further_losses(self, out: dict, positives: retinanet.Positives, num_positives) -> dict:
+        """The last term of Eq. 4, weighted."""
+        config = self.config
+        if not config.iou_head:
+            return {}
+        loss = iou_branch_loss(
+            out["iou_logits"][positives.index],
+            positives.boxes(),
+            positives.gt_boxes,
+            kind=config.iou_loss,
+            beta=config.box_beta,
+            move_boxes=config.iou_grad,
+            num_positives=num_positives,
         )
-        num = common.count_positives(labels)
-        classes = common.class_targets(labels, gt_labels, self.num_classes).flatten()
-        logits = out["cls_logits"].flatten(0, 1)
-        focal = common.focal_loss(logits, classes, config.focal_alpha, config.focal_gamma)
-        at = (labels == 1).nonzero(as_tuple=True)  # image [P], anchor [P]: the host waits here
-        iou_logits = out["third"][at] if config.iou_head else None
-        return {
-            "cls": config.cls_weight * focal.sum() / num,
-            **positive_losses(
-                out["deltas"][at], iou_logits, out["anchors"][at[1]], gt_boxes[at], num, config
-            ),
-        }
+        return {"iou": config.iou_weight * loss}
 
-    def rank(self, probs: Tensor, outputs: dict, at: tuple, config: Config) -> Tensor:
-        """The fused score, which also chooses the boxes that enter NMS."""
+    def score(self, probs: Tensor, outputs: dict, index: tuple, config: Config) -> Tensor:
+        """Eq. 5: the fused score, which also chooses the boxes that enter NMS."""
         if not self.config.iou_head:
             return probs
+        iou_probs = outputs["iou_logits"][index].sigmoid()
         alpha = None if config.product else config.alpha
-        return detection_confidence(probs, outputs["third"][at].sigmoid()[..., None], alpha)
+        return detection_confidence(probs, iou_probs[..., None], alpha)
 
     def select(self, outputs: dict, config: Config) -> dict[str, Tensor]:
         """The boxes that enter NMS, and beside their fused score both of its factors."""
-        found = super().select(outputs, config)
-        at = found["image"], found["anchor"]
-        found["cls_probs"] = outputs["cls_logits"][(*at, found["labels"])].sigmoid()
-        found["iou_probs"] = torch.ones_like(found["scores"])
+        boxes = super().select(outputs, config)
+        image, anchor = boxes["image"], boxes["anchor"]
+        boxes["cls_probs"] = outputs["cls_logits"][image, anchor, boxes["labels"]].sigmoid()
+        boxes["iou_probs"] = torch.ones_like(boxes["scores"])
         if self.config.iou_head:
-            found["iou_probs"] = outputs["third"][at].sigmoid()
-        return found
-
-
-# ------------------------------------------------------------------------------ analysis
-
-ALPHAS = tuple(round(1 - i / 10, 1) for i in range(11))  # Table 3
-
-
-def sweep_alpha(model: Detector, val_data, config: Config, device, out: Path) -> dict[str, dict]:
-    """Tables 3 and 4 from one forward pass: sweep_alpha.json, sweep_alpha.png and a table.
-
-    Twelve sets of detections are held at once: some 4 GB of memory for COCO's 5,000 images.
-    """
-    if not model.config.iou_head:
-        raise common.BadInput("--sweep-alpha needs a model with an IoU head (--iou-head)")
-    configs = {"none": replace(config, product=True)}
-    configs |= {f"{a:.1f}": replace(config, product=False, alpha=a) for a in ALPHAS}
-    rows = common.study("sweep_alpha", model, configs, val_data, config, device, out)
-    if common.rank_and_world()[0] == 0:
-        xlabel = "alpha (0: predicted IoU alone, 1: class score alone)"
-        title = "score = p^alpha IoU^(1 - alpha); dotted: p IoU"
-        common.draw_sweep(rows, xlabel, title, out / "sweep_alpha.png")
-    return rows
-
-
-def analyze(model: Detector, val_data, config: Config, device, out: Path) -> dict:
-    """The paper's claim on one model: does the score follow the IoU, before and after fusion?
-
-    The boxes are the same in every ranking: those whose class score passes the threshold. IoU is
-    that with the best gt of the box's class, `matched` where at least 0.5. The oracle takes the
-    true IoU with the best gt of any class for the predicted one. Writes analyze.json, analyze.png.
-    A model without an IoU head has nothing to fuse: the baseline's numbers.
-    """
-    alpha = None if config.product else config.alpha
-    by_class = replace(config, alpha=1.0, product=False)
-    points, results = {}, {"class score": [], "fused": [], "oracle": []}
-    for image_id, found in common.candidates_with_iou(model, val_data, by_class, device):
-        cls_probs, iou_probs = found["cls_probs"], found["iou_probs"]
-        scores = {"class score": cls_probs}
-        if model.config.iou_head:
-            scores["fused"] = detection_confidence(cls_probs, iou_probs, alpha)
-        measured = {**scores, "predicted IoU": iou_probs, "IoU": found["iou"]}
-        for name, values in measured.items():
-            points.setdefault(name, []).append(values)
-        scores["oracle"] = detection_confidence(cls_probs, found["iou_any"], alpha)
-        for name, values in scores.items():
-            (kept,) = model.finish({**found, "scores": values, "image": found["labels"] * 0}, 1)
-            results[name] += common.to_coco(image_id, kept, val_data.categories)
-    shares = common.gather(({k: torch.cat(v) for k, v in points.items()}, results))
-    points = {k: torch.cat([p[k] for p, _ in shares if p]) for k in points}
-    results = {k: [r for _, share in shares for r in share[k]] for k in results}
-    if not model.config.iou_head:
-        del results["fused"], points["predicted IoU"]
-    return report(points, results, val_data.coco(), alpha, out)
-
-
-def report(points: dict[str, Tensor], results: dict, truth: dict, alpha, out: Path) -> dict:
-    """Numbers and figure of `analyze`: points are [n] by name, results detections by ranking."""
-    matched = {k: v[points["IoU"] >= 0.5] for k, v in points.items()}
-    summary = {"alpha": alpha, "candidates": len(points["IoU"]), "matched": len(matched["IoU"])}
-    for name in [k for k in points if k != "IoU"]:
-        both = {"matched": matched, "all": points}
-        summary[name] = {k: common.correlation(p[name], p["IoU"]) for k, p in both.items()}
-        common.say(f"{name:13} against IoU: {summary[name]}")
-    if common.rank_and_world()[0] == 0:
-        rows = {name: common.coco_metrics(truth, found) for name, found in results.items()}
-        common.show_table(rows)
-        summary["metrics"] = rows
-        common.write_json(out / "analyze.json", summary)
-        draw_analysis(matched, rows, out / "analyze.png")
-    return summary
-
-
-def draw_analysis(points: dict[str, Tensor], rows: dict[str, dict], path: Path) -> None:
-    figure, ((left, middle, right),) = common.new_figure(15, 4.5, 1, 3)
-    for axis, name in ((left, "class score"), (middle, "fused")):
-        if name in points:
-            x, y = points[name], points["IoU"]
-            axis.hexbin(x, y, gridsize=30, bins="log", extent=(0, 1, 0.5, 1), mincnt=1)
-            axis.set(xlabel=f"{name} (Pearson {common.correlation(x, y)['pearson']})")
-        axis.set(ylabel="IoU with the matched gt")
-    for name, metrics in rows.items():
-        keys = ("AP50", "AP60", "AP70", "AP80", "AP90")
-        values = [common.percent(metrics[k]) for k in keys]
-        right.plot([int(k[2:]) for k in keys], values, "o-", label=name)
-    right.set(xlabel="IoU threshold in %", ylabel="AP in %", title="the same boxes, ranked by")
-    right.legend()
-    figure.savefig(path, dpi=80)
+            boxes["iou_probs"] = outputs["iou_logits"][image, anchor].sigmoid()
+        return boxes
 
 
 # ------------------------------------------------------------------------------ rows
 
+# Deviations (paper | release | here). Those that change what is learned or found:
+#   Target IoU in Eq. 3: - | not detached, the IoU loss also moves the box | release;
+#       `--no-iou-grad` detaches it.
+#   L2, L1 and smooth L1 losses of the IoU: no formula | - | of sigmoid(logit) - IoU; the square
+#       without 1/2.
+#   Where scores are fused: "subsequent NMS and AP" | before top 1000 and threshold | release.
+#   Table 1's X-101: ResNeXt-101-32x8d | 32x4d, the baseline too | 32x8d: torchvision has no weights
+#       of 32x4d.
+#   Boxes that enter NMS: - | all classes of a level's best 1000 anchors | its best 1000 (anchor,
+#       class) pairs; `--all-classes` is the release. At alpha = 0 an anchor's classes all tie, and
+#       it matters.
+#   Anchors in the batch's padding and in crowd regions: - | plain background | do not train.
+# Those that do not, or hardly:
+#   Number of positives: N_pos | each image counts at least one | release.
+#   P7: - | no ReLU between P6 and P7 | release.
+#   Anchors: - | "+1" box sizes, rounded | neither.
+
+# "none" in Tables 2 to 4 is p * IoU: the ranking of alpha = 0.5, whose square it is. The two differ
+# only through the score threshold, which cuts the square more often (35.4 and 35.5 in the paper).
+
+ALPHAS = tuple(round(1 - i / 10, 1) for i in range(11))  # Table 3
 _SMALL = dict(scales=(600,), test_scales=(600,), max_size=1000)  # the ablations' image scale
-# VOC has the same 12 epochs, drops after 8 and 11 and rate, 0.0075 for 12 images (release)
-_VOC = _SMALL
+_VOC = _SMALL  # 12 epochs, drops after 8 and 11, rate 0.0075 for 12 images (release): as on COCO
 # x101 is what the paper prints; the release's config, and the baseline's, is ResNeXt-101-32x4d
 _BACKBONES = {"r50": "resnet50", "r101": "resnet101", "x101": "resnext101_32x8d"}
 
-# table1.retinanet_*: MMDetection's published models, which the authors only evaluated.
-# One training each: table2.bce, table3.none and .alpha_* and table4.none and .alpha_* (that is
-# `--sweep-alpha`); table2.baseline, table3.baseline and table4.baseline.
+# One training, several rows:
+#   table2.bce, table3.none, table3.alpha_*, table4.none, table4.alpha_*: `python -m studies.sweep`
+#   table2.baseline, table3.baseline, table4.baseline
+# Table 1 is test-dev, which COCO's server scores; table1.retinanet_* are MMDetection's published
+# models, which the authors only evaluated. Tables 2 to 4 are val 2017, Table 5 VOC 2007 test.
+# Table 1's other lines are other detectors. Ours: not run, needs COCO and GPU days.
 ROWS: dict[str, dict] = {
     **{f"table1.retinanet_{k}": dict(iou_head=False, backbone=v) for k, v in _BACKBONES.items()},
     **{f"table1.{k}": dict(backbone=v) for k, v in _BACKBONES.items()},
@@ -361,20 +311,11 @@ PAPER: dict[str, dict] = {
 
 NOT_YET: dict[str, str] = {}
 
-TINY = dict(
-    common.TINY,
-    tower_convs=2,
-    tower_groups=8,
-    anchor_scale=3.0,
-    epochs=2.0,  # one-stage detectors learn slowly from nothing
-)
+TINY = dict(retinanet.TINY)
 
 
 def main(argv=None):
-    return common.run(
-        "iou_aware_retinanet", Config, Detector, ROWS, PAPER, NOT_YET, TINY, argv, kind="one_stage",
-        actions={"sweep_alpha": sweep_alpha, "analyze": analyze},
-    )  # fmt: skip
+    return engine.run("iou_aware_retinanet", Config, Detector, ROWS, PAPER, NOT_YET, TINY, argv)
 
 
 if __name__ == "__main__":

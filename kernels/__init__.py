@@ -1,11 +1,13 @@
 """Detection ops with a plain torch reference, a Triton implementation and a benchmark each.
 
-Every file here also works when copied alone: it needs torch, and uses triton and torchvision where
-they are installed. `python -m kernels.bench` checks and times all of them.
+Every file here also works when copied alone, and the folder wherever it is copied: it needs torch,
+and uses triton and torchvision where they are installed. `python -m kernels.bench`, which needs
+torchvision, checks and times all of them.
 """
 
-from kernels.dense_decode import decode_dense_offsets
-from kernels.nms import (
+from .dense_decode import decode_dense_offsets
+from .focal_loss import focal_loss
+from .nms import (
     batched_nms,
     cl_nms,
     cl_nms_padded,
@@ -14,7 +16,7 @@ from kernels.nms import (
     soft_nms,
     soft_nms_padded,
 )
-from kernels.roi_align import deform_roi_pool, roi_align, roi_level
+from .roi_align import deform_roi_pool, roi_align, roi_level
 
 __all__ = [
     "batched_nms",
@@ -22,6 +24,7 @@ __all__ = [
     "cl_nms_padded",
     "decode_dense_offsets",
     "deform_roi_pool",
+    "focal_loss",
     "nms",
     "nms_padded",
     "roi_align",

@@ -16,15 +16,20 @@ The boxes are those of detections. NMS on random boxes, which all overlap or non
 Times are milliseconds, by events on a GPU with its L2 cache emptied before each call, by the clock
 on a CPU. `copy` is the share of the bandwidth of a plain copy, measured in the same run; `ratio` is
 the median time of what it is compared `against` over ours, so that a number below 1 is a loss.
+`wall` is the time by the clock from a call to its return, GPU work not awaited: what Python costs.
 """
 
-import dataclasses
+import argparse
+import importlib
 import json
 import math
 import os
 import platform
 import statistics
 import time
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -32,11 +37,12 @@ import torchvision
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from kernels.dense_decode import bench_cases as decode_cases
-from kernels.nms import batched_nms
-from kernels.nms import bench_cases as nms_cases
-from kernels.roi_align import bench_cases as roi_cases
+from .dense_decode import decode_dense_offsets, decode_dense_reference
+from .focal_loss import focal_loss, focal_loss_reference
+from .nms import batched_nms, cl_nms, nms, nms_padded, soft_nms
+from .roi_align import deform_roi_pool, roi_align, roi_level
 
+roi_module = importlib.import_module(".roi_align", __package__)  # the package's own is the function
 HEIGHT, WIDTH = 800, 1333
 
 
@@ -185,6 +191,18 @@ def times_ms(run, device: torch.device, seconds: float) -> list[float]:
     return [cuts[1], cuts[4], cuts[7]]
 
 
+def wall_ms(run, device: torch.device, calls: int = 5) -> float:
+    """Median time from a call to its return, which on a GPU is what the host spends."""
+    samples = []
+    for _ in range(calls):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        run()
+        samples.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(samples)
+
+
 def copy_bandwidth(device: torch.device, seconds: float) -> float:
     """GB/s of copying one large tensor to another, bytes read plus bytes written."""
     size = (1 << 30) if device.type == "cuda" else (64 << 20)
@@ -193,7 +211,224 @@ def copy_bandwidth(device: torch.device, seconds: float) -> float:
     return 2 * size / 1e6 / times_ms(lambda: target.copy_(source), device, seconds)[1]
 
 
-def cases(device: torch.device):
+# A case is a dict: name; run; baseline (or None) and baseline_name, what the time is compared with;
+# reference (or None), whose result run's must match: a tensor or a tuple of them; bytes (or None),
+# the least that must move.
+
+
+def nms_cases(device: torch.device, sets: dict) -> Iterator[dict]:
+    """`sets` maps a name to (boxes [N, 4], scores [N], groups [N], images [N]).
+
+    torchvision is called once an image, which is how it is used. On a CPU soft_nms and cl_nms are
+    their references.
+    """
+    for name, tensors in sets.items():
+        boxes, scores, groups, images = (t.to(device) for t in tensors)
+        parts = [images == i for i in images.unique().tolist()]
+        parts = [(boxes[part], scores[part], groups[part]) for part in parts]
+        args, one = (boxes, scores, groups), parts[0][:2]
+        one_image = partial(torchvision.ops.nms, *one, 0.5)
+
+        def per_image(parts=parts):
+            return [torchvision.ops.batched_nms(*part, 0.5) for part in parts]
+
+        yield {
+            "name": f"batched_nms {name}",
+            "run": partial(batched_nms, *args, 0.5),
+            "baseline": per_image,
+            "baseline_name": "torchvision",
+            "reference": partial(batched_nms, *args, 0.5, impl="torch"),
+            "bytes": None,
+        }
+        yield {
+            "name": f"nms_padded {name}",
+            "run": partial(nms_padded, *args, 0.5),
+            "baseline": per_image,
+            "baseline_name": "torchvision",
+            "reference": partial(nms_padded, *args, 0.5, impl="torch"),
+            "bytes": None,
+        }
+        for impl in ("auto", "triton") if boxes.is_cuda else ("auto",):
+            yield {
+                "name": f"nms, one group of {len(one[0])}, {impl}",
+                "run": partial(nms, *one, 0.5, impl=impl),
+                "baseline": one_image,
+                "baseline_name": "torchvision",
+                "reference": partial(nms, *one, 0.5, impl="torch"),
+                "bytes": None,
+            }
+        for function in (soft_nms, cl_nms):
+            reference = partial(function, *args, 0.5, impl="torch")
+            yield {
+                "name": f"{function.__name__} {name}",
+                "run": partial(function, *args, 0.5),
+                "baseline": reference if boxes.is_cuda else None,
+                "baseline_name": "torch",
+                "reference": reference if boxes.is_cuda else None,
+                "bytes": None,
+            }
+
+
+def decode_cases(device: torch.device, rois: Tensor) -> Iterator[dict]:
+    """On proposals rois [R, 5]. Offsets and logits are what a trained head gives: cells near the
+    truth, jittered, and logits that are positive in the middle of the box.
+    """
+    generator = torch.Generator().manual_seed(0)
+    bins = (torch.arange(7) + 0.5) / 7
+    side = bins.expand(7, 7)
+    exact = torch.stack([side, side.T, 1 - side, 1 - side.T])  # [4, 7, 7] gives the proposal back
+    middle = 0.4 - torch.maximum((side - 0.5).abs(), (side.T - 0.5).abs())  # [7, 7]
+    for R in (1000, 200_000) if device.type == "cuda" else (1000,):
+        proposals = rois[torch.arange(R) % len(rois), 1:].to(device)
+        noise = torch.randn((R, 4, 7, 7), generator=generator)
+        offsets = (exact + 0.1 * noise).relu().to(device)
+        noise = torch.randn((R, 1, 7, 7), generator=generator)
+        logits = (10 * middle + noise).to(device)
+        for dtype in (torch.float32, torch.bfloat16):
+            args = (proposals, offsets.to(dtype), logits.to(dtype), (800, 1333))
+
+            def run(args=args):
+                return decode_dense_offsets(*args)
+
+            def eager(args=args):
+                return decode_dense_offsets(*args, impl="torch")
+
+            def reference(args=args):
+                return decode_dense_reference(*(a.double() for a in args[:3]), args[3]).float()
+
+            yield {
+                "name": f"decode_dense_offsets {R} x 7x7 {str(dtype)[6:]}",
+                "run": run,
+                "baseline": eager if device.type == "cuda" else None,  # on a CPU it is this op
+                "baseline_name": "torch",
+                "reference": reference,
+                "bytes": sum(a.numel() * a.element_size() for a in args[:3]) + R * 16,
+            }
+
+
+def focal_cases(device: torch.device) -> Iterator[dict]:
+    """Loss and gradient of the anchors of 800 x 1333 images, 80 classes; torchvision's one-hot."""
+    generator, K = torch.Generator().manual_seed(0), 80
+    for M in (20_000, 400_000) if device.type == "cuda" else (20_000,):
+        scores = torch.randn((M, K), generator=generator) - 4.6  # a head's prior, p = 0.01
+        labels = torch.randint(K, (M,), generator=generator)
+        labels = torch.where(torch.rand(M, generator=generator) < 0.99, K, labels).to(device)
+        for dtype in (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,):
+            logits = scores.to(device, dtype).requires_grad_()
+
+            def ours(function=focal_loss, logits=logits, labels=labels):
+                loss = function(logits, labels)
+                return loss.detach(), *torch.autograd.grad(loss.sum(), logits)
+
+            def reference(logits=logits, run=ours):
+                return run(focal_loss_reference, logits.detach().double().requires_grad_())
+
+            def one_hot(logits=logits, labels=labels):
+                target = torch.nn.functional.one_hot(labels, K + 1)[:, :K].to(logits.dtype)
+                loss = torchvision.ops.sigmoid_focal_loss(logits, target).sum(1)
+                return torch.autograd.grad(loss.sum(), logits)
+
+            yield {
+                "name": f"focal_loss and gradient {M} x {K} {str(dtype)[6:]}",
+                "run": ours,
+                "baseline": one_hot,
+                "baseline_name": "torchvision",
+                "reference": reference,
+                # Logits are read, the slope written and read, the gradient written.
+                "bytes": 4 * logits.numel() * logits.element_size(),
+            }
+
+
+def roi_align_torchvision(maps, rois, size, strides, sampling_ratio=2) -> Tensor:
+    """roi_align by torchvision's operator, level by level as its MultiScaleRoIAlign does."""
+    # The operator refuses bfloat16 and would round the boxes to the maps' dtype.
+    dtype = torch.promote_types(maps[0].dtype, torch.float32)
+    level = roi_level(rois, strides)
+    out = maps[0].new_zeros(len(rois), maps[0].shape[1], size, size)
+    for i, (f, stride) in enumerate(zip(maps, strides)):
+        here = (level == i).nonzero().squeeze(1)
+        boxes = rois[here].to(dtype)
+        pooled = torchvision.ops.roi_align(
+            f.to(dtype), boxes, size, 1 / stride, sampling_ratio, aligned=True
+        )
+        out[here] = pooled.to(out.dtype)
+    return out
+
+
+def roi_cases(device: torch.device, rois: Tensor) -> Iterator[dict]:
+    """Forward and backward over P2..P5 (256 channels) of two 800 x 1333 images of rois [R, 5],
+    at least 1000. The deformable op is compared with roi_align. The bytes that must move are every
+    cell that is touched, and the result, once.
+    """
+    strides, C = (4, 8, 16, 32), 256
+    layouts = [("NCHW fp32", torch.float32, torch.contiguous_format)]
+    if device.type == "cuda":
+        # bfloat16 makes torchvision convert all maps on each call; float16 does not.
+        layouts.append(("NCHW bf16", torch.bfloat16, torch.contiguous_format))
+        layouts.append(("channels_last bf16", torch.bfloat16, torch.channels_last))
+        layouts.append(("channels_last fp16", torch.float16, torch.channels_last))
+    for (layout, dtype, memory_format), (R, S) in product(layouts, ((1000, 7), (512, 14))):
+        random = torch.Generator(device).manual_seed(0)
+        shapes = [(2, C, -(-800 // s), -(-1333 // s)) for s in strides]
+        shapes += [(R, 2, S, S), (R, C, S, S)]
+        *maps, shift, grad = [torch.randn(s, generator=random, device=device) for s in shapes]
+        maps = [f.to(dtype, memory_format=memory_format).requires_grad_() for f in maps]
+        grad = grad.to(dtype, memory_format=memory_format)
+        inputs, options = [*maps, shift.requires_grad_()], (S, strides, 2)
+        boxes = rois[torch.linspace(0, len(rois) - 1, R).long()].to(device)  # of both images
+        align = partial(roi_align, maps, boxes, *options)
+        vision = partial(roi_align_torchvision, maps, boxes, *options)
+        deform = partial(deform_roi_pool, maps, boxes, shift, *options)
+        yield from _roi_op("roi_align", align, maps, vision, "torchvision", grad, layout)
+        yield from _roi_op("deform_roi_pool", deform, inputs, align, "roi_align", grad, layout)
+
+
+def _roi_op(op, run, inputs, rival, rival_name, grad, layout) -> Iterator[dict]:
+    maps, boxes, *_, S, strides, samples = run.args
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    skip = len(inputs) > len(maps)
+    shift = exact.pop() if skip else None
+    options = (exact, boxes, shift, S, strides, samples, 0.1, skip)
+    reference = partial(roi_module._pool_reference, *options)
+    rows, size = roi_module._taps(*options)[0].unique().numel(), maps[0].element_size()
+    touched, pooled = rows * maps[0].shape[1] * size, grad.numel() * size
+
+    def backward(pool, inputs):
+        graph = []  # made at the first call, so that the others time the backward alone
+
+        def gradients() -> tuple[Tensor, ...]:
+            if not graph:
+                graph.append(pool())
+            return torch.autograd.grad(graph[0], inputs, grad.to(graph[0].dtype), retain_graph=True)
+
+        return gradients
+
+    def truth() -> tuple[Tensor, ...]:
+        grads = backward(reference, [*exact, shift] if skip else exact)()
+        # The gradient of an offset jumps where a sample crosses into another cell, and float32 puts
+        # a few on the other side: 16 bits say how closely to compare it.
+        return (*grads[:-1], grads[-1].bfloat16()) if skip else grads
+
+    name = f"{op} {len(boxes)}x{grad.shape[1]}x{S}x{S} {layout}"
+    yield {
+        "name": f"{name} forward",
+        "run": torch.no_grad()(run),
+        "baseline": torch.no_grad()(rival),
+        "baseline_name": rival_name,
+        "reference": torch.no_grad()(reference),
+        "bytes": touched + pooled,
+    }
+    yield {
+        "name": f"{name} backward",
+        "run": backward(run, inputs),
+        "baseline": backward(rival, maps),
+        "baseline_name": rival_name,
+        "reference": truth,
+        "bytes": sum(f.numel() for f in maps) * size + pooled + (touched if skip else 0),
+    }
+
+
+def cases(device: torch.device) -> Iterator[dict]:
     """All ops' cases, on boxes of the same scenes."""
     gts = scenes(8)
     big = (1000, 5000, 20_000) if device.type == "cuda" else (1000, 5000)
@@ -202,6 +437,7 @@ def cases(device: torch.device):
     rois = proposals(gts[:2])
     yield from nms_cases(device, sets)
     yield from decode_cases(device, rois)
+    yield from focal_cases(device)
     yield from roi_cases(device, rois.to(device))
 
 
@@ -217,6 +453,7 @@ def run_case(case: dict, device: torch.device, seconds: float, copy: float) -> d
         case["run"]()
         row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
     row["p20"], row["p50"], row["p80"] = times_ms(case["run"], device, seconds)
+    row["wall"] = wall_ms(case["run"], device)
     if case.get("bytes"):
         row["gb_s"] = case["bytes"] / 1e6 / row["p50"]
         row["copy"] = row["gb_s"] / copy
@@ -226,25 +463,25 @@ def run_case(case: dict, device: torch.device, seconds: float, copy: float) -> d
     return row
 
 
-@dataclasses.dataclass
-class Config:
-    json: Path | None = None  # also write the numbers to this file
-    device: str = "auto"  # cuda where there is one, else cpu
-    seconds: float = 0.5  # time spent on each op and on each baseline
-    only: str = ""  # run the cases whose name contains this
+def pick_device(name: str) -> torch.device:
+    """The device that "auto", "cpu", "cuda" or "cuda:1" names, made current if it is a GPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":  # events and memory counts are the current device's
+        torch.cuda.set_device(device.index or 0)
+    return device
 
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table; returns the number of ops that did not match their reference."""
-    import tyro
-
-    config = tyro.cli(Config, args=argv, description=__doc__.splitlines()[0])
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # events and memory counts are the current device's
+    parser = argparse.ArgumentParser("kernels.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--device", default="auto", help="cuda where there is one, else cpu")
+    parser.add_argument("--seconds", type=float, default=0.5, help="spent on each op and baseline")
+    parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    config = parser.parse_args(argv)
+    device = pick_device(config.device)
     info = {
         "device": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
@@ -259,7 +496,7 @@ def main(argv: list[str] | None = None) -> int:
     print(
         ", ".join(f"{k} {v:.0f}" if v is info["copy_gb_s"] else f"{k} {v}" for k, v in info.items())
     )
-    columns = ("p20", "p50", "p80", "gb_s", "copy", "peak_mib", "ratio")
+    columns = ("p20", "p50", "p80", "wall", "gb_s", "copy", "peak_mib", "ratio")
     print(f"{'op':<62}" + "".join(f"{column:>10}" for column in columns) + "  against      check")
     rows = []
     for case in cases(device):

@@ -217,6 +217,8 @@ def decode_dense_offsets(
         if sizes.shape != (R, 2) or sizes.device != offsets.device:
             raise ValueError(f"image_sizes must be {[R, 2]} on {offsets.device}, or a pair (h, w)")
     elif image_sizes is not None:
+        if len(image_sizes) != 2 or not all(isinstance(size, (int, float)) for size in image_sizes):
+            raise ValueError(f"image_sizes must be (h, w) or a tensor {[R, 2]}, not {image_sizes}")
         height, width = (float(size) for size in image_sizes)
         if not (height >= 0 and width >= 0):
             raise ValueError(f"image_sizes must not be negative: {image_sizes}")
@@ -233,43 +235,3 @@ def decode_dense_offsets(
     )
     function = _decode_op if graph else _decode
     return function(proposals, offsets, overlap_logits, sizes, height, width, impl)
-
-
-def bench_cases(device, rois: Tensor):
-    """Cases for `python -m kernels.bench`; `rois` [R, 5] are real proposals (image, xyxy).
-
-    Offsets and logits are what a trained head gives: cells near the truth, jittered, and logits
-    that are positive in the middle of the box.
-    """
-    device = torch.device(device)
-    generator = torch.Generator().manual_seed(0)
-    bins = (torch.arange(7) + 0.5) / 7
-    side = bins.expand(7, 7)
-    exact = torch.stack([side, side.T, 1 - side, 1 - side.T])  # [4, 7, 7] gives the proposal back
-    middle = 0.4 - torch.maximum((side - 0.5).abs(), (side.T - 0.5).abs())  # [7, 7]
-    for R in (1000, 200_000) if device.type == "cuda" else (1000,):
-        proposals = rois[torch.arange(R) % len(rois), 1:].to(device)
-        noise = torch.randn((R, 4, 7, 7), generator=generator)
-        offsets = (exact + 0.1 * noise).relu().to(device)
-        noise = torch.randn((R, 1, 7, 7), generator=generator)
-        logits = (10 * middle + noise).to(device)
-        for dtype in (torch.float32, torch.bfloat16):
-            args = (proposals, offsets.to(dtype), logits.to(dtype), (800, 1333))
-
-            def run(args=args):
-                return decode_dense_offsets(*args)
-
-            def eager(args=args):
-                return decode_dense_offsets(*args, impl="torch")
-
-            def reference(args=args):
-                return decode_dense_reference(*(a.double() for a in args[:3]), args[3]).float()
-
-            yield {
-                "name": f"decode_dense_offsets {R} x 7x7 {str(dtype)[6:]}",
-                "run": run,
-                "baseline": eager if device.type == "cuda" else None,  # on a CPU it is this op
-                "baseline_name": "torch",
-                "reference": reference,
-                "bytes": sum(a.numel() * a.element_size() for a in args[:3]) + R * 16,
-            }

@@ -2,9 +2,9 @@
 
 Contract, the same for every function here:
 
-- `boxes` [N, 4] are xyxy, `scores` [N] floating, `groups` [N] int64 (image x class, any values).
-  Boxes of different groups never meet, exactly: no coordinate is shifted. N = 0 gives an empty
-  result.
+- `boxes` [N, 4] are xyxy, `scores` [N] floating, `groups` [N] integers (image x class, any values)
+  or None, one group. Boxes of different groups never meet, exactly: no coordinate is shifted.
+  N = 0 gives an empty result.
 - A score that is not finite marks a row that is not there: it is never kept and suppresses nothing.
   So a buffer of fixed size is padded with scores of -inf. A box with a NaN or infinite coordinate
   overlaps nothing.
@@ -14,10 +14,13 @@ Contract, the same for every function here:
   IoU > iou_threshold, strictly; IoU equal to the threshold, and 0 / 0 of two boxes without area,
   suppress nothing.
 - The higher score goes first; among equal scores the lower index.
-- Results are in descending order of score, ties by lower index. No gradient flows through any.
+- Results are in descending order of the final score, ties by lower index. No gradient flows through
+  any: inputs that require one are detached.
+- ValueError for other shapes or dtypes, mixed devices, or an `impl` ("auto", "triton", "torch", for
+  greedy NMS "torchvision") that cannot run here.
 
-The `*_padded` functions have fixed shapes and, with Triton, never wait for a GPU: kept indices, then
--1, and a count. The functions without the ending cut at the count, and that alone waits.
+`nms_padded` has fixed shapes and, with Triton, never waits for a GPU: kept indices, then -1, and a
+count. The other functions cut at the count, and that alone waits.
 
 `soft_nms` lowers scores instead of removing boxes (Bodla et al., 2017). `cl_nms` is section 2.3 of
 "Dynamic Coefficient loss, IAC score, CL-NMS". The scan lost its equations; rebuilt from the prose:
@@ -30,7 +33,6 @@ Taken literally, the text adds the distance itself, which prefers the farthest b
 
 import functools
 import math
-import struct
 
 import torch
 from torch import Tensor, library
@@ -51,43 +53,6 @@ def pairwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
     height = (torch.minimum(y2, v2) - torch.maximum(y1, v1)).clamp(min=0)
     inter = width * height
     return inter / ((x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - inter)
-
-
-def _nms_step(boxes, live, best, iou_threshold):
-    iou = pairwise_iou(_take(boxes, best), boxes)  # [G, M]
-    return best, live.gather(1, best), live.masked_fill(iou > iou_threshold, -torch.inf)
-
-
-def _soft_nms_step(boxes, live, best, iou_threshold, sigma, method, score_threshold):
-    iou = pairwise_iou(_take(boxes, best), boxes)  # [G, M]
-    if method == "linear":
-        decay = torch.where(iou > iou_threshold, 1 - iou, 1)
-    else:
-        decay = torch.where(iou > 0, torch.exp(-(iou * iou) / sigma), 1)
-    lowered = live * decay
-    return best, live.gather(1, best), lowered.where(lowered >= score_threshold, -torch.inf)
-
-
-def _cl_nms_step(boxes, live, best, iou_threshold, literal):
-    member = (pairwise_iou(_take(boxes, best), boxes) > iou_threshold) & (live > -torch.inf)
-    member.scatter_(1, best, True)  # [G, M]
-    # In float64, rounded at the end: boxes placed symmetrically tie whatever the order of the sums.
-    p, (x1, y1, x2, y2) = live.double(), boxes.double().unbind(-1)
-    # choice: where every p of a cluster is 0, the centre is the plain mean.
-    weight = torch.where(p.gather(1, best) > 0, p, 1).where(member, 0)  # [G, M]
-    total = weight.sum(1, keepdim=True)
-    x, y = (x1 + x2) / 2, (y1 + y2) / 2
-    off_x = x - (weight * x).where(member, 0).sum(1, keepdim=True) / total
-    off_y = y - (weight * y).where(member, 0).sum(1, keepdim=True) / total
-    width = x2.where(member, -torch.inf).amax(1) - x1.where(member, torch.inf).amin(1)
-    height = y2.where(member, -torch.inf).amax(1) - y1.where(member, torch.inf).amin(1)
-    diagonal = (width * width + height * height).sqrt()[:, None]  # [G, 1]
-    distance = (off_x * off_x + off_y * off_y).sqrt() / diagonal
-    # No diagonal: points in one place. No finite one: a box without finite corners, always alone.
-    distance = distance.where((diagonal > 0) & (diagonal < torch.inf), 0)
-    select = (p + (distance if literal else 1 - distance)).to(live.dtype)
-    score, keep = select.where(member, -torch.inf).max(1, keepdim=True)
-    return keep, score, live.masked_fill(member, -torch.inf)
 
 
 def _take(boxes, at):
@@ -131,25 +96,53 @@ def _lockstep(boxes, scores, groups, step):
 
 def nms_reference(boxes, scores, groups, iou_threshold):
     """Greedy NMS: the score of the kept boxes [N], -inf for the others."""
-    step = functools.partial(_nms_step, iou_threshold=iou_threshold)
+
+    def step(boxes, live, best):
+        iou = pairwise_iou(_take(boxes, best), boxes)  # [G, M]
+        return best, live.gather(1, best), live.masked_fill(iou > iou_threshold, -torch.inf)
+
     return _lockstep(boxes, scores, groups, step)
 
 
 def soft_nms_reference(boxes, scores, groups, iou_threshold, sigma, method, score_threshold):
     """Soft-NMS: the lowered score of the kept boxes [N], -inf for the others."""
-    step = functools.partial(
-        _soft_nms_step,
-        iou_threshold=iou_threshold,
-        sigma=sigma,
-        method=method,
-        score_threshold=score_threshold,
-    )
+
+    def step(boxes, live, best):
+        iou = pairwise_iou(_take(boxes, best), boxes)  # [G, M]
+        if method == "linear":
+            decay = torch.where(iou > iou_threshold, 1 - iou, 1)
+        else:
+            decay = torch.where(iou > 0, torch.exp(-(iou * iou) / sigma), 1)
+        lowered = live * decay
+        return best, live.gather(1, best), lowered.where(lowered >= score_threshold, -torch.inf)
+
     return _lockstep(boxes, scores.where(scores >= score_threshold, -torch.inf), groups, step)
 
 
 def cl_nms_reference(boxes, scores, groups, iou_threshold, literal=False):
     """CL-NMS: the selection score p + d of the kept boxes [N], -inf for the others."""
-    step = functools.partial(_cl_nms_step, iou_threshold=iou_threshold, literal=literal)
+
+    def step(boxes, live, best):
+        member = (pairwise_iou(_take(boxes, best), boxes) > iou_threshold) & (live > -torch.inf)
+        member.scatter_(1, best, True)  # [G, M]
+        # In float64, rounded at the end: boxes placed symmetrically tie whatever the order of sums.
+        p, (x1, y1, x2, y2) = live.double(), boxes.double().unbind(-1)
+        # choice: where every p of a cluster is 0, the centre is the plain mean.
+        weight = torch.where(p.gather(1, best) > 0, p, 1).where(member, 0)  # [G, M]
+        total = weight.sum(1, keepdim=True)
+        x, y = (x1 + x2) / 2, (y1 + y2) / 2
+        off_x = x - (weight * x).where(member, 0).sum(1, keepdim=True) / total
+        off_y = y - (weight * y).where(member, 0).sum(1, keepdim=True) / total
+        width = x2.where(member, -torch.inf).amax(1) - x1.where(member, torch.inf).amin(1)
+        height = y2.where(member, -torch.inf).amax(1) - y1.where(member, torch.inf).amin(1)
+        diagonal = (width * width + height * height).sqrt()[:, None]  # [G, 1]
+        distance = (off_x * off_x + off_y * off_y).sqrt() / diagonal
+        # No diagonal: points in one place. No finite one: a box without finite corners, alone.
+        distance = distance.where((diagonal > 0) & (diagonal < torch.inf), 0)
+        select = (p + (distance if literal else 1 - distance)).to(live.dtype)
+        score, keep = select.where(member, -torch.inf).max(1, keepdim=True)
+        return keep, score, live.masked_fill(member, -torch.inf)
+
     return _lockstep(boxes, scores, groups, step)
 
 
@@ -204,6 +197,14 @@ if triton is not None:
         best_score = tl.max(scores, 0)
         found = (scores == best_score) & (scores > -float("inf"))
         return best_score, tl.min(tl.where(found, at, N), 0)
+
+    @triton.jit
+    def _cluster(boxes_ptr, live_ptr, at, end, best, reference, iou_threshold):
+        """Rows `at`: their boxes, their scores p, and which belong to the cluster of row `best`."""
+        p = tl.load(live_ptr + at, at < end, -float("inf"))
+        box = _load_boxes(boxes_ptr, at, at < end)
+        over = _iou(box, reference) > iou_threshold
+        return box, p, (over | (at == best)) & (p > -float("inf"))
 
     # All three kernels: grid (P,). Program i owns groups i, i + P, ... Rows of a group lie
     # together: starts_ptr [N + P + 1] says where, and is N behind the last group. Nobody else
@@ -346,7 +347,7 @@ if triton is not None:
             best_p, best = _top(top, top_at, N)
             while best < N:
                 # First pass: weighted centre and enclosing box of the cluster of `best`.
-                reference = _load_boxes(boxes_ptr, best, best < N)
+                cluster = best, _load_boxes(boxes_ptr, best, best < N), iou_threshold
                 total = tl.zeros([BLOCK], tl.float64)
                 sum_x = tl.zeros([BLOCK], tl.float64)
                 sum_y = tl.zeros([BLOCK], tl.float64)
@@ -357,10 +358,8 @@ if triton is not None:
                 tile = start
                 while tile < end:
                     at = tile + lane
-                    p = tl.load(live_ptr + at, at < end, -float("inf"))
-                    x1, y1, x2, y2 = _load_boxes(boxes_ptr, at, at < end)
-                    over = _iou((x1, y1, x2, y2), reference) > iou_threshold
-                    member = (over | (at == best)) & (p > -float("inf"))
+                    box, p, member = _cluster(boxes_ptr, live_ptr, at, end, *cluster)
+                    x1, y1, x2, y2 = box
                     weight = tl.where(best_p > 0, p, 1.0).to(tl.float64)
                     total += tl.where(member, weight, 0.0)
                     sum_x += tl.where(member, weight * (x1.to(tl.float64) + x2) / 2, 0.0)
@@ -385,10 +384,8 @@ if triton is not None:
                 tile = start
                 while tile < end:
                     at = tile + lane
-                    p = tl.load(live_ptr + at, at < end, -float("inf"))
-                    x1, y1, x2, y2 = _load_boxes(boxes_ptr, at, at < end)
-                    over = _iou((x1, y1, x2, y2), reference) > iou_threshold
-                    member = (over | (at == best)) & (p > -float("inf"))
+                    box, p, member = _cluster(boxes_ptr, live_ptr, at, end, *cluster)
+                    x1, y1, x2, y2 = box
                     off_x = (x1.to(tl.float64) + x2) / 2 - centre_x
                     off_y = (y1.to(tl.float64) + y2) / 2 - centre_y
                     distance = tl.sqrt(off_x * off_x + off_y * off_y) / diagonal
@@ -414,7 +411,9 @@ if triton is not None:
 
 def _triton_select(boxes, scores, groups, iou_threshold, method, sigma, score_threshold):
     """Sorts by group, then runs the kernel: scores to report [N]. Never waits for the device."""
-    N, device = len(scores), boxes.device
+    N, device = scores.shape[0], boxes.device
+    if N >= 2**29:
+        raise ValueError(f"{N} boxes are too many: rows are counted in 32 bits")
     programs = min(N, _MAX_PROGRAMS)
     # masked_fill, not where: a scalar given to `where` may be copied to the device, which waits.
     live = scores.masked_fill(~scores.isfinite(), -torch.inf)
@@ -464,7 +463,7 @@ def _torchvision_nms(boxes, scores, groups, iou_threshold):
         there = scores.isfinite().nonzero()[:, 0]
         boxes, scores = boxes[there], scores[there]
         groups = None if groups is None else groups[there]
-    if groups is None or len(scores) == 0:
+    if groups is None or scores.shape[0] == 0:
         keep = torch.ops.torchvision.nms(boxes, scores, iou_threshold)
     else:
         keep = _torchvision_groups(boxes, scores, groups, iou_threshold)
@@ -504,29 +503,28 @@ def _exact_threshold(threshold: float, dtype: torch.dtype) -> float:
     A float32 IoU exceeds the one exactly where it exceeds the other, so it no longer matters
     whether a backend compares in float32 or in float64.
     """
-    if dtype == torch.float64:
-        return threshold
-    (bits,) = struct.unpack("i", struct.pack("f", threshold))
-    (rounded,) = struct.unpack("f", struct.pack("i", bits))
-    return rounded if rounded <= threshold else struct.unpack("f", struct.pack("i", bits - 1))[0]
+    rounded = torch.tensor(threshold, dtype=dtype)
+    below = torch.nextafter(rounded, torch.tensor(-math.inf, dtype=dtype))
+    return rounded.item() if rounded.item() <= threshold else below.item()
+
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def _backend(boxes, scores, groups, iou_threshold, method, impl, padded):
     """Checks the arguments and names the implementation to run."""
-    N = len(scores)
+    N = scores.shape[0] if scores.dim() else 0
     if scores.shape != (N,) or boxes.shape != (N, 4):
         shapes = [*boxes.shape], [*scores.shape]
         raise ValueError("boxes must be [N, 4] and scores [N], not {} and {}".format(*shapes))
     if not (boxes.is_floating_point() and scores.is_floating_point()):
         raise ValueError(f"boxes and scores must be floating, not {boxes.dtype}, {scores.dtype}")
-    if groups is not None and (groups.shape != (N,) or groups.dtype != torch.int64):
-        raise ValueError(f"groups must be int64 [{N}], not {groups.dtype} {[*groups.shape]}")
+    if groups is not None and (groups.shape != (N,) or groups.dtype not in _INTEGERS):
+        raise ValueError(f"groups must be integers [{N}], not {groups.dtype} {[*groups.shape]}")
     if boxes.device != scores.device or (groups is not None and groups.device != boxes.device):
         raise ValueError("boxes, scores and groups must be on one device")
     if not 0 <= iou_threshold <= 1:
         raise ValueError(f"iou_threshold must be in [0, 1], not {iou_threshold}")
-    if N >= 2**29:
-        raise ValueError(f"{N} boxes are too many: rows are counted in 32 bits")
     if impl == "auto":
         # choice: one group keeps a single Triton program busy, where torchvision spreads it over
         # the GPU; but torchvision waits for the GPU, which a padded function must not.
@@ -566,7 +564,7 @@ def _padded(
     boxes, scores = _compute_dtype(boxes, scores)
     threshold = _exact_threshold(iou_threshold, boxes.dtype)
     soft = method in ("linear", "gaussian")
-    if len(scores) == 0:
+    if scores.shape[0] == 0:
         reported = scores.clone()
     elif impl == "triton":
         reported = _triton_select(boxes, scores, groups, threshold, method, sigma, score_threshold)
@@ -585,36 +583,21 @@ def _padded(
     key = (reported if soft else scores).masked_fill(~kept, -torch.inf)
     keep = torch.argsort(key, descending=True, stable=True)
     count = kept.sum()
-    unused = torch.arange(len(keep), device=keep.device) >= count
+    unused = torch.arange(keep.shape[0], device=keep.device) >= count
     return keep.masked_fill(unused, -1), reported[keep].masked_fill(unused, 0), count
 
 
-def _indices(
-    boxes: Tensor,
-    scores: Tensor,
-    groups: Tensor | None,
-    iou_threshold: float,
-    method: str,
-    sigma: float,
-    score_threshold: float,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    """Kept indices and their reported scores. Reading the count is what waits for a GPU."""
-    if impl == "torchvision":
-        keep = _torchvision_nms(boxes, scores, groups, iou_threshold)
-        return keep, _compute_dtype(boxes, scores)[1][keep]
-    keep, reported, count = _padded(
-        boxes, scores, groups, iou_threshold, method, sigma, score_threshold, impl
-    )
+def _cut(keep: Tensor, reported: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """The first `count` of both. Reading the count is what waits for a GPU."""
     count = int(count)
     return keep[:count].clone(), reported[:count].clone()
 
 
-# A graph being compiled sees one opaque operator; eager calls go straight to the function, which
+# A graph being compiled sees opaque operators; eager calls go straight to the function, which
 # saves the dispatcher's time. The operators bear this module's name, so that copies do not clash.
 _NAMESPACE = __name__.replace(".", "_")
 _padded_op = library.custom_op(f"{_NAMESPACE}::padded", _padded, mutates_args=())
-_indices_op = library.custom_op(f"{_NAMESPACE}::indices", _indices, mutates_args=())
+_cut_op = library.custom_op(f"{_NAMESPACE}::cut", _cut, mutates_args=())
 
 
 @_padded_op.register_fake
@@ -624,28 +607,32 @@ def _(boxes, scores, groups, iou_threshold, method, sigma, score_threshold, impl
     return keep, torch.empty_like(scores, dtype=dtype), keep.new_empty(())
 
 
-@_indices_op.register_fake
-def _(boxes, scores, groups, iou_threshold, method, sigma, score_threshold, impl):
-    dtype = torch.float64 if boxes.dtype == torch.float64 else torch.float32
-    size = library.get_ctx().new_dynamic_size()
-    return scores.new_empty([size], dtype=torch.int64), scores.new_empty([size], dtype=dtype)
+@_cut_op.register_fake
+def _(keep, reported, count):
+    # With no boxes the size is known: a graph that indexes an empty tensor must see that.
+    empty = isinstance(keep.shape[0], int) and keep.shape[0] == 0
+    size = 0 if empty else library.get_ctx().new_dynamic_size()
+    return keep.new_empty([size]), reported.new_empty([size])
 
 
-def _run(padded, boxes, scores, groups, iou_threshold, method, impl, sigma=0.0, floor=0.0):
+def _run(boxes, scores, groups, iou_threshold, method, impl, sigma=0.0, floor=0.0, padded=False):
+    """Checks, then `_padded`: kept indices, reported scores and count, all of fixed shape."""
     impl = _backend(boxes, scores, groups, iou_threshold, method, impl, padded)
-    compiling = torch.compiler.is_compiling()
-    if padded:
-        function = _padded_op if compiling else _padded
-    else:
-        function = _indices_op if compiling else _indices
-    args = (groups, float(iou_threshold), method, float(sigma), float(floor), impl)
-    return function(boxes.detach(), scores.detach(), *args)
+    groups = None if groups is None else groups.long()
+    function = _padded_op if torch.compiler.is_compiling() else _padded
+    more = (float(iou_threshold), method, float(sigma), float(floor), impl)
+    return function(boxes.detach(), scores.detach(), groups, *more)
+
+
+def _run_and_cut(*args) -> tuple[Tensor, Tensor]:
+    cut = _cut_op if torch.compiler.is_compiling() else _cut
+    return cut(*_run(*args))
 
 
 def nms(boxes, scores, iou_threshold: float, impl="auto") -> Tensor:
     """Greedy NMS of one group: kept indices int64, best first. The module's docstring says more.
 
-    Shapes: boxes [N, 4], scores [N] -> [count]. Raises ValueError for any other.
+    Shapes: boxes [N, 4], scores [N] -> [count].
     """
     return batched_nms(boxes, scores, None, iou_threshold, impl)
 
@@ -653,38 +640,28 @@ def nms(boxes, scores, iou_threshold: float, impl="auto") -> Tensor:
 def batched_nms(boxes, scores, groups, iou_threshold: float, impl="auto") -> Tensor:
     """Greedy NMS within each group: kept indices int64 over all groups, best first.
 
-    Shapes: boxes [N, 4], scores [N], groups int64 [N] or None -> [count].
+    Shapes: boxes [N, 4], scores [N], groups [N] or None -> [count].
     """
     impl = _backend(boxes, scores, groups, iou_threshold, "greedy", impl, False)
     if impl == "torchvision" and not torch.compiler.is_compiling():
-        return _torchvision_nms(boxes, scores, groups, iou_threshold)
-    return _run(False, boxes, scores, groups, iou_threshold, "greedy", impl)[0]
+        return _torchvision_nms(boxes.detach(), scores.detach(), groups, iou_threshold)
+    return _run_and_cut(boxes, scores, groups, iou_threshold, "greedy", impl)[0]
 
 
 def nms_padded(boxes, scores, groups, iou_threshold: float, impl="auto") -> tuple[Tensor, Tensor]:
     """batched_nms of fixed shape: kept indices [N], best first, then -1; and their count [].
 
-    `groups` None is one group. Rows to leave out have the score -inf. With Triton it never waits
-    for a GPU.
+    Rows to leave out have the score -inf. With Triton it never waits for a GPU.
     """
-    keep, _, count = _run(True, boxes, scores, groups, iou_threshold, "greedy", impl)
+    keep, _, count = _run(boxes, scores, groups, iou_threshold, "greedy", impl, padded=True)
     return keep, count
-
-
-def _check_soft(sigma, method, score_threshold):
-    if method not in ("linear", "gaussian"):
-        raise ValueError(f"method must be linear or gaussian, not {method!r}")
-    if not sigma > 0 or not math.isfinite(score_threshold):
-        raise ValueError(
-            f"sigma must be positive, score_threshold finite: {sigma=}, {score_threshold=}"
-        )
 
 
 def soft_nms(
     boxes,
     scores,
     groups,
-    iou_threshold: float = 0.3,
+    iou_threshold: float = 0.5,
     sigma: float = 0.5,
     method: str = "linear",
     score_threshold: float = 1e-3,
@@ -695,18 +672,18 @@ def soft_nms(
     The best remaining box is kept with its present score; every other s of its group becomes
     s * (1 - IoU) where IoU > iou_threshold ("linear") or s * exp(-IoU^2 / sigma) ("gaussian").
     A box is dropped once its score is below score_threshold.
-    Shapes: boxes [N, 4], scores [N], groups int64 [N] or None -> [count] int64, [count].
+    Shapes: boxes [N, 4], scores [N], groups [N] or None -> [count] int64, [count].
     """
     _check_soft(sigma, method, score_threshold)
     more = (sigma, score_threshold)
-    return _run(False, boxes, scores, groups, iou_threshold, method, impl, *more)
+    return _run_and_cut(boxes, scores, groups, iou_threshold, method, impl, *more)
 
 
 def soft_nms_padded(
     boxes,
     scores,
     groups,
-    iou_threshold: float = 0.3,
+    iou_threshold: float = 0.5,
     sigma: float = 0.5,
     method: str = "linear",
     score_threshold: float = 1e-3,
@@ -715,19 +692,37 @@ def soft_nms_padded(
     """soft_nms of fixed shape: indices [N], then -1; scores [N], then 0; and their count []."""
     _check_soft(sigma, method, score_threshold)
     more = (sigma, score_threshold)
-    return _run(True, boxes, scores, groups, iou_threshold, method, impl, *more)
+    return _run(boxes, scores, groups, iou_threshold, method, impl, *more, padded=True)
+
+
+def _check_soft(sigma: float, method: str, score_threshold: float) -> None:
+    if method not in ("linear", "gaussian"):
+        raise ValueError(f"method must be linear or gaussian, not {method!r}")
+    if not (sigma > 0 and -math.inf < score_threshold < math.inf):
+        raise ValueError(
+            f"sigma must be positive, score_threshold finite: {sigma=}, {score_threshold=}"
+        )
 
 
 def cl_nms(
-    boxes, scores, groups, iou_threshold: float, impl="auto", literal: bool = False
-) -> tuple[Tensor, Tensor]:
-    """CL-NMS within each group: kept indices, highest own p first, and their p + d.
+    boxes,
+    scores,
+    groups,
+    iou_threshold: float,
+    impl="auto",
+    literal: bool = False,
+    return_selection: bool = False,
+) -> tuple[Tensor, ...]:
+    """CL-NMS within each group: kept indices and their own p, `scores[keep]`, highest p first.
 
-    A kept box's final score is its own p, `scores[keep]`; p + d is what selected it.
-    Shapes: boxes [N, 4], scores [N] of probabilities, groups int64 [N] or None -> [count] twice.
+    With return_selection also p + d of each, which selected it and is no score of the box: it
+    reaches 2.
+    Shapes: boxes [N, 4], scores [N] of probabilities, groups [N] or None -> [count] each.
     """
     method = "cl_literal" if literal else "cl"
-    return _run(False, boxes, scores, groups, iou_threshold, method, impl)
+    keep, selection = _run_and_cut(boxes, scores, groups, iou_threshold, method, impl)
+    kept = keep, scores.detach()[keep]
+    return (*kept, selection) if return_selection else kept
 
 
 def cl_nms_padded(
@@ -735,61 +730,4 @@ def cl_nms_padded(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """cl_nms of fixed shape: indices [N], then -1; p + d [N], then 0; and their count []."""
     method = "cl_literal" if literal else "cl"
-    return _run(True, boxes, scores, groups, iou_threshold, method, impl)
-
-
-def bench_cases(device, sets):
-    """Cases for `python -m kernels.bench`.
-
-    `sets` maps a name to (boxes [N, 4], scores [N], groups [N], images [N]) of real candidates.
-    torchvision is called once an image, which is how it is used. On a CPU soft_nms and cl_nms are
-    their references.
-    """
-    for name, tensors in sets.items():
-        boxes, scores, groups, images = (t.to(device) for t in tensors)
-        parts = [images == i for i in images.unique().tolist()]
-        parts = [(boxes[part], scores[part], groups[part]) for part in parts]
-        args, one = (boxes, scores, groups), parts[0][:2]
-        per_image = one_image = None
-        if torchvision is not None:
-
-            def per_image(parts=parts):
-                return [torchvision.ops.batched_nms(*part, 0.5) for part in parts]
-
-            one_image = functools.partial(torchvision.ops.nms, *one, 0.5)
-
-        yield {
-            "name": f"batched_nms {name}",
-            "run": functools.partial(batched_nms, *args, 0.5),
-            "baseline": per_image,
-            "baseline_name": "torchvision",
-            "reference": functools.partial(batched_nms, *args, 0.5, impl="torch"),
-            "bytes": None,
-        }
-        yield {
-            "name": f"nms_padded {name}",
-            "run": functools.partial(nms_padded, *args, 0.5),
-            "baseline": per_image,
-            "baseline_name": "torchvision",
-            "reference": functools.partial(nms_padded, *args, 0.5, impl="torch"),
-            "bytes": None,
-        }
-        for impl in ("auto", "triton") if boxes.is_cuda else ("auto",):
-            yield {
-                "name": f"nms, one group of {len(one[0])}, {impl}",
-                "run": functools.partial(nms, *one, 0.5, impl=impl),
-                "baseline": one_image,
-                "baseline_name": "torchvision",
-                "reference": functools.partial(nms, *one, 0.5, impl="torch"),
-                "bytes": None,
-            }
-        for function in (soft_nms, cl_nms):
-            reference = functools.partial(function, *args, 0.5, impl="torch")
-            yield {
-                "name": f"{function.__name__} {name}",
-                "run": functools.partial(function, *args, 0.5),
-                "baseline": reference if boxes.is_cuda else None,
-                "baseline_name": "torch",
-                "reference": reference if boxes.is_cuda else None,
-                "bytes": None,
-            }
+    return _run(boxes, scores, groups, iou_threshold, method, impl, padded=True)

@@ -3,33 +3,35 @@
 Contract
     features   L maps [B, C, Hi, Wi] of one dtype, finest first; any memory strides (the Triton path
                never copies a map).
-    rois       [R, 5]: image index, x1, y1, x2, y2 in pixels of the network's input image.
-    strides    L increasing integers, input pixels per cell of each map.
-    result     [R, C, S, S] in the maps' dtype; channels_last where the maps are. Sums are float32,
-               or float64 for float64 maps (which Triton refuses).
+    rois       [R, 5]: image index, x1, y1, x2, y2 in pixels of the network's input image; or a list
+               of B tensors [Ri, 4], one an image.
+    strides    L increasing whole numbers, input pixels per cell of each map.
+    result     [R, C, S, S] in the maps' dtype; channels_last where the maps are (flatten(1) then
+               copies). Sums are float32, or float64 for float64 maps (which Triton refuses).
     level      floor(4 + log2(sqrt(w h) / 224) + 1e-6), level 4 being the map of stride 16, clamped
                to the maps given. The 1e-6, as is usual, sends a box of exactly 112, 224, ... pixels
                up on every device. A box of zero or negative size takes the first map.
     grid       half-pixel aligned: cell (0, 0) is centred at (stride / 2, stride / 2). A bin is the
                mean of sampling_ratio ** 2 bilinear samples, centred in it. Nothing is rounded and
-               no box is enlarged: one of zero size samples one point.
+               no box is enlarged: one of zero size samples one point. roi_align(aligned=False) is
+               the older grid, torchvision's MultiScaleRoIAlign: cell (0, 0) is centred at (0, 0),
+               half a cell away, and a side shorter than one cell counts as one.
     border     in cell units, ends included. roi_align: a sample outside [-1, H] x [-1, W] counts as
                zero, others are clamped into the map. deform_roi_pool: a sample outside
                [-0.5, H - 0.5] x [-0.5, W - 0.5] is left out of the mean, others are clamped; a bin
-               without samples is zero.
+               without samples is zero. (mmcv's deformable pooling has roi_align's rule.)
     offsets    [R, 2, S, S], dx then dy: bin (i, j) moves by offsets[:, :, i, j] * gamma * RoI size.
     empty      R = 0 gives [0, C, S, S] and zero gradients. A RoI whose image index is outside
-               0..B-1 (padding) or whose box is not finite gives zeros and no gradient, except with
-               impl="torchvision", which reads outside the map.
-    gradients  to maps and offsets; boxes are constants. Double backward raises RuntimeError. On
-               CUDA, gradients of maps are summed by float32 atomics in any order, unless
-               torch.use_deterministic_algorithms(True) asks for sums that repeat bit for bit.
+               0..B-1 (padding) or whose box is not finite gives zeros and no gradient.
+    gradients  to maps and offsets; boxes are constants. Double backward raises RuntimeError. Sums
+               repeat bit for bit: every cell adds up its own taps, in a fixed order.
+    memory     "torch" copies all maps into one table; "triton" copies none, and lists each tap of
+               each bin (20 bytes) for the backward pass.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
-from itertools import accumulate, product
+from itertools import accumulate
 from types import SimpleNamespace
 
 import torch
@@ -183,7 +185,7 @@ try:
 
     jit = triton.jit
     # These change with every batch: specialising on them would compile again and again.
-    jit_sizes = triton.jit(do_not_specialize=["num_images", "num_bins", "num_cells"])
+    jit_sizes = triton.jit(do_not_specialize=["num_images", "num_cells"])
 except ImportError:  # the functions below then stay plain and are never called
     triton, tl = None, SimpleNamespace(constexpr=None)
 
@@ -261,6 +263,18 @@ def _locate(
 
 
 @jit
+def _plane(
+    maps, image_strides, row_strides, cell_strides, channel_strides, level, image,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Pointer to one image of one map, and its strides by row, cell and channel."""
+    source = _pick(maps, level) + image * _pick_size(image_strides, level)
+    channel_stride = _pick_size(channel_strides, level) if ALIGN == 1 else 1
+    rows, cells = _pick_size(row_strides, level), _pick_size(cell_strides, level)
+    return tl.multiple_of(source, ALIGN), rows, cells, channel_stride
+
+
+@jit
 def _sample(corner, side, i, cells, valid, SAMPLES: tl.constexpr, SKIP: tl.constexpr):
     """Sample i of each bin on one axis: does it count, its two cells, fraction, is it unclamped."""
     position = corner + side * ((i + 0.5) / SAMPLES)
@@ -315,11 +329,9 @@ def _forward_kernel(
         rois, offsets, r, bins, heights, widths, num_images, gamma, SIZE, STRIDES
     )
     share = _share(box, SAMPLES, SKIP)
-    image_stride = _pick_size(image_strides, level)
-    source = tl.multiple_of(_pick(maps, level) + image * image_stride, ALIGN)
-    row_stride = _pick_size(row_strides, level)
-    cell_stride = _pick_size(cell_strides, level)
-    channel_stride = _pick_size(channel_strides, level) if ALIGN == 1 else 1
+    source, row_stride, cell_stride, channel_stride = _plane(
+        maps, image_strides, row_strides, cell_strides, channel_strides, level, image, ALIGN
+    )
     # Unrolled, the taps' geometry leaves the loop over channels, if there is one.
     UNROLL: tl.constexpr = 4 if CHUNK > CH else 1
     target = out + r * SIZE * SIZE * C + bins[:, None] * out_bin_stride
@@ -352,11 +364,9 @@ def _grad_offsets_kernel(
     level, image, box = _locate(
         rois, offsets, r, bins, heights, widths, num_images, gamma, SIZE, STRIDES
     )
-    image_stride = _pick_size(image_strides, level)
-    source = tl.multiple_of(_pick(maps, level) + image * image_stride, ALIGN)
-    row_stride = _pick_size(row_strides, level)
-    cell_stride = _pick_size(cell_strides, level)
-    channel_stride = _pick_size(channel_strides, level) if ALIGN == 1 else 1
+    source, row_stride, cell_stride, channel_stride = _plane(
+        maps, image_strides, row_strides, cell_strides, channel_strides, level, image, ALIGN
+    )
     # Unrolled, the taps' geometry leaves the loop over channels, if there is one.
     UNROLL: tl.constexpr = 4 if CHUNK > CH else 1
     above = grad + r * SIZE * SIZE * C + bins[:, None] * grad_bin_stride
@@ -387,41 +397,12 @@ def _grad_offsets_kernel(
 
 
 @jit_sizes
-def _scatter_kernel(
-    table, grad, rois, offsets, heights, widths, starts, num_images, C, gamma,
-    SIZE: tl.constexpr, STRIDES: tl.constexpr, SAMPLES: tl.constexpr, SKIP: tl.constexpr,
-    BINS: tl.constexpr, CH: tl.constexpr,
-):  # fmt: skip
-    """table[cell, :] += weight * grad[r, bin, :] for every cell that a bin read, by atomics.
-
-    table [cells of all levels, C] float32, zero on entry; grad [R, S, S, C]. Grid: one program for
-    each RoI, block of BINS bins and chunk of CH channels.
-    """
-    r, bins, chunk = _tile(C, SIZE, BINS, CH)
-    level, image, box = _locate(
-        rois, offsets, r, bins, heights, widths, num_images, gamma, SIZE, STRIDES
-    )
-    height, width = box[0], box[1]
-    channels = (chunk * CH + tl.arange(0, CH))[None, :]
-    exists = (bins < SIZE * SIZE)[:, None] & (channels < C)
-    g = tl.load(grad + (r * SIZE * SIZE + bins[:, None]) * C + channels, mask=exists, other=0.0)
-    g = g.to(tl.float32) * _share(box, SAMPLES, SKIP)[:, None]
-    target = table + (_pick_size(starts, level) + image * height * width) * C
-    for sample in range(SAMPLES * SAMPLES):
-        for corner in tl.static_range(4):
-            inside, row, column, weight, _, _ = _tap(box, sample, corner, SAMPLES, SKIP)
-            tap = target + ((row * width + column) * C)[:, None] + channels
-            mask = inside[:, None] & (channels < C)
-            tl.atomic_add(tap, g * weight[:, None], mask=mask, sem="relaxed")
-
-
-@jit_sizes
 def _taps_kernel(
-    cells, weights, rois, offsets, heights, widths, starts, num_images, num_bins, num_cells, gamma,
+    cells, weights, rois, offsets, heights, widths, starts, num_images, num_cells, gamma,
     SIZE: tl.constexpr, STRIDES: tl.constexpr, SAMPLES: tl.constexpr, SKIP: tl.constexpr,
     BINS: tl.constexpr,
 ):  # fmt: skip
-    """cells, weights [taps, R*S*S]: the table row that each tap of a bin reads and its weight.
+    """cells, weights [R*S*S, taps]: the table row that each tap of a bin reads and its weight.
 
     A tap that does not count gets the row num_cells, which does not exist. Grid: one program for
     each RoI and block of BINS bins.
@@ -433,25 +414,25 @@ def _taps_kernel(
     height, width = box[0], box[1]
     share = _share(box, SAMPLES, SKIP)
     start = _pick_size(starts, level) + image * height * width
-    position = r * SIZE * SIZE + bins
+    position = (r * SIZE * SIZE + bins) * (4 * SAMPLES * SAMPLES)
     for sample in range(SAMPLES * SAMPLES):
         for corner in tl.static_range(4):
             inside, row, column, weight, _, _ = _tap(box, sample, corner, SAMPLES, SKIP)
             cell = tl.where(inside, start + row * width + column, num_cells)
             tl.store(cells + position, cell.to(tl.int32), mask=bins < SIZE * SIZE)
             tl.store(weights + position, weight * share, mask=bins < SIZE * SIZE)
-            position += num_bins
+            position += 1
 
 
 @jit_sizes
 def _gather_kernel(
-    table, grad, order, weights, starts, C, num_bins, TAPS: tl.constexpr, CH: tl.constexpr
+    table, grad, order, weights, starts, C, TAPS: tl.constexpr, STEP: tl.constexpr, CH: tl.constexpr
 ):
     """table[cell, :] = sum over the cell's taps, in sorted order, of weight * grad[bin, :].
 
-    order [taps * R*S*S] lists the taps cell by cell, starts [cells + 1] where each cell's begin.
-    Grid: cells by chunks of CH channels. A program owns its row, and sums TAPS taps at a time, so
-    the order of every sum is fixed.
+    order [R*S*S * TAPS] lists the taps cell by cell, starts [cells + 1] where each cell's begin;
+    grad [R*S*S, C]. Grid: cells by chunks of CH channels. A program owns its row, and sums STEP
+    taps at a time, so the order of every sum is fixed.
     """
     cell = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * CH + tl.arange(0, CH)
@@ -459,14 +440,14 @@ def _gather_kernel(
     first = tl.load(starts + cell)
     end = tl.load(starts + cell + 1)
     while first < end:
-        position = first + tl.arange(0, TAPS)
+        position = first + tl.arange(0, STEP)
         tap = tl.load(order + position, mask=position < end, other=0)
         weight = tl.load(weights + tap, mask=position < end, other=0.0)
         mask = (position < end)[:, None] & (channels < C)[None, :]
-        source = grad + (tap % num_bins * C)[:, None] + channels[None, :]
+        source = grad + (tap // TAPS * C)[:, None] + channels[None, :]
         g = tl.load(source, mask=mask, other=0.0).to(tl.float32)
         total += tl.sum(g * weight[:, None], axis=0)
-        first += TAPS
+        first += STEP
     tl.store(table + cell * C + channels, total, mask=channels < C)
 
 
@@ -557,7 +538,7 @@ def _(features, rois, offsets, size, strides, sampling_ratio, gamma, skip):
 
 
 def _empty_pooled(features, rois, size) -> Tensor:
-    shape = len(rois), features[0].shape[1], size, size
+    shape = rois.shape[0], features[0].shape[1], size, size
     layout = _layout(_is_channels_last(features))
     return torch.empty(shape, dtype=features[0].dtype, device=rois.device, memory_format=layout)
 
@@ -576,35 +557,24 @@ def _grad_features(
     if not grad.numel():
         return grad.new_zeros(cells, C)
     grad = grad.contiguous(memory_format=torch.channels_last)
-    boxes = {
-        "rois": rois, "offsets": offsets, "gamma": gamma, "num_images": batch,
-        "heights": _odd(heights), "widths": _odd(widths), "starts": _odd(starts),
-        "SIZE": size, "STRIDES": tuple(strides), "SAMPLES": sampling_ratio, "SKIP": skip,
-    }  # fmt: skip
-    tiles = _tiles(True, size, C)
+    bins, taps = R * size * size, 4 * sampling_ratio**2
+    BINS, CH = min(64, triton.next_power_of_2(size * size)), min(256, triton.next_power_of_2(C))
+    cell = torch.empty(bins * taps, dtype=torch.int32, device=grad.device)
+    weights = torch.empty_like(cell, dtype=torch.float32)
+    table = torch.empty(cells, C, dtype=grad.dtype, device=grad.device)
     with _on(grad):
-        if not torch.are_deterministic_algorithms_enabled():
-            table = torch.zeros(cells, C, dtype=torch.float32, device=grad.device)
-            grid, CH = _grid(R, C, size, **tiles), tiles["CH"]
-            _scatter_kernel[grid](
-                table, grad, C=C, **boxes, BINS=tiles["BINS"], CH=CH, num_warps=4, **_FUSED
-            )
-            return table.to(grad.dtype)
-        # Taps sorted by the cell they read: each cell then sums its own, always in the same order.
-        bins, BINS = R * size * size, min(64, triton.next_power_of_2(size * size))
-        cell = torch.empty(bins * 4 * sampling_ratio**2, dtype=torch.int32, device=grad.device)
-        weights = torch.empty_like(cell, dtype=torch.float32)
-        sizes = {"num_bins": bins, "num_cells": cells, "BINS": BINS, "num_warps": 2, **_FUSED}
-        _taps_kernel[_grid(R, 1, size, BINS, 1)](cell, weights, **boxes, **sizes)
+        _taps_kernel[_grid(R, 1, size, BINS, 1)](
+            cell, weights, rois, offsets, _odd(heights), _odd(widths), _odd(starts), batch, cells,
+            gamma, SIZE=size, STRIDES=tuple(strides), SAMPLES=sampling_ratio, SKIP=skip,
+            BINS=BINS, num_warps=2, **_FUSED,
+        )  # fmt: skip
         cell, order = torch.sort(cell, stable=True)
         every = torch.arange(cells + 1, dtype=torch.int32, device=grad.device)
         first = torch.searchsorted(cell, every, out_int32=True)  # [cells + 1]
-        table = torch.empty(cells, C, dtype=grad.dtype, device=grad.device)
-        grid, CH = (cells, triton.cdiv(C, tiles["CH"])), tiles["CH"]
-        _gather_kernel[grid](
-            table, grad, order, weights, first, C, bins, TAPS=4, CH=CH, num_warps=1, **_FUSED
+        _gather_kernel[(cells, triton.cdiv(C, CH))](
+            table, grad, order, weights, first, C, TAPS=taps, STEP=4, CH=CH, num_warps=1, **_FUSED
         )
-        return table
+    return table
 
 
 @_grad_features.register_fake
@@ -675,36 +645,36 @@ _pool.register_autograd(_backward, setup_context=_setup_context)
 
 def roi_align(
     features: Sequence[Tensor],
-    rois: Tensor,
-    output_size: int,
+    rois: Tensor | Sequence[Tensor],
+    output_size: int | tuple[int, int],
     strides: Sequence[int],
     sampling_ratio: int = 2,
     impl: str = "auto",
+    aligned: bool = True,
 ) -> Tensor:
     """Pool every box to an S x S grid from the pyramid level of its size; the contract is above.
 
-    Shapes: features L x [B, C, Hi, Wi], rois [R, 5] -> [R, C, S, S].
+    Shapes: features L x [B, C, Hi, Wi], rois [R, 5] or B x [Ri, 4] -> [R, C, S, S].
     Units: rois in input pixels, strides in pixels per cell; sampling_ratio is per bin and axis.
     impl: "auto" is Triton on CUDA and "torch" elsewhere, where embedding_bag outruns torchvision's
-        operator; "triton" (CUDA, or CPU tensors with TRITON_INTERPRET=1), "torch" and "torchvision"
-        ask for one.
+        operator; "triton" (CUDA, or CPU tensors with TRITON_INTERPRET=1) and "torch" ask for one.
+    aligned: False for heads that were trained on torchvision's MultiScaleRoIAlign.
     Raises: ValueError for inconsistent arguments, or an impl that cannot run on them.
     Invariant: of maps linear in x and y, a box inside pools to their values at its bins' centres.
     """
-    impl = _check(features, rois, None, output_size, strides, sampling_ratio, impl)
-    if impl == "torchvision":
-        return _roi_align_torchvision(features, rois, output_size, strides, sampling_ratio)
+    impl, rois, *options = _check(features, rois, None, output_size, strides, sampling_ratio, impl)
+    if not aligned:
+        rois = _unaligned(rois, options[1])
     if impl == "torch":
-        return roi_align_reference(features, rois, output_size, strides, sampling_ratio)
-    rois = rois.detach().float().contiguous()
-    return _pool(features, rois, None, output_size, strides, sampling_ratio, 0.0, False)
+        return roi_align_reference(features, rois, *options)
+    return _pool(features, rois.detach().float().contiguous(), None, *options, 0.0, False)
 
 
 def deform_roi_pool(
     features: Sequence[Tensor],
-    rois: Tensor,
+    rois: Tensor | Sequence[Tensor],
     offsets: Tensor | None,
-    output_size: int,
+    output_size: int | tuple[int, int],
     strides: Sequence[int],
     sampling_ratio: int = 2,
     gamma: float = 0.1,
@@ -712,31 +682,66 @@ def deform_roi_pool(
 ) -> Tensor:
     """roi_align whose bins are moved by learned offsets, leaving out samples beyond the map's edge.
 
-    Shapes: features L x [B, C, Hi, Wi], rois [R, 5], offsets [R, 2, S, S] or None -> [R, C, S, S].
+    Shapes: features L x [B, C, Hi, Wi], rois [R, 5] or B x [Ri, 4], offsets [R, 2, S, S] or None ->
+    [R, C, S, S].
     Units: offsets are dx, dy as fractions of the RoI's width and height, before gamma.
-    impl: as for roi_align, but torchvision has no such operator.
+    impl: as for roi_align.
     Raises: ValueError for inconsistent arguments, or an impl that cannot run on them.
     Invariant: with zero offsets and every sample inside the map it equals roi_align.
     """
-    impl = _check(features, rois, offsets, output_size, strides, sampling_ratio, impl)
-    options = (output_size, strides, sampling_ratio, gamma)
-    if impl == "torchvision":
-        raise ValueError(
-            "torchvision has no deformable RoI pooling: impl must be 'triton' or 'torch'"
-        )
+    impl, rois, *options = _check(
+        features, rois, offsets, output_size, strides, sampling_ratio, impl
+    )
     if impl == "torch":
-        return deform_roi_pool_reference(features, rois, offsets, *options)
-    rois = rois.detach().float().contiguous()
+        return deform_roi_pool_reference(features, rois, offsets, *options, gamma)
     offsets = None if offsets is None else offsets.float().contiguous()
-    return _pool(features, rois, offsets, *options, True)
+    return _pool(features, rois.detach().float().contiguous(), offsets, *options, gamma, True)
 
 
-def _check(features, rois, offsets, size, strides, sampling_ratio, impl) -> str:
-    """Refuse what no path could handle, and turn "auto" into an implementation's name."""
+def _unaligned(rois: Tensor, strides: Sequence[int]) -> Tensor:
+    """RoIs whose aligned grid is the grid that aligned=False puts over the given ones."""
+    level = roi_level(rois, strides)[:, None]
+    stride = torch.zeros_like(rois[:, :1])  # [R, 1]
+    for i, value in enumerate(strides):
+        stride = stride.masked_fill(level == i, value)
+    low, high = rois[:, 1:3], rois[:, 3:5]
+    high = torch.maximum(high, low + stride)
+    return torch.cat([rois[:, :1], low + stride / 2, high + stride / 2], 1)
+
+
+def _whole(name: str, value) -> int:
+    if not isinstance(value, (int, float)) or value % 1 != 0:
+        raise ValueError(f"{name} must be whole, not {value!r}")
+    return int(value)
+
+
+def _one_tensor(rois, batch: int) -> Tensor:
+    """RoIs as one tensor [R, 5]; a list holds the boxes [Ri, 4] of each image."""
+    if isinstance(rois, Tensor):
+        return rois
+    if not isinstance(rois, (list, tuple)) or len(rois) != batch:
+        raise ValueError(f"rois must be a tensor [R, 5] or a list of {batch} tensors, one an image")
+    if any(not isinstance(b, Tensor) or b.dim() != 2 or b.shape[1] != 4 for b in rois):
+        raise ValueError("a list of rois must hold tensors [Ri, 4], one for each image")
+    return torch.cat([F.pad(b, (1, 0), value=i) for i, b in enumerate(rois)])
+
+
+def _check(features, rois, offsets, size, strides, sampling_ratio, impl):
+    """Refuse what no path could handle: the implementation's name, rois [R, 5], and the sizes."""
+    if not all(isinstance(v, (list, tuple)) for v in (features, strides)):
+        kinds = f"{type(features).__name__} and {type(strides).__name__}"
+        raise ValueError(f"features and strides must be lists, finest first, not {kinds}")
     if not features or len(features) != len(strides) or any(f.dim() != 4 for f in features):
         raise ValueError(
             f"{len(strides)} strides need as many maps [B, C, H, W]: {len(features)} given"
         )
+    strides = [_whole("strides, input pixels per cell,", stride) for stride in strides]
+    if isinstance(size, (list, tuple)):
+        if len(size) != 2 or size[0] != size[1]:
+            raise ValueError(f"output_size must be one number or a pair of equal ones: {size}")
+        size = size[0]
+    size, sampling_ratio = _whole("output_size", size), _whole("sampling_ratio", sampling_ratio)
+    rois = _one_tensor(rois, features[0].shape[0])
     first = features[0]
     if any(f.shape[:2] != first.shape[:2] or 0 in f.shape for f in features):
         raise ValueError(
@@ -756,123 +761,14 @@ def _check(features, rois, offsets, size, strides, sampling_ratio, impl) -> str:
         raise ValueError(f"offsets must be [R, 2, {size}, {size}]: {tuple(offsets.shape)}")
     if any(t is not None and t.device != first.device for t in (*features, rois, offsets)):
         raise ValueError("maps, rois and offsets must be on one device")
-    if impl not in ("auto", "triton", "torch", "torchvision"):
-        raise ValueError(f"impl must be 'auto', 'triton', 'torch' or 'torchvision', not {impl!r}")
-
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f"impl must be 'auto', 'triton' or 'torch', not {impl!r}")
     supported = triton is not None and first.dtype in (torch.float32, torch.float16, torch.bfloat16)
     if impl == "auto":
-        return "triton" if supported and first.is_cuda else "torch"
-    if impl == "triton" and not (supported and (first.is_cuda or INTERPRETED)):
+        impl = "triton" if supported and first.is_cuda else "torch"
+    elif impl == "triton" and not (supported and (first.is_cuda or INTERPRETED)):
         raise ValueError(
             "impl='triton' needs triton, float32, float16 or bfloat16 maps, and CUDA tensors (or "
             f"TRITON_INTERPRET=1 from the start); the maps are {first.dtype} on {first.device}"
         )
-    return impl
-
-
-def _roi_align_torchvision(features, rois, size, strides, sampling_ratio) -> Tensor:
-    """torchvision's operator level by level, as its MultiScaleRoIAlign does."""
-    try:
-        from torchvision.ops import roi_align as single_level
-    except ImportError as error:
-        raise ValueError("impl='torchvision' needs torchvision") from error
-    # The operator refuses bfloat16 and would round the boxes to the maps' dtype.
-    dtype = torch.promote_types(features[0].dtype, torch.float32)
-    level = roi_level(rois, strides)
-    out = features[0].new_zeros(len(rois), features[0].shape[1], size, size)
-    for i, (f, stride) in enumerate(zip(features, strides)):
-        here = (level == i).nonzero().squeeze(1)
-        boxes = rois[here].to(dtype)
-        pooled = single_level(f.to(dtype), boxes, size, 1 / stride, sampling_ratio, aligned=True)
-        out[here] = pooled.to(out.dtype)
-    return out
-
-
-# --------------------------------------------------------------------------------------------------
-# Benchmark cases
-# --------------------------------------------------------------------------------------------------
-
-
-def bench_cases(device: torch.device, rois: Tensor) -> Iterator[dict]:
-    """Forward and backward over P2..P5 (256 channels) of two 800 x 1333 images, for kernels.bench.
-
-    rois [R, 5]: at least 1000 proposals on these images. Yields dicts: name; run; baseline and what
-    it is, baseline_name (torchvision; roi_align for the deformable op; atomics for a deterministic
-    backward); reference, run's result in float64 (a tensor, or a tuple of gradients); bytes, the
-    least that must move: every cell that is touched, and the result, once.
-    """
-    strides, C = (4, 8, 16, 32), 256
-    layouts = [("NCHW fp32", torch.float32, torch.contiguous_format)]
-    if device.type == "cuda":
-        layouts.append(("channels_last bf16", torch.bfloat16, torch.channels_last))
-    for (layout, dtype, memory_format), (R, S) in product(layouts, ((1000, 7), (512, 14))):
-        random = torch.Generator(device).manual_seed(0)
-        shapes = [(2, C, -(-800 // s), -(-1333 // s)) for s in strides]
-        shapes += [(R, 2, S, S), (R, C, S, S)]
-        *maps, shift, grad = [torch.randn(s, generator=random, device=device) for s in shapes]
-        maps = [f.to(dtype, memory_format=memory_format).requires_grad_() for f in maps]
-        grad = grad.to(dtype, memory_format=memory_format)
-        inputs, options = [*maps, shift.requires_grad_()], (S, strides, 2)
-        boxes = rois[torch.linspace(0, len(rois) - 1, R).long()].to(device)  # of both images
-        align = partial(roi_align, maps, boxes, *options)
-        vision = partial(_roi_align_torchvision, maps, boxes, *options)
-        deform = partial(deform_roi_pool, maps, boxes, shift, *options)
-        yield from _bench_op("roi_align", align, maps, vision, "torchvision", grad, layout)
-        yield from _bench_op("deform_roi_pool", deform, inputs, align, "roi_align", grad, layout)
-
-
-def _bench_op(op, run, inputs, rival, rival_name, grad, layout) -> Iterator[dict]:
-    maps, boxes, *_, S, strides, samples = run.args
-    exact = [t.detach().double().requires_grad_() for t in inputs]
-    skip = len(inputs) > len(maps)
-    shift = exact.pop() if skip else None
-    options = (exact, boxes, shift, S, strides, samples, 0.1, skip)
-    reference = partial(_pool_reference, *options)
-    rows, size = _taps(*options)[0].unique().numel(), maps[0].element_size()
-    touched, pooled = rows * maps[0].shape[1] * size, grad.numel() * size
-
-    def backward(pool, inputs):
-        graph = []  # made at the first call, so that the others time the backward alone
-
-        def gradients() -> tuple[Tensor, ...]:
-            if not graph:
-                graph.append(pool())
-            return torch.autograd.grad(graph[0], inputs, grad.to(graph[0].dtype), retain_graph=True)
-
-        return gradients
-
-    def truth() -> tuple[Tensor, ...]:
-        grads = backward(reference, [*exact, shift] if skip else exact)()
-        # The gradient of an offset jumps where a sample crosses into another cell, and float32 puts
-        # a few on the other side: 16 bits say how closely to compare it.
-        return (*grads[:-1], grads[-1].bfloat16()) if skip else grads
-
-    def deterministic():
-        torch.use_deterministic_algorithms(True)
-        try:
-            return atomic()
-        finally:
-            torch.use_deterministic_algorithms(False)
-
-    atomic = backward(run, inputs)
-    name = f"{op} {len(boxes)}x{grad.shape[1]}x{S}x{S} {layout}"
-    yield {
-        "name": f"{name} forward",
-        "run": torch.no_grad()(run),
-        "baseline": torch.no_grad()(rival),
-        "baseline_name": rival_name,
-        "reference": torch.no_grad()(reference),
-        "bytes": touched + pooled,
-    }
-    case = {
-        "name": f"{name} backward",
-        "run": atomic,
-        "baseline": backward(rival, maps),
-        "baseline_name": rival_name,
-        "reference": truth,
-        "bytes": sum(f.numel() for f in maps) * size + pooled + (touched if skip else 0),
-    }
-    yield case
-    if grad.is_cuda:
-        rival = {"run": deterministic, "baseline": atomic, "baseline_name": "atomics"}
-        yield case | rival | {"name": f"{name} backward deterministic"}
+    return impl, rois, size, strides, sampling_ratio

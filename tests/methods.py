@@ -7,6 +7,12 @@ import torch
 import torchvision
 
 import common
+from baselines import retinanet
+from engine.checkpoints import load_checkpoint
+from engine.data import to_device
+from engine.detector import Variants
+from engine.metrics import coco_metrics, detect, to_coco
+from engine.settings import Config as EngineConfig
 
 SMALL = dict(fpn_channels=16, tower_convs=1, tower_groups=0, anchor_scale=2.0, norm="gn", workers=0)
 RUN = """--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 12 --num-val 4
@@ -32,7 +38,7 @@ def sure(model):
 
 def batch(count=2, size=96, seed=0):
     data = common.SyntheticDetection(count, size, seed)
-    return common.to_device([data[i] for i in range(count)], "cpu")
+    return to_device([data[i] for i in range(count)], "cpu")
 
 
 def without_objects(targets):
@@ -41,7 +47,7 @@ def without_objects(targets):
 
 
 def own_flags(method) -> set[str]:
-    names = [{f.name for f in dataclasses.fields(c)} for c in (method.Config, common.Config)]
+    names = [{f.name for f in dataclasses.fields(c)} for c in (method.Config, EngineConfig)]
     return names[0] - names[1]
 
 
@@ -104,14 +110,14 @@ def check_batch_equals_singles(model):
         assert len(alone["boxes"]) > 50 and (found["scores"].diff() <= 0).all()
         torch.testing.assert_close(alone["boxes"], found["boxes"], atol=1e-2, rtol=0)
         torch.testing.assert_close(alone["scores"], found["scores"], atol=1e-4, rtol=0)
-    counts, original = [], common.count_positives
+    counts, original = [], retinanet.count_positives
 
     def counted(labels):
         counts.append(original(labels))
         return counts[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "count_positives", counted)
+        patch.setattr(retinanet, "count_positives", counted)
         singles = [model.loss(images[i : i + 1], targets[i : i + 1]) for i in (0, 1)]
     for name, value in model.loss(images, targets).items():
         mean = sum(losses[name] * n for losses, n in zip(singles, counts)) / sum(counts)
@@ -124,7 +130,7 @@ def check_all_classes(method):
     """`top_scores` limits pairs, or with all_classes anchors: all their pairs over the threshold."""
     model, (images, _) = sure(make(method, top_scores=3, score_threshold=0.1)).eval(), batch(2)
     out = model.outputs(images)
-    scores = model.rank(out["cls_logits"].sigmoid(), out, (slice(None), slice(None)), model.config)
+    scores = model.score(out["cls_logits"].sigmoid(), out, (slice(None), slice(None)), model.config)
     few = model.select(out, model.config)
     every = model.select(out, dataclasses.replace(model.config, all_classes=True))
     first, want = 0, 0
@@ -140,26 +146,47 @@ def check_all_classes(method):
 
 
 def overfit(model, item, steps: int):
-    """Trains a model on one item of a data set. Its image and target, and what is found in it."""
-    images, targets = common.to_device([item], "cpu")
-    optimizer = torch.optim.AdamW(model.parameters())
+    """Trains a model on one item of a data set. Its image and target, and what is found in it.
+
+    Whatever else chance decides, the loss falls to less than half of what it was.
+    """
+    images, targets = to_device([item], "cpu")
+    optimizer, totals = torch.optim.AdamW(model.parameters()), []
     for i in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, i / 10) * (0.1 if i > 0.7 * steps else 1)
         optimizer.zero_grad()
-        sum(model.loss(images, targets).values()).backward()
+        total = sum(model.loss(images, targets).values())
+        total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 10)
         optimizer.step()
+        totals.append(total.item())
+    assert sum(totals[-5:]) / 5 < 0.5 * totals[0], totals
     (found,) = model.eval().predict(images)
     return images, targets[0], found
 
 
+def metrics_of(found, target, categories) -> dict:
+    """COCO's metrics of what is found in one image."""
+    sure = torch.ones(len(target["boxes"]))
+    truth = to_coco(0, {**target, "scores": sure}, categories)
+    annotations = [{**a, "id": i + 1, "area": 1, "iscrowd": 0} for i, a in enumerate(truth)]
+    data = {"images": [{"id": 0}], "annotations": annotations, "categories": categories}
+    return coco_metrics(data, to_coco(0, found, categories))
+
+
 def check_overfits(model, image: int, steps: int, least_iou: float):
-    """Trained on one image, a model is sure of exactly its objects. That image; their boxes."""
-    images, target, found = overfit(model, common.SyntheticDetection(image + 1, 96)[image], steps)
+    """Trained on one image, a model finds its objects before anything else. The image; their boxes.
+
+    A second box on an object may be left, with a lower score: how many is chance.
+    """
+    data = common.SyntheticDetection(image + 1, 96)
+    images, target, found = overfit(model, data[image], steps)
+    assert metrics_of(found, target, data.categories)["AP50"] > 0.9, (found, target)
     certain, gt_boxes = found["scores"] > 0.5, target["boxes"]
-    assert sorted(found["labels"][certain].tolist()) == sorted(target["labels"].tolist())
-    assert torchvision.ops.box_iou(gt_boxes, found["boxes"][certain]).amax(1).min() > least_iou
+    iou = torchvision.ops.box_iou(gt_boxes, found["boxes"][certain])
+    mine = target["labels"][:, None] == found["labels"][certain]
+    assert (iou * mine).amax(1).min() > least_iou, (found, target)
     return images, gt_boxes
 
 
@@ -175,11 +202,11 @@ def check_variants(method, configs: list):
         max_detections=9999,
     )
     configs = [dataclasses.replace(model.config, **shared, **c) for c in configs]
-    merged = common.detect(common.Variants(model, configs), data, configs[0], torch.device("cpu"))
+    merged = detect(Variants(model, configs), data, configs[0], torch.device("cpu"))
     merged, seen = list(merged), []
     for i, config in enumerate(configs):
         model.config = config
-        alone = common.detect(model, data, config, torch.device("cpu"))
+        alone = detect(model, data, config, torch.device("cpu"))
         for (_, want), (_, found) in zip(alone, merged):
             mine = found["variant"] == i
             assert all(torch.equal(found[k][mine], want[k]) for k in want)
@@ -203,7 +230,7 @@ def check_resume(method, run, folder, monkeypatch):
         method.main([*run, "--train", "--out", f"{folder}/b"])
     monkeypatch.undo()
     method.main([*run, "--train", "--resume", "--out", f"{folder}/b"])
-    a, b = (common.load_checkpoint(folder / name / "last.pt")["model"] for name in "ab")
+    a, b = (load_checkpoint(folder / name / "last.pt")["model"] for name in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a)
     image = common.SyntheticDetection(1, 64)[0][0]
     common.Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / "a.png")
@@ -215,4 +242,4 @@ def check_real_data(method, real, data, folder, *action):
     assert 0 <= metrics["AP"] <= 1 and len(metrics["per_class"]) in (3, 80)
     file = str(sorted(data.rglob("*.jpg"))[0])
     method.main(["--predict", file, "--out", str(folder)])
-    assert len(list((folder / "pictures").iterdir())) == 1
+    assert len(list((folder / "predict" / "pictures").iterdir())) == 1

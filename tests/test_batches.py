@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import common
+from engine import metrics
+from engine.metrics import detect
 
 NAMES = ["d2det", "double_head", "cpm_rcnn", "iou_aware_retinanet", "dc_loss_clnms"]
 SMALL = {
@@ -80,8 +82,8 @@ def test_evaluation_does_not_depend_on_batch_or_processes(monkeypatch):
         config = dataclasses.replace(model.config, eval_batch=batch, **shared)
         found = {}
         for rank in range(world):
-            monkeypatch.setattr(common, "rank_and_world", lambda r=rank, w=world: (r, w))
-            for target, mine in common.detect(model, data, config, torch.device("cpu")):
+            monkeypatch.setattr(metrics, "rank_and_world", lambda r=rank, w=world: (r, w))
+            for target, mine in detect(model, data, config, torch.device("cpu")):
                 assert target["image_id"] not in found
                 found[target["image_id"]] = mine
         assert sorted(found) == list(range(7))

@@ -3,7 +3,6 @@
 import dataclasses
 import doctest
 import functools
-import json
 import math
 
 import pytest
@@ -22,6 +21,7 @@ from methods import (
 
 import common
 import cpm_rcnn as method
+from baselines import faster_rcnn
 from cpm_rcnn import Config
 
 SMALL = dict(
@@ -287,9 +287,9 @@ def test_what_enters_each_stage(monkeypatch):
         return boxes + 0.1
 
     monkeypatch.setattr(method, "decode_grid", decode)
-    pooled, labels, pool, loss = [], [], model.pool, common.class_loss
+    pooled, labels, pool, loss = [], [], model.pool, faster_rcnn.class_loss
     model.pool = lambda f, rois, size: pooled.append(rois) or pool(f, rois, size)
-    monkeypatch.setattr(common, "class_loss", lambda x, y: labels.append(y) or loss(x, y))
+    monkeypatch.setattr(faster_rcnn, "class_loss", lambda x, y: labels.append(y) or loss(x, y))
     model.loss(images, targets)
     gts = torch.cat([t["boxes"] for t in targets])
     positives = torch.bincount(pooled[0][labels[0] < 10][:, 0].long())
@@ -406,9 +406,9 @@ def test_longest_sides_of_the_multi_scale_row():
 
 def test_weights_of_the_losses(monkeypatch):
     """Eq. 2 and 6: 15, 7.5 and 3.75 for the stages' maps, 1 for ISM and RSM."""
-    monkeypatch.setattr(method, "grid_loss", lambda logits, _: logits.sum() * 0 + 1)
+    monkeypatch.setattr(method, "grid_loss", lambda logits, *_: logits.sum() * 0 + 1)
     monkeypatch.setattr(method, "iou_scoring_loss", lambda p, *_: p.sum() * 0 + 1)
-    monkeypatch.setattr(common, "class_loss", lambda p, _: p.sum() * 0 + 1)
+    monkeypatch.setattr(faster_rcnn, "class_loss", lambda p, _: p.sum() * 0 + 1)
     losses = make().loss(*batch())
     found = {k: v.item() for k, v in losses.items() if not k.startswith("rpn")}
     assert found == dict(cls=1, grid1=15, grid2=7.5, grid3=3.75, ism=1, rsm=1)
@@ -452,7 +452,7 @@ def known(flag):
 
 
 def test_every_flag_is_covered():
-    assert own_flags(method) == set(CHANGED) | {"sweep_gamma", "plot_ap"}
+    assert own_flags(method) == set(CHANGED)
     assert behaviour(sure(make())) == known("")
 
 
@@ -470,22 +470,8 @@ RUN = """--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 
 
 def test_the_command_line(tmp_path, monkeypatch):
     metrics, where = check_resume(method, RUN, tmp_path, monkeypatch)
-    actions = ["--eval", "--predict", f"{tmp_path}/a.png", "--sweep-gamma", "--plot-ap"]
-    assert method.main([*RUN, *actions, *where]) == metrics
-    names = {p.name for p in (tmp_path / "c").iterdir()}
-    assert {"pictures", "sweep_gamma.png", "plot_ap.png", "predictions.json"} <= names
-    sweep = json.loads((tmp_path / "c" / "sweep_gamma.json").read_text())
-    drawn = json.loads((tmp_path / "c" / "plot_ap.json").read_text())
-    assert len(sweep) == 12 and sweep["0.8"] == drawn["fused"] == metrics  # as --eval gives
-    assert sweep["1.0"] == drawn["without RSM"] and sweep["none"] == drawn["cls"]
-
-
-def test_figures_of_models_without_ism_or_rsm(tmp_path):
-    model, data = sure(make(ism=False, rsm=False)), common.SyntheticDetection(3, 64)
-    where = model.config, torch.device("cpu"), tmp_path
-    with pytest.raises(common.BadInput, match="needs a model with RSM"):
-        method.sweep_gamma(model, data, *where)
-    assert set(method.plot_ap(model, data, *where)) == {"cls"}
+    assert method.main([*RUN, "--eval", "--predict", f"{tmp_path}/a.png", *where]) == metrics
+    assert {"pictures", "predictions.json"} <= {p.name for p in (tmp_path / "c").rglob("*")}
 
 
 @pytest.mark.parametrize("name", ["bccd", "coco_tiny"])

@@ -9,11 +9,12 @@ import os
 import pytest
 import torch
 import torchvision
-from methods import batch, check_all_crowd, overfit
+from methods import batch, check_all_crowd, metrics_of, overfit
 
 import common
 import d2det
 import kernels
+from baselines.faster_rcnn import class_box_loss
 from d2det import Config, Detector
 
 SMALL = dict(
@@ -50,7 +51,7 @@ def test_examples_in_docstrings():
 def test_targets_by_hand():
     """A 70x140 proposal at (10, 20): bins of 10x20 px, first centre (15, 30)."""
     proposal, gt = torch.tensor([[10.0, 20, 80, 160]]), torch.tensor([[24.0, 20, 80, 132]])
-    offsets, inside = d2det.dense_offset_targets(proposal, gt)
+    offsets, inside = d2det.dense_offset_targets(proposal, gt, margin=0.0)
     assert offsets.shape == (1, 4, 7, 7) and inside.shape == (1, 1, 7, 7)
     # l = (15 - 24) / 70, t = (30 - 20) / 140, r = (80 - 15) / 70, b = (132 - 30) / 140
     want = torch.tensor([-9 / 70, 10 / 140, 65 / 70, 102 / 140])
@@ -61,7 +62,7 @@ def test_targets_by_hand():
     # centres inside the gt: columns 1..6 (x > 24), rows 0..5 (y < 132)
     assert inside[0, 0].sum() == 36 and inside[0, 0, :6, 1:].all()
     # a sixth of the proposal from every side: x in [35.7, 68.3], y in [43.3, 108.7]
-    _, inside = d2det.dense_offset_targets(proposal, gt, margin=1 / 6)
+    _, inside = d2det.dense_offset_targets(proposal, gt)
     assert inside[0, 0].nonzero().tolist() == [[r, c] for r in (1, 2, 3) for c in (3, 4, 5)]
 
 
@@ -71,8 +72,21 @@ def test_targets_and_decode_are_inverse():
     cells = d2det.cell_boxes(proposals, offsets)
     torch.testing.assert_close(cells, gts[..., None, None].expand_as(cells), atol=1e-3, rtol=0)
     for logits in (inside - 0.5, torch.full_like(inside, -1)):  # also with no cell at all
-        decoded = kernels.decode_dense_offsets(proposals, offsets, logits)
-        torch.testing.assert_close(decoded, gts, atol=1e-3, rtol=0)
+        for decode in (d2det.decode, kernels.decode_dense_offsets):
+            torch.testing.assert_close(decode(proposals, offsets, logits), gts, atol=1e-3, rtol=0)
+
+
+def test_the_kernel_is_the_equation():
+    """decode in plain torch, and the kernel, of cells that disagree; some proposals without any."""
+    proposals = some_boxes(300)
+    offsets, logits = torch.rand(300, 4, 7, 7), torch.randn(300, 1, 7, 7)
+    logits[::3] -= 9
+    plain = d2det.decode(proposals, offsets, logits)
+    torch.testing.assert_close(
+        kernels.decode_dense_offsets(proposals, offsets, logits), plain, atol=1e-3, rtol=0
+    )
+    others = d2det.decode(proposals, offsets, -logits)
+    assert ((others - plain).abs().amax(1) > 1).float().mean() > 0.5
 
 
 def test_only_cells_on_the_object_are_averaged():
@@ -140,7 +154,7 @@ def test_baseline_box_loss_by_hand():
     gt = torch.tensor([[1.0, 0, 11, 10], [0, 0, 0, 0]])  # the second is background
     deltas = torch.zeros(2, 12)
     deltas[0, 4:8] = torch.tensor([3.0, 0, 0, 0])  # class 1; dx should be 0.1 / 0.1 = 1
-    loss = common.class_box_loss(deltas, rois, torch.tensor([1, 3]), gt)
+    loss = class_box_loss(deltas, rois, torch.tensor([1, 3]), gt)
     assert loss.item() == pytest.approx(1.5 / 2)
 
 
@@ -181,7 +195,7 @@ def test_weighted_pool_starts_as_average_and_prefers_heavy_samples():
     assert (heavy <= torch.nn.functional.max_pool2d(x, 3, 2, 1) + 1e-5).all()
     assert pool(x[:0]).shape == (0, 3, 7, 7)
     plain = d2det.DiscriminativePool(3, 8, weighting=False)  # the ablation: padding does not count
-    torch.testing.assert_close(plain(x), average)
+    torch.testing.assert_close(plain.pool(x), average)
 
 
 @pytest.mark.parametrize("row", [*d2det.ROWS])
@@ -328,8 +342,5 @@ def test_one_image_can_be_overfitted():
     index = max(range(40), key=lambda i: largest_of_the_smallest(data[i][1]["boxes"]))
     model = make(fpn_channels=32, conv_channels=32, jitter=0.0)
     _, target, found = overfit(model, data[index], 300)
-    wanted = common.to_coco(0, {**target, "scores": torch.ones(9)}, data.categories)
-    annotations = [{**w, "id": i + 1, "area": 1, "iscrowd": 0} for i, w in enumerate(wanted)]
-    dictionary = {"images": [{"id": 0}], "annotations": annotations, "categories": data.categories}
-    metrics = common.coco_metrics(dictionary, common.to_coco(0, found, data.categories))
+    metrics = metrics_of(found, target, data.categories)
     assert metrics["AP"] > 0.9, (metrics, found, target)

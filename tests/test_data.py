@@ -10,6 +10,11 @@ from PIL import Image
 
 import common
 from common import BadInput, Config
+from engine.data import TrainBatches, load_data
+from engine.detector import split_images
+from engine.metrics import coco_metrics, detect, evaluate, to_coco, voc07_ap
+from engine.pictures import draw
+from engine.predict import Files
 
 
 def config(**changes):
@@ -159,7 +164,7 @@ def test_augmentation_depends_on_epoch_and_index_alone():
 
 def test_training_order_visits_all_groups_by_shape_and_resumes():
     sizes = np.array([[40, 60]] * 13 + [[60, 40]] * 7)
-    batches = common.TrainBatches(sizes, 4, 0, 0, 15)
+    batches = TrainBatches(sizes, 4, 0, 0, 15)
     order = list(batches)
     assert len(order) == 15 and batches.per_epoch == 5
     for epoch in range(3):
@@ -168,8 +173,8 @@ def test_training_order_visits_all_groups_by_shape_and_resumes():
     mixed = [len({i < 13 for _, i in b}) for b in order]
     assert sum(m == 2 for m in mixed) <= 3  # only leftovers of an epoch mix
     assert order[:5] != [[(0, i) for _, i in b] for b in order[5:10]]
-    assert list(common.TrainBatches(sizes, 4, 0, 8, 15)) == order[8:]
-    assert [len(b) for b in common.TrainBatches(sizes[:3], 4, 0, 0, 2)] == [3, 3]
+    assert list(TrainBatches(sizes, 4, 0, 8, 15)) == order[8:]
+    assert [len(b) for b in TrainBatches(sizes[:3], 4, 0, 0, 2)] == [3, 3]
 
 
 def test_padding_normalises_and_keeps_sizes():
@@ -185,14 +190,14 @@ def test_padding_normalises_and_keeps_sizes():
 
 
 def test_coco_layout_maps_categories_and_crowds(coco_dir):
-    train, val = common.load_data(Config(data=str(coco_dir)))
+    train, val = load_data(Config(data=str(coco_dir)))
     assert [c["id"] for c in train.categories] == [3, 7] and len(train) == len(val) == 2
     image, target = train[0]
     assert image.shape == (3, 40, 60)
     assert target["labels"].tolist() == [1, 0] and target["ignore"].tolist() == [False, True]
     assert target["boxes"][0].tolist() == [10, 5, 30, 35] and target["image_id"] == 5
     assert len(train[1][1]["boxes"]) == 0
-    result = common.to_coco(5, {k: target[k] for k in ("boxes", "labels")} | {"scores": torch.ones(2)}, train.categories)  # fmt: skip
+    result = to_coco(5, {k: target[k] for k in ("boxes", "labels")} | {"scores": torch.ones(2)}, train.categories)  # fmt: skip
     assert result[0] == {"image_id": 5, "category_id": 7, "bbox": [10, 5, 20, 30], "score": 1.0}
 
 
@@ -201,9 +206,9 @@ def test_coco_explicit_paths(coco_dir):
         f"{s}_json": str(coco_dir / f"annotations/instances_{s}2017.json") for s in ("train", "val")
     }
     paths |= {f"{s}_images": str(coco_dir / f"{s}2017") for s in ("train", "val")}
-    assert len(common.load_data(Config(**paths))[0]) == 2
+    assert len(load_data(Config(**paths))[0]) == 2
     with pytest.raises(BadInput, match="needed together"):
-        common.load_data(Config(**{**paths, "val_images": ""}))
+        load_data(Config(**{**paths, "val_images": ""}))
 
 
 @pytest.mark.parametrize(
@@ -249,7 +254,7 @@ def test_coco_explicit_paths(coco_dir):
 def test_bad_coco_is_refused_by_name(coco_dir, damage, message):
     damage(coco_dir)
     with pytest.raises(BadInput, match=message):
-        common.load_data(Config(data=str(coco_dir)))
+        load_data(Config(data=str(coco_dir)))
 
 
 def test_broken_boxes_are_dropped_and_counted(coco_dir, capsys):
@@ -260,7 +265,7 @@ def test_broken_boxes_are_dropped_and_counted(coco_dir, capsys):
             j["annotations"].append({**j["annotations"][0], "id": 10 + i, "bbox": bbox})
 
     edit(coco_dir, add)
-    train, _ = common.load_data(Config(data=str(coco_dir)))
+    train, _ = load_data(Config(data=str(coco_dir)))
     assert "dropped 4 of 7 boxes" in capsys.readouterr().out
     assert train[0][1]["boxes"][2].tolist() == [50, 30, 60, 40]  # reaches over the border: clipped
     assert len(train.coco()["annotations"]) == 3
@@ -275,12 +280,12 @@ def test_ground_truth_of_home_made_files_is_scored(coco_dir):
         j["annotations"][0]["id"] = 0
 
     edit(coco_dir, strip)
-    data, _ = common.load_data(Config(data=str(coco_dir)))
+    data, _ = load_data(Config(data=str(coco_dir)))
     perfect = []
     for _, target in (data[i] for i in range(len(data))):
         scores = torch.ones(len(target["boxes"]))
-        perfect += common.to_coco(target["image_id"], {**target, "scores": scores}, data.categories)
-    assert common.coco_metrics(data.coco(), perfect)["AP"] == pytest.approx(1)
+        perfect += to_coco(target["image_id"], {**target, "scores": scores}, data.categories)
+    assert coco_metrics(data.coco(), perfect)["AP"] == pytest.approx(1)
 
 
 @pytest.fixture
@@ -300,13 +305,13 @@ def voc_dir(tmp_path):
 
 
 def test_voc_layout(voc_dir):
-    train, val = common.load_data(Config(data=str(voc_dir)))
+    train, val = load_data(Config(data=str(voc_dir)))
     assert [c["name"] for c in val.categories] == ["cat", "dog"]
     assert train.image_ids == ["a1", "b2"] and val.image_ids == ["b2"]
     target = train[0][1]
     assert target["boxes"].tolist() == [[0, 10, 30, 20]]  # 1-based, inclusive
     assert target["labels"].tolist() == [1] and val[0][1]["ignore"].tolist() == [True]
-    smaller, _ = common.load_data(Config(data=str(voc_dir), train_split="test"), val=False)
+    smaller, _ = load_data(Config(data=str(voc_dir), train_split="test"), val=False)
     assert len(smaller) == 1
 
 
@@ -315,10 +320,10 @@ def test_voc_without_a_test_split_does_not_train_on_what_it_tests(voc_dir):
     (lists / "test.txt").rename(lists / "val.txt")
     (lists / "train.txt").write_text("a1\n")
     known = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
-    train, val = common.load_data(Config(data=str(voc_dir)), categories=known)
+    train, val = load_data(Config(data=str(voc_dir)), categories=known)
     assert train.image_ids == ["a1"] and val.image_ids == ["b2"]
     (lists / "train.txt").unlink()  # nobody asks for it
-    assert len(common.load_data(Config(data=str(voc_dir)), train=False, categories=known)[1]) == 1
+    assert len(load_data(Config(data=str(voc_dir)), train=False, categories=known)[1]) == 1
 
 
 @pytest.mark.parametrize(
@@ -336,7 +341,7 @@ def test_voc_without_a_test_split_does_not_train_on_what_it_tests(voc_dir):
 def test_bad_voc_is_refused_by_name(voc_dir, damage, message):
     damage(voc_dir)
     with pytest.raises(BadInput, match=message):
-        common.load_data(Config(data=str(voc_dir)))
+        load_data(Config(data=str(voc_dir)))
 
 
 # ------------------------------------------------------------------------------ evaluation
@@ -362,7 +367,7 @@ class Oracle(torch.nn.Module):
 
     def finish(self, candidates, num_images):
         first = torch.arange(0, len(candidates["image"]) // self.views)
-        return common.split_images(*[candidates[k][first] for k in ("boxes", "scores", "labels", "image")], num_images)  # fmt: skip
+        return split_images(*[candidates[k][first] for k in ("boxes", "scores", "labels", "image")], num_images)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["coco_tiny", "bccd", "synthetic"])
@@ -371,9 +376,9 @@ def test_ground_truth_as_detections_scores_one(name, request, tmp_path):
         data = common.SyntheticDetection(20, 128)
     else:
         folder = request.getfixturevalue("detection_data") / name
-        data = common.load_data(Config(data=str(folder)), train=False)[1]
+        data = load_data(Config(data=str(folder)), train=False)[1]
     settings = config(scales=(333,), test_scales=(333,), max_size=500)
-    metrics = common.evaluate(Oracle(data, settings), data, settings, torch.device("cpu"), tmp_path)
+    metrics = evaluate(Oracle(data, settings), data, settings, torch.device("cpu"), tmp_path)
     assert metrics["AP"] == pytest.approx(1.0, abs=1e-9), metrics
     assert (
         metrics["AP90"] == metrics["AP_small" if name != "bccd" else "AP_large"] == pytest.approx(1)
@@ -384,14 +389,14 @@ def test_ground_truth_as_detections_scores_one(name, request, tmp_path):
     assert (tmp_path / "detections.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "metrics.json").read_text())["AP50"] == 1.0
     # And it is sharp: boxes off by two pixels must not score one.
-    wrong = common.evaluate(Oracle(data, settings, 2.0), data, settings, torch.device("cpu"))
+    wrong = evaluate(Oracle(data, settings, 2.0), data, settings, torch.device("cpu"))
     assert wrong["AP"] < 0.97
 
 
 def test_scales_are_merged_in_original_pixels():
     data = common.SyntheticDetection(4, 128)
     settings = config(scales=(128,), test_scales=(64, 192), max_size=128)
-    seen = {t["image_id"]: f for t, f in common.detect(Oracle(data, settings), data, settings, torch.device("cpu"))}  # fmt: skip
+    seen = {t["image_id"]: f for t, f in detect(Oracle(data, settings), data, settings, torch.device("cpu"))}  # fmt: skip
     for i in range(4):
         torch.testing.assert_close(seen[i]["boxes"], data[i][1]["boxes"].as_subclass(torch.Tensor), atol=1e-3, rtol=0)  # fmt: skip
 
@@ -416,41 +421,39 @@ def found(*boxes):
 def test_voc07_ap_by_hand():
     a, b, c = [0, 0, 20, 20], [50, 50, 20, 20], [0, 60, 20, 20]
     # hit, double, miss of b: precision 1 up to recall 1/2, so recalls 0 .. 0.5 are six of eleven
-    assert common.voc07_ap(truth_of([a, b]), found(a, a)) == pytest.approx(6 / 11)
+    assert voc07_ap(truth_of([a, b]), found(a, a)) == pytest.approx(6 / 11)
     # double first on a, then b: precisions 1, 1/2, 2/3
-    assert common.voc07_ap(truth_of([a, b]), found(a, a, b)) == pytest.approx((6 + 5 * 2 / 3) / 11)
+    assert voc07_ap(truth_of([a, b]), found(a, a, b)) == pytest.approx((6 + 5 * 2 / 3) / 11)
     # a difficult object counts neither as found nor as missed
-    assert common.voc07_ap(truth_of([a, c], difficult={1}), found(c, a)) == pytest.approx(1)
-    assert common.voc07_ap(truth_of([a]), []) == 0
+    assert voc07_ap(truth_of([a, c], difficult={1}), found(c, a)) == pytest.approx(1)
+    assert voc07_ap(truth_of([a]), []) == 0
 
 
 def test_voc07_ap_does_not_depend_on_the_order_of_images():
     truth, a, b = truth_of([[0, 0, 20, 20]]), [0, 0, 20, 20], [50, 50, 20, 20]
     truth["images"].append({**truth["images"][0], "id": 2})
     results = [{**found(box)[0], "image_id": i} for i, box in ((1, a), (2, b))]  # equal scores
-    assert common.voc07_ap(truth, results) == common.voc07_ap(truth, results[::-1])
+    assert voc07_ap(truth, results) == voc07_ap(truth, results[::-1])
 
 
 def test_difficult_and_crowd_objects_are_ignored_by_the_evaluator():
     a, b = [0, 0, 20, 20], [50, 50, 20, 20]
-    assert common.coco_metrics(truth_of([a, b], difficult={1}), found(b, a))["AP"] == pytest.approx(
-        1
-    )
-    assert common.coco_metrics(truth_of([a, b], crowd={1}), found(b, a))["AP"] == pytest.approx(1)
-    assert common.coco_metrics(truth_of([a, b]), found(a))["AP"] == pytest.approx(51 / 101)
-    assert common.coco_metrics(truth_of([a, b]), [])["AP"] == 0
-    per_class = common.coco_metrics(truth_of([a]), found(a))["per_class"]
+    assert coco_metrics(truth_of([a, b], difficult={1}), found(b, a))["AP"] == pytest.approx(1)
+    assert coco_metrics(truth_of([a, b], crowd={1}), found(b, a))["AP"] == pytest.approx(1)
+    assert coco_metrics(truth_of([a, b]), found(a))["AP"] == pytest.approx(51 / 101)
+    assert coco_metrics(truth_of([a, b]), [])["AP"] == 0
+    per_class = coco_metrics(truth_of([a]), found(a))["per_class"]
     assert per_class == {"x": pytest.approx(1)}
 
 
 def test_predict_files_refuses_and_draws(coco_dir, tmp_path):
-    files = common.Files([coco_dir / "train2017"], [])
+    files = Files([coco_dir / "train2017"], [])
     assert [f.name for f in files.files] == ["5.png", "9.png"]
     with pytest.raises(BadInput, match=r"none\.jpg: cannot read the image"):
-        common.Files([tmp_path / "none.jpg"], [])
+        Files([tmp_path / "none.jpg"], [])
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match="no image in this folder"):
-        common.Files([tmp_path / "empty"], [])
+        Files([tmp_path / "empty"], [])
     image = torch.zeros(3, 300, 300, dtype=torch.uint8)
-    drawn = common.draw(image, torch.tensor([[10.0, 20, 200, 250]]), [0], ["x"], [0.9])
+    drawn = draw(image, torch.tensor([[10.0, 20, 200, 250]]), [0], ["x"], [0.9])
     assert drawn[:, 250, 100].sum() > 0 and drawn[:, 200, 100].sum() == 0

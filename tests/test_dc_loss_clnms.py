@@ -2,12 +2,10 @@
 
 import dataclasses
 import doctest
-import json
 import math
 
 import pytest
 import torch
-import torchvision
 from methods import (
     REAL,
     RUN,
@@ -30,6 +28,7 @@ from methods import (
 import common
 import dc_loss_clnms as method
 import kernels
+from baselines.retinanet import Positives
 from dc_loss_clnms import Config
 
 OFF = dict(dc_loss=False, iac=False, nms="plain")
@@ -84,16 +83,19 @@ def test_the_models_loss_total_equals_the_plain_one_but_not_its_gradient():
 
 def test_weights_by_hand():
     """Two positives: one box perfect (lambda 10), one with e = 0.15 (lambda 4)."""
-    focal = torch.tensor([[0.5, 3.0, 0.25, 9.0]])
-    at = (torch.tensor([0, 0]), torch.tensor([0, 2]))
+    losses = torch.tensor([0.5, 0.25])
     gt = torch.tensor([[0.0, 0, 10, 10]]).repeat(2, 1)
     boxes = gt + torch.tensor([[0.0, 0, 0, 0], [0, 0, 1, 0]])
-    config = Config(dc_normalise=False)
-    weights = method.dynamic_weights(focal, at, boxes, gt, config)
-    torch.testing.assert_close(weights, torch.tensor([[10.0, 1, 4, 1]]))
-    weights = method.dynamic_weights(focal, at, boxes, gt, Config())
+    weights = method.dynamic_weights(losses, boxes, gt, normalise=False)
+    torch.testing.assert_close(weights, torch.tensor([10.0, 4]))
     scale = 0.75 / (10 * 0.5 + 4 * 0.25)
-    torch.testing.assert_close(weights, torch.tensor([[10 * scale, 1, 4 * scale, 1]]))
+    weights = method.dynamic_weights(losses, boxes, gt)
+    torch.testing.assert_close(weights, torch.tensor([10 * scale, 4 * scale]))
+    model = make(method, dc_normalise=False)  # negatives count as they are
+    index, focal = (torch.tensor([0, 0]), torch.tensor([0, 2])), torch.tensor([[0.5, 3, 0.25, 9]])
+    positives = Positives(index, gt, common.encode_boxes(gt, boxes), gt)
+    want = torch.tensor([[5.0, 3, 1, 9]])
+    torch.testing.assert_close(model.weigh(focal, positives), want)
 
 
 def test_iac_score_by_hand():
@@ -135,21 +137,6 @@ def test_a_threshold_of_infinity_is_exactly_the_plain_assignment():
     assert (labels[~common.inside_image(out["anchors"], out["sizes"])] == -1).all()
 
 
-def cl_nms_by_hand(boxes, scores, threshold, literal=False):
-    kept, left = [], list(range(len(boxes)))
-    while left:
-        best = max(left, key=lambda i: scores[i])
-        iou = torchvision.ops.box_iou(boxes[best : best + 1], boxes)[0]
-        cluster = [i for i in left if iou[i] > threshold or i == best]
-        b, p = boxes[cluster], scores[cluster, None]
-        centres = (b[:, :2] + b[:, 2:]) / 2
-        far = (centres - (p * centres).sum(0) / p.sum()).norm(dim=1)
-        far = far / (b[:, 2:].amax(0) - b[:, :2].amin(0)).norm()
-        kept.append(cluster[(p[:, 0] + (far if literal else 1 - far)).argmax()])
-        left = [i for i in left if i not in cluster]
-    return kept
-
-
 @pytest.mark.parametrize("literal, count", [(False, 2000), (True, 500)])
 def test_cl_nms_agrees_with_the_text_on_thousands_of_cases(literal, count):
     torch.manual_seed(0)
@@ -159,13 +146,13 @@ def test_cl_nms_agrees_with_the_text_on_thousands_of_cases(literal, count):
         corner = torch.rand(n, 2, dtype=torch.float64) * 8
         boxes = torch.cat([corner, corner + 6 + torch.rand(n, 2).double() * 8], 1)
         scores = torch.rand(n, dtype=torch.float64)
-        kept = cl_nms_by_hand(boxes, scores, 0.5, literal)
+        kept = method.cl_nms_of_one_class(boxes, scores, 0.5, literal).tolist()
+        assert kept == sorted(kept, key=lambda i: -scores[i])
         want += [sum(len(c[0]) for c in cases) + i for i in kept]
         cases.append((boxes, scores, torch.full((n,), case)))
     boxes, scores, groups = (torch.cat(parts) for parts in zip(*cases))
-    keep, select = kernels.cl_nms(boxes, scores, groups, 0.5, literal=literal)
-    assert sorted(keep.tolist()) == sorted(want)
-    assert (select >= scores[keep] - 1e-9).all()
+    keep, own = kernels.cl_nms(boxes, scores, groups, 0.5, literal=literal)
+    assert sorted(keep.tolist()) == sorted(want) and torch.equal(own, scores[keep])
 
 
 def test_cl_nms_of_isolated_boxes_equals_nms_and_of_clusters_does_not():
@@ -259,7 +246,7 @@ CHANGED = dict(
 
 
 def test_every_flag_is_covered():
-    assert own_flags(method) == set(CHANGED) | {"compare_nms", "analyze", "all_classes"}
+    assert own_flags(method) == set(CHANGED) | {"all_classes"}
 
 
 def test_all_classes():
@@ -280,18 +267,10 @@ def test_flag_changes_the_run(known, flag):
 
 def test_the_command_line(tmp_path, monkeypatch):
     metrics, where = check_resume(method, RUN, tmp_path, monkeypatch)
-    actions = ["--eval", "--predict", f"{tmp_path}/a.png", "--compare-nms", "--analyze"]
-    assert method.main([*RUN, *actions, *where]) == metrics
-    assert (tmp_path / "c" / "pictures").is_dir()
-    rows = json.loads((tmp_path / "c" / "compare_nms.json").read_text())
-    assert list(rows) == ["plain", "soft", "cl", "cl, literal"]
-    found = json.loads((tmp_path / "c" / "analyze.json").read_text())
-    assert 0 < found["matched"] < found["candidates"]
-    assert rows["cl"] == metrics  # one pass gives what --eval gives
-    assert method.main([*RUN, "--eval", "--nms", "plain", *where]) == rows["plain"]
+    assert method.main([*RUN, "--eval", "--predict", f"{tmp_path}/a.png", *where]) == metrics
+    assert {"pictures", "predictions.json"} <= {p.name for p in (tmp_path / "c").rglob("*")}
 
 
 @pytest.mark.parametrize("name", ["bccd", "coco_tiny"])
 def test_real_data(detection_data, tmp_path, name):
-    check_real_data(method, REAL, detection_data / name, tmp_path, "--compare-nms")
-    assert (tmp_path / "compare_nms.json").exists()
+    check_real_data(method, REAL, detection_data / name, tmp_path)

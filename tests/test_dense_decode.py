@@ -1,6 +1,8 @@
 """decode_dense_offsets against cell-by-cell Python, in torch and Triton; what must not pass."""
 
 import math
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +168,9 @@ def test_arguments():
         lambda: decode_dense_offsets(proposals, offsets, logits[:, 0]),
         lambda: decode_dense_offsets(proposals, offsets, logits, torch.ones(3, 2)),
         lambda: decode_dense_offsets(proposals, offsets, logits, (-1, 5)),
+        lambda: decode_dense_offsets(proposals, offsets, logits, (1, 5, 5)),
+        lambda: decode_dense_offsets(proposals, offsets, logits, [(300, 400)] * 4),
+        lambda: decode_dense_offsets(proposals, offsets, logits, [(300, 400)] * 2),
         lambda: decode_dense_offsets(proposals, offsets, logits, impl="torchvision"),
         lambda: decode_dense_offsets(proposals.to("meta"), offsets, logits),
     ):
@@ -208,21 +213,78 @@ def test_bench_finds_wrong_results_and_scenes_without_data(monkeypatch):
     assert mismatch(order.flip(0), order) and mismatch((order, order + 1), (order, order))
 
 
-def test_files_work_when_copied_alone(tmp_path):
-    """With neither triton nor torchvision installed, and with nothing of this project around."""
-    folder = Path(__file__).resolve().parent.parent / "kernels"
-    for name in ("nms.py", "dense_decode.py", "roi_align.py"):
-        (tmp_path / name).write_text((folder / name).read_text())
-    program = """
-import sys; sys.modules |= {"triton": None, "torchvision": None}
-import torch, nms, dense_decode, roi_align
+PROGRAMS = {
+    "nms": """
 boxes, scores = torch.tensor([[0., 0, 4, 4], [0, 0, 4, 4]]), torch.tensor([.4, .5])
 assert nms.nms(boxes, scores, .5).tolist() == [1]
-offsets = torch.full((2, 4, 1, 1), .5)
+assert nms.cl_nms(boxes, scores, None, .5)[0].tolist() == [1]
+""",
+    "dense_decode": """
+boxes, offsets = torch.tensor([[0., 0, 4, 4], [1, 1, 3, 5]]), torch.full((2, 4, 1, 1), .5)
 assert dense_decode.decode_dense_offsets(boxes, offsets, offsets[:, :1]).equal(boxes)
-rois, maps = torch.tensor([[0., 0, 0, 8, 8]]), [torch.ones(1, 2, 4, 4)]
-assert roi_align.roi_align(maps, rois, 2, (4,)).allclose(torch.ones(1, 2, 2, 2))
+offsets.requires_grad_()
+dense_decode.decode_dense_reference(boxes, offsets, offsets[:, :1]).sum().backward()
+assert offsets.grad.any()
+""",
+    "roi_align": """
+rois, maps = torch.tensor([[0., 0, 0, 8, 8]]), [torch.ones(1, 2, 4, 4, requires_grad=True)]
+out = roi_align.roi_align(maps, rois, 2, (4,))
+assert out.allclose(torch.ones(1, 2, 2, 2))
+out.sum().backward()
+assert abs(maps[0].grad.sum() - 8) < 1e-5
+""",
+    "focal_loss": """
+logits = torch.zeros(3, 2, requires_grad=True)
+focal_loss.focal_loss(logits, torch.tensor([0, 2, -1])).sum().backward()
+assert logits.grad[0, 0] < 0 < logits.grad[1, 0] and not logits.grad[2].any()
+""",
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_file_works_when_copied_alone(name, tmp_path):
+    """With neither triton nor torchvision installed, and with nothing of this project around."""
+    folder = Path(__file__).resolve().parent.parent / "kernels"
+    (tmp_path / f"{name}.py").write_text((folder / f"{name}.py").read_text())
+    start = f"""
+import sys; sys.modules |= {{"triton": None, "torchvision": None}}
+import torch, {name}
 """
+    run_in(tmp_path, start + PROGRAMS[name])
+
+
+def test_the_folder_works_inside_another_package(tmp_path):
+    folder = Path(__file__).resolve().parent.parent / "kernels"
+    shutil.copytree(folder, tmp_path / "mine" / "ops")
+    (tmp_path / "mine" / "__init__.py").touch()
+    program = """
+import torch
+from mine import ops
+import mine.ops.bench as bench
+assert not bench.mismatch(torch.ones(2), torch.ones(2))
+boxes, scores = torch.tensor([[0., 0, 4, 4], [0, 0, 4, 4]]), torch.tensor([.4, .5])
+assert ops.batched_nms(boxes, scores, None, .5).tolist() == [1]
+"""
+    run_in(tmp_path, program)
+
+
+def run_in(folder, program):
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_bench_needs_no_index_of_the_gpu_and_no_tyro(monkeypatch, capsys):
+    from kernels import bench
+
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert bench.pick_device("cuda").type == "cuda" and bench.pick_device("cuda:1").index == 1
+    assert bench.pick_device("cpu").type == "cpu" and chosen == [0, 1]
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    empty = {"copy_bandwidth": lambda *_: 1.0, "cases": lambda device: iter(())}
+    for name, function in empty.items():
+        monkeypatch.setattr(bench, name, function)
+    assert bench.main(["--device", "cpu", "--seconds", "0.01"]) == 0
+    assert "copy_gb_s" in capsys.readouterr().out

@@ -2,7 +2,6 @@
 
 import dataclasses
 import doctest
-import json
 import math
 
 import pytest
@@ -29,6 +28,9 @@ from methods import (
 
 import common
 import iou_aware_retinanet as method
+import kernels
+from baselines.retinanet import box_loss, count_positives, match_anchors
+from engine.train import learning_rate
 from iou_aware_retinanet import Config
 
 
@@ -79,31 +81,34 @@ def test_detection_confidence():
     assert by_hand.item() == pytest.approx(0.81**0.25 * 0.16**0.75)
 
 
-def test_correlation():
-    x = torch.tensor([0.0, 1, 2, 3])
-    assert common.correlation(x, -2 * x) == dict(pearson=-1, spearman=-1)
-    cube = common.correlation(x, x**3)  # means 1.5 and 9
-    assert cube["pearson"] == pytest.approx(44 / math.sqrt(5 * 470), abs=1e-4)
-    assert cube["spearman"] == 1
-    none = dict(pearson=None, spearman=None)
-    assert common.correlation(x[:1], x[:1]) == none == common.correlation(x, x * 0)
-    tied = common.correlation(x, torch.tensor([0.0, 0, 5, 5]))["spearman"]
-    assert tied == pytest.approx(4 / math.sqrt(5 * 4), abs=1e-4)  # ranks 1.5, 1.5, 3.5, 3.5
-
-
-def test_positive_losses_by_hand():
+def test_losses_of_a_positive_by_hand():
     """Anchor 20x10, unmoved; its gt is its middle half: IoU 1/2, dw log 1/2, the rest 0."""
     anchor, gt = torch.tensor([[0.0, 0, 20, 10]]), torch.tensor([[5.0, 0, 15, 10]])
     deltas, logit = torch.zeros(1, 4, requires_grad=True), torch.zeros(1)
-    losses = method.positive_losses(deltas, logit, anchor, gt, 2.0, Config())
-    assert losses["box"].item() == pytest.approx((math.log(2) - 0.055) / 2)
-    assert losses["iou"].item() == pytest.approx(math.log(2) / 2)
-    loss = method.positive_losses(deltas, logit + 1, anchor, gt, 2.0, Config())["iou"]
+    box = box_loss(deltas, anchor, gt, num_positives=2)
+    assert box.item() == pytest.approx((math.log(2) - 0.055) / 2)
+    boxes = common.decode_boxes(anchor, deltas)
+    loss = method.iou_branch_loss(logit, boxes, gt, num_positives=2)
+    assert loss.item() == pytest.approx(math.log(2) / 2)
+    loss = method.iou_branch_loss(logit + 1, boxes, gt, num_positives=2)
     (grad,) = torch.autograd.grad(loss, deltas)
     # IoU = 10 / w there: its slope in dw is -1/2, the loss's in the IoU is -logit / num = -1/2
     assert grad[0, 2].item() == pytest.approx(1 / 4)
-    still = method.positive_losses(deltas, logit + 1, anchor, gt, 2.0, Config(iou_grad=False))
-    assert not still["iou"].requires_grad
+    still = method.iou_branch_loss(logit + 1, boxes, gt, move_boxes=False)
+    assert not still.requires_grad
+    assert method.iou_branch_loss(logit[:0], boxes[:0], gt[:0]) == 0 == box_loss(*[gt[:0]] * 3)
+
+
+def test_the_iou_branch_on_its_own_is_the_heads():
+    head, maps = method.IoUAwareHead(8, 9, 3), [torch.rand(2, 8, 4, 6), torch.rand(2, 8, 2, 3)]
+    branch = method.IoUBranch(8, 9)
+    assert branch.weight.std().item() == pytest.approx(0.01, rel=0.2) and (branch.bias == 0).all()
+    branch.load_state_dict(head.iou_logits.state_dict())
+    assert torch.equal(branch([head.box_tower(m) for m in maps]), head(maps)[2])
+    with torch.no_grad():
+        branch.weight.zero_()
+        branch.bias.copy_(torch.arange(9))
+    assert branch(maps)[1].tolist() == [*range(9)] * 30  # in each cell anchor by anchor
 
 
 @pytest.mark.parametrize("alpha, gamma", [(0.25, 2.0), (0.5, 1.0), (0.25, 0.0)])
@@ -113,12 +118,12 @@ def test_focal_loss_over_several_chunks(alpha, gamma):
     onehot = torch.nn.functional.one_hot(labels.clamp(0), 6)[:, :5].float()
     want = torchvision.ops.sigmoid_focal_loss(logits, onehot, alpha, gamma).sum(1) * (labels >= 0)
     scale = torch.rand(60_000)
-    ours = common.focal_loss(logits, labels, alpha, gamma)
+    ours = kernels.focal_loss(logits, labels, alpha, gamma)
     torch.testing.assert_close(ours, want)
     grads = [torch.autograd.grad((v * scale).sum(), logits)[0] for v in (ours, want)]
     torch.testing.assert_close(*grads)
-    assert torch.equal(common.focal_loss(logits.detach(), labels, alpha, gamma), ours.detach())
-    assert common.focal_loss(logits[:0], labels[:0]).shape == (0,)
+    assert torch.equal(kernels.focal_loss(logits.detach(), labels, alpha, gamma), ours.detach())
+    assert kernels.focal_loss(logits[:0], labels[:0]).shape == (0,)
 
 
 def test_focal_loss_of_sure_positives_is_exact():
@@ -126,9 +131,9 @@ def test_focal_loss_of_sure_positives_is_exact():
     logits = torch.full((11, 80), -20.0)
     logits[:, 3] = torch.arange(11)
     labels = torch.full((11,), 3)
-    found = common.focal_loss(logits, labels)
+    found = kernels.focal_loss(logits, labels)
     torch.testing.assert_close(
-        found.double(), common.focal_loss(logits.double(), labels), rtol=1e-4, atol=0
+        found.double(), kernels.focal_loss(logits.double(), labels), rtol=1e-4, atol=0
     )
 
 
@@ -139,14 +144,14 @@ def test_assignment_by_hand():
         boxes=torch.tensor([[0.0, 0, 20, 8], [20, 0, 40, 20]]), labels=torch.tensor([3, 5]),
         ignore=torch.tensor([False, True]),
     )  # fmt: skip
-    labels, boxes, classes = common.match_anchors(anchors, torch.tensor([[48.0, 48]]), [target])
+    labels, boxes, classes = match_anchors(anchors, torch.tensor([[48.0, 48]]), [target])
     # IoU 0.4: ignored; 2/3: positive; outside the image; in a crowd
     assert labels.tolist() == [[-1, 1, -1, -1]] and classes[0, 1] == 3
     assert boxes[0, 1].tolist() == [0, 0, 20, 8]
     target["boxes"][0] = torch.tensor([0.0, 0, 20, 2])  # IoU 1/10 and 1/6
-    labels, _, _ = common.match_anchors(anchors, torch.tensor([[64.0, 64]]), [target])
+    labels, _, _ = match_anchors(anchors, torch.tensor([[64.0, 64]]), [target])
     assert labels.tolist() == [[0, 1, 0, -1]]
-    assert common.count_positives(torch.tensor([[1, 1, 0], [0, 0, -1]])) == 3
+    assert count_positives(torch.tensor([[1, 1, 0], [0, 0, -1]])) == 3
 
 
 def test_padding_and_crowds_do_not_train():
@@ -156,43 +161,20 @@ def test_padding_and_crowds_do_not_train():
         boxes=torch.tensor([[42.0, 0, 48, 4]]), labels=torch.tensor([3]), ignore=torch.tensor([False])
     )  # fmt: skip
     assert common.aligned_iou(anchors, target["boxes"]).tolist() == pytest.approx([0.06, 0.06])
-    labels, _, _ = common.match_anchors(anchors, torch.tensor([[48.0, 48]]), [target])
+    labels, _, _ = match_anchors(anchors, torch.tensor([[48.0, 48]]), [target])
     assert labels.tolist() == [[-1, 1]]
     target["ignore"][0] = True
-    labels, boxes, _ = common.match_anchors(anchors, torch.tensor([[48.0, 48]]), [target])
+    labels, boxes, _ = match_anchors(anchors, torch.tensor([[48.0, 48]]), [target])
     assert labels.tolist() == [[-1, 0]] and boxes.abs().sum() == 0
-
-
-def test_candidates_with_iou_by_hand(monkeypatch):
-    """Two gts of classes 0 and 1, a crowd; boxes on the first, of each class, and on the crowd."""
-    boxes = [[0, 0, 10, 10], [50, 50, 10, 20], [80, 0, 10, 10]]  # xywh
-    annotations = [
-        dict(id=i + 1, image_id=7, category_id=(5, 9, 5)[i], bbox=b, iscrowd=i // 2)
-        for i, b in enumerate(boxes)
-    ]
-    truth = dict(categories=[dict(id=5), dict(id=9)], annotations=annotations)
-
-    class Data:
-        categories = truth["categories"]
-        coco = staticmethod(lambda: truth)
-
-    found = dict(
-        boxes=torch.tensor([[0.0, 0, 10, 5], [0, 0, 10, 5], [50, 50, 60, 60], [80, 0, 90, 10]]),
-        labels=torch.tensor([0, 1, 1, 0]),
-    )
-    monkeypatch.setattr(common, "detect", lambda *_: [({"image_id": 7}, found)])
-    ((image_id, out),) = common.candidates_with_iou(None, Data, None, "cpu")
-    assert image_id == 7
-    assert out["iou"].tolist() == [0.5, 0, 0.5, 0] and out["iou_any"].tolist() == [0.5, 0.5, 0.5, 0]
 
 
 def test_select_equals_fusing_everything():
     model, (images, _) = make(method, alpha=0.3, top_scores=50, score_threshold=0.2).eval(), batch()
     out = model.outputs([images[0], images[1][:, :60, :70]])
     out["cls_logits"] = torch.randn_like(out["cls_logits"])
-    out["third"] = torch.randn_like(out["third"])
+    out["iou_logits"] = torch.randn_like(out["iou_logits"])
     found = model.select(out, model.config)
-    p, iou = out["cls_logits"].sigmoid(), out["third"].sigmoid()[..., None]
+    p, iou = out["cls_logits"].sigmoid(), out["iou_logits"].sigmoid()[..., None]
     fused = p**0.3 * iou**0.7  # every class of every anchor
     fused[~common.inside_image(out["anchors"], out["sizes"])] = 0
     first, want = 0, []
@@ -286,7 +268,7 @@ def test_voc_rows_follow_the_releases_schedule(row):
     """12 epochs, the rate 0.0075 for 12 images falls after 8 and 11 of them."""
     config, steps = dataclasses.replace(Config(), **method.ROWS[f"table5.{row}"]), 12 * 1379
     assert config.epochs == 12 and 1379 == 16_551 // 12
-    rates = [common.learning_rate(config, e * 1379, steps, 12) for e in (1, 7, 8, 10, 11)]
+    rates = [learning_rate(config, e * 1379, steps, 12) for e in (1, 7, 8, 10, 11)]
     assert rates == pytest.approx([0.0075, 0.0075, 0.00075, 0.00075, 0.000075])
 
 
@@ -299,7 +281,7 @@ CHANGED = dict(
 
 
 def test_every_flag_is_covered():
-    assert own_flags(method) == set(CHANGED) | {"sweep_alpha", "analyze", "all_classes"}
+    assert own_flags(method) == set(CHANGED) | {"all_classes"}
 
 
 def test_all_classes():
@@ -319,28 +301,10 @@ def test_flag_changes_the_run(known, flag):
 
 def test_the_command_line(tmp_path, monkeypatch):
     metrics, where = check_resume(method, RUN, tmp_path, monkeypatch)
-    actions = ["--eval", "--predict", f"{tmp_path}/a.png", "--sweep-alpha", "--analyze"]
-    assert method.main([*RUN, *actions, *where]) == metrics
-    names = {p.name for p in (tmp_path / "c").iterdir()}
-    assert {"pictures", "sweep_alpha.png", "analyze.png", "predictions.json"} <= names
-    sweep = json.loads((tmp_path / "c" / "sweep_alpha.json").read_text())
-    assert len(sweep) == 12 and sweep["0.5"] == metrics  # one pass gives what --eval gives
-    found = json.loads((tmp_path / "c" / "analyze.json").read_text())
-    assert found["metrics"]["class score"] == sweep["1.0"]  # nothing but the order differs
-    assert found["metrics"]["oracle"]["AP"] >= found["metrics"]["class score"]["AP"]
-    assert 0 < found["matched"] < found["candidates"]
-
-
-def test_actions_without_an_iou_head(tmp_path):
-    model, data = sure(make(method, iou_head=False)), common.SyntheticDetection(3, 64)
-    with pytest.raises(common.BadInput, match="needs a model with an IoU head"):
-        method.sweep_alpha(model, data, model.config, "cpu", tmp_path)
-    found = method.analyze(model, data, model.config, torch.device("cpu"), tmp_path)
-    assert set(found["metrics"]) == {"class score", "oracle"} and "fused" not in found
-    assert found["class score"]["all"]["pearson"] is not None
+    assert method.main([*RUN, "--eval", "--predict", f"{tmp_path}/a.png", *where]) == metrics
+    assert {"pictures", "predictions.json"} <= {p.name for p in (tmp_path / "c").rglob("*")}
 
 
 @pytest.mark.parametrize("name", ["bccd", "coco_tiny"])
 def test_real_data(detection_data, tmp_path, name):
-    check_real_data(method, REAL, detection_data / name, tmp_path, "--analyze")
-    assert (tmp_path / "analyze.json").exists()
+    check_real_data(method, REAL, detection_data / name, tmp_path)

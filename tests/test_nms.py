@@ -104,7 +104,9 @@ def actual(method, boxes, scores, groups, threshold, impl):
     if method in ("linear", "gaussian"):
         keep, new = soft_nms(*args, threshold, method=method, impl=impl)
     else:
-        keep, new = cl_nms(*args, threshold, impl=impl, literal=method == "cl_literal")
+        options = {"literal": method == "cl_literal", "return_selection": True}
+        keep, p, new = cl_nms(*args, threshold, impl=impl, **options)
+        assert torch.equal(p, args[1][keep])
     return keep.tolist(), new.tolist()
 
 
@@ -178,8 +180,8 @@ def test_worked_by_hand():
     assert keep.tolist() == [3, 0, 1]  # then 0.7 * (1/3) * 0 is dropped
     torch.testing.assert_close(new, torch.tensor([0.95, 0.9, 0.8 / 3]))
     diagonal = math.hypot(12, 10)
-    keep, new = cl_nms(boxes, scores, groups, 0.5)
-    assert keep.tolist() == [3, 0]
+    keep, p, new = cl_nms(boxes, scores, groups, 0.5, return_selection=True)
+    assert keep.tolist() == [3, 0] and p.tolist() == scores[keep].tolist()
     torch.testing.assert_close(new, torch.tensor([1.95, 0.9 + 1 - 1.25 / diagonal]))
     keep, new = cl_nms(boxes, torch.tensor([0.82, 0.8, 0.79, 0.95]), groups, 0.5)
     assert keep.tolist() == [3, 1]  # near the others' centre beats a slightly higher p
@@ -206,15 +208,17 @@ def test_half_precision_and_arguments():
     boxes, scores, groups, _ = big()
     wanted = batched_nms(boxes.half().float(), scores.half().float(), groups, 0.5)
     assert torch.equal(batched_nms(boxes.half(), scores.half(), groups, 0.5), wanted)
-    boxes.requires_grad_()
-    assert not cl_nms(boxes, scores, groups, 0.5)[1].requires_grad
+    soft = soft_nms(boxes, scores, groups)
+    assert all(map(torch.equal, soft, soft_nms(boxes, scores, groups, iou_threshold=0.5)))
     for bad in (
         lambda: nms(boxes[:, :3], scores, 0.5),
         lambda: nms(boxes, scores[1:], 0.5),
         lambda: nms(boxes.long(), scores, 0.5),
         lambda: nms(boxes, scores, 1.5),
         lambda: nms(boxes, scores, 0.5, impl="cuda"),
-        lambda: batched_nms(boxes, scores, groups.int(), 0.5),
+        lambda: batched_nms(boxes, scores, groups.float(), 0.5),
+        lambda: nms(boxes, scores.sum(), 0.5),
+        lambda: soft_nms(boxes, scores, groups, score_threshold=-math.inf),
         lambda: batched_nms(boxes, scores, groups[1:], 0.5),
         lambda: batched_nms(boxes.double(), scores, groups, 0.5, impl="triton"),
         lambda: soft_nms(boxes, scores, groups, method="cubic"),
@@ -223,6 +227,25 @@ def test_half_precision_and_arguments():
     ):
         with pytest.raises(ValueError):
             bad()
+
+
+def test_groups_of_any_integers():
+    for impl in ("torch", "torchvision", "triton"):
+        boxes, scores, groups, _ = random_case(11, most=12, kind=1)
+        groups = groups // 10**12
+        for method in METHODS if impl != "torchvision" else ("greedy",):
+            other = actual(method, boxes, scores, groups.int(), 0.5, impl)
+            assert other == actual(method, boxes, scores, groups, 0.5, impl)
+
+
+def test_no_gradient_and_no_warning(recwarn):
+    boxes, scores, groups, _ = big()
+    boxes.requires_grad_(), scores.requires_grad_()
+    for function in (batched_nms, soft_nms, cl_nms):
+        out = function(boxes, scores, groups, 0.5)
+        out = out if isinstance(out, tuple) else (out,)
+        assert not any(t.requires_grad for t in out)
+    assert not recwarn.list
 
 
 def test_negative_controls():

@@ -77,6 +77,37 @@ def test_compiles_without_a_graph_break():
         assert torch.equal(out, wanted)
 
 
+class Everything(torch.nn.Module):
+    def forward(self, boxes, scores, groups):
+        padded = nms_padded(boxes, scores, groups, 0.5)[0]
+        soft = soft_nms(boxes, scores, groups, score_threshold=0.01)
+        return padded, boxes[batched_nms(boxes, scores, groups, 0.5)], *soft
+
+
+def test_the_number_of_boxes_is_not_specialised():
+    tensors = big()[:3]
+    size = torch.export.Dim("N", min=2, max=1000)
+    shapes = dict.fromkeys(("boxes", "scores", "groups"), {0: size})
+    exported = torch.export.export(Everything(), tensors, dynamic_shapes=shapes).module()
+    for out, wanted in zip(exported(*tensors), Everything()(*tensors), strict=True):
+        assert torch.equal(out, wanted)
+
+
+def test_a_graph_without_boxes_and_with_a_varying_threshold():
+    def kept(boxes, scores, floor):
+        return boxes[nms(boxes, scores, 0.5)], soft_nms(boxes, scores, None, score_threshold=floor)
+
+    boxes, scores, _, _ = big()
+    options = {"fullgraph": True, "backend": "aot_eager"}
+    for dynamic, rows in ((False, 0), (True, 9)):
+        torch._dynamo.reset()
+        compiled = torch.compile(kept, dynamic=dynamic, **options)
+        for floor in (0.01, 0.02):
+            part = boxes[:rows], scores[:rows], floor
+            (found, out), (wanted, expected) = compiled(*part), kept(*part)
+            assert torch.equal(found, wanted) and all(map(torch.equal, out, expected))
+
+
 @pytest.mark.parametrize("kernel", ["_nms_kernel", "_soft_nms_kernel", "_cl_nms_kernel"])
 def test_compiles_for_gpus_without_spills(kernel, gpu_usage):
     greedy, soft = kernel == "_nms_kernel", kernel == "_soft_nms_kernel"
@@ -106,11 +137,11 @@ def test_padded_asks_for_no_value(method, monkeypatch):
     tensors = big()[:3]
     with FakeTensorMode() as mode:
         boxes, scores, groups = (mode.from_tensor(t) for t in tensors)
-        args = (boxes, scores, groups, 0.5, method, 0.5, 0.001)
-        keep, new, count = module._padded(*args, "triton")
+        out = module._padded(boxes, scores, groups, 0.5, method, 0.5, 0.001, "triton")
+        keep, new, count = out
         assert keep.shape == new.shape == scores.shape and count.shape == ()
         with pytest.raises(DataDependentOutputException):  # the control
-            module._indices(*args, "triton")
+            module._cut(*out)
 
 
 def test_candidates_of_real_images(detection_data):
@@ -131,10 +162,9 @@ def test_candidates_of_real_images(detection_data):
 @pytest.mark.skipif(DEVICE == "cpu", reason="no GPU to wait for")
 def test_padded_does_not_wait_for_the_gpu():
     boxes, scores, groups = (t.cuda() for t in big()[:3])
-    for padded in (nms_padded, soft_nms_padded, cl_nms_padded):
-        padded(boxes, scores, groups, 0.5)  # compiles
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            padded(boxes, scores, groups, 0.5)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    nms_padded(boxes, scores, groups, 0.5)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        nms_padded(boxes, scores, groups, 0.5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

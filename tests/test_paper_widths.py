@@ -1,7 +1,9 @@
 """Every method at the paper's widths, initial values, rate and warm-up: its first steps go downhill.
 
-Small presets hide what only wide heads do: a box branch that dies in the first update. The
-backbone is ResNet-18 at 160 px and RoIs are few, so that a step takes about a second.
+Small presets hide what only wide heads do: a box branch that dies in the first update. What costs
+time and does not matter for that is small: the backbone is ResNet-18, RoIs are few, and four images
+of 96 px have an object each (in smaller ones P7 has no anchor to train). Every step draws the same
+RoIs, so that totals can be compared.
 """
 
 import dataclasses
@@ -15,46 +17,49 @@ import d2det
 import dc_loss_clnms
 import double_head
 import iou_aware_retinanet
+from engine.data import to_device
+from engine.train import learning_rate, make_optimizer
 
 METHODS = [d2det, double_head, cpm_rcnn, iou_aware_retinanet, dc_loss_clnms]
 SMALL = dict(backbone="resnet18", backbone_weights="none", workers=0)
-FEW = dict(roi_samples=4, roi_positive=0.5, proposals_train=100)
-STEPS = 30
+FEW = dict(roi_samples=4, roi_positive=0.25, proposals_train=100)
+IMAGES = (8, 10, 16, 26)  # an arc, a disc, a star and an ellipse, 28 to 60 px a side
+STEPS = {"paper": 6, "ten steps": 13}
 
 
-def first_steps(method, **changes):
-    """Sum of losses, gradient norm and silent weights of each of 30 steps on the same four images."""
+def first_steps(method, steps, **changes):
+    """Sum of losses, gradient norm and silent weights of each step on the same four images."""
     torch.manual_seed(0)
     config = method.Config(**SMALL)
     few = {k: v for k, v in FEW.items() if hasattr(config, k)}
     config = dataclasses.replace(config, **few, **changes)
     model = method.Detector(config, 10).train()
-    data = common.SyntheticDetection(4, 160)
-    images, targets = common.to_device([data[i] for i in range(4)], "cpu")
-    optimizer, history = common.make_optimizer(model, config), []
-    for step in range(STEPS):
+    data = common.SyntheticDetection(max(IMAGES) + 1, 96)
+    images, targets = to_device([data[i] for i in IMAGES], "cpu")
+    optimizer, history = make_optimizer(model, config), []
+    for step in range(steps):
+        torch.manual_seed(0)
         losses = model.loss(images, targets)
         optimizer.zero_grad()
         sum(losses.values()).backward()
-        limit = config.clip_norm or torch.inf
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-        silent = [
-            name
-            for name, p in model.named_parameters()
-            # one set of DRP's weights a pyramid level, and a level may have no RoI
-            if not name.startswith("drp.") and not p.grad.abs().sum() > 0
-        ]
+        names, weights = zip(*model.named_parameters())
+        norms = torch.stack(torch._foreach_norm([p.grad for p in weights]))
+        # one set of DRP's weights a pyramid level, and a level may have no RoI
+        silent = [n for n, x in zip(names, norms) if not n.startswith("drp.") and not x > 0]
+        if config.clip_norm:
+            torch.nn.utils.clip_grad_norm_(weights, config.clip_norm)
         for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(config, step, 90_000, 4)
+            group["lr"] = learning_rate(config, step, 90_000, 4)
         optimizer.step()
-        history.append((sum(losses.values()).item(), norm.item(), silent))
+        history.append((sum(losses.values()).item(), norms.norm().item(), silent))
     return zip(*history)
 
 
-@pytest.mark.parametrize("warmup", ["paper", "ten steps"])
+@pytest.mark.parametrize("warmup", list(STEPS))
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.__name__)
 def test_first_steps_go_downhill(method, warmup):
-    totals, norms, silent = first_steps(method, **({} if warmup == "paper" else {"warmup": 10}))
+    changes = {} if warmup == "paper" else {"warmup": 10}
+    totals, norms, silent = first_steps(method, STEPS[warmup], **changes)
     assert max(norms) < 1000
     assert not any(silent[1:])  # in the first step all that stands behind a zero is silent
-    assert sum(totals[-5:]) < sum(totals[:5])
+    assert sum(totals[-2:]) < sum(totals[:2])

@@ -1,0 +1,1 @@
+"""The detectors that the papers begin with, each whole and runnable."""

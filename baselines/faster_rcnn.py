@@ -1,0 +1,350 @@
+"""Faster R-CNN with a feature pyramid: propose boxes, then classify and move each of them.
+Papers: https://arxiv.org/abs/1506.01497 (Faster R-CNN)   https://arxiv.org/abs/1612.03144 (FPN)
+
+The detector that D2Det, Double-Head and CPM R-CNN start from. Its first stage, the region proposal
+network (RPN), asks of every anchor whether it lies on an object of any class, and moves it: of a
+quarter of a million anchors a thousand proposals are left. Its second stage looks at each proposal
+alone. RoIAlign cuts features of one size out of the pyramid, whatever the proposal's size; two
+hidden layers say which class it is, and where the box would be for each class.
+
+    image -> ResNet-FPN -> P2..P6, strides 4..64, [B, C, H, W] each
+      RPN, on every cell of every level: 3x3 conv -> A objectness logits and A deltas
+        -> the level's best 2000 anchors -> decode, clip -> NMS 0.7 inside each level
+        -> the image's best 2000: proposals [B, P, 4]       (in testing 1000 of both)
+      head, on every proposal: RoIAlign from one of P2..P5, by the proposal's size -> [R, C, 7, 7]
+        -> 2 fc -> class logits [R, K + 1], deltas [R, 4K]
+    training: 256 anchors of an image teach the RPN; 512 of its proposals and gts teach the head, a
+              quarter of them positive if there are so many
+    test:     softmax -> classes over 0.05, each with its own box -> NMS 0.5 per class -> best 100
+
+"choice:" marks what neither paper decides. Methods extend `Config`, `TwoStage` and `TINY`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import common
+import engine
+import kernels
+from engine.detector import BaseDetector, over_threshold
+
+# B images, R RoIs, K classes, C channels, A anchors per cell, P proposals per image (padded)
+# rois [R, 5]: image index, x1, y1, x2, y2 in pixels of the network's input
+# labels 0..K-1, background K
+
+
+@dataclass
+class Config(engine.Config):
+    """Faster R-CNN with a feature pyramid and ResNet-50 on COCO."""
+
+    fc_channels: int = 1024  # width of the hidden layers of fully connected heads
+    roi_samples: int = 512  # RoIs per image that train the head
+    roi_positive: float = 0.25  # share of positives among them, at most
+    anchor_scale: float = 8.0  # side of the RPN's anchors in strides of their level
+    proposals_train: int = 2000  # in training: RPN boxes per level before, per image after NMS
+    proposals_test: int = 1000  # the same in testing
+    score_threshold: float = 0.05  # lowest class score that is looked at
+    nms_iou: float = 0.5  # NMS per class suppresses above this IoU
+    max_detections: int = 100  # detections kept per image
+
+
+# ------------------------------------------------------------------------------ proposals
+
+
+def take(boxes: Tensor, index: Tensor) -> Tensor:
+    """Each image's rows: boxes [B, N, 4], index [B, M] -> [B, M, 4]."""
+    return boxes.gather(1, index[..., None].expand(-1, -1, 4))
+
+
+class RPN(nn.Module):
+    """Region proposal network: which anchors lie on an object, and where that is.
+
+    One 3x3 convolution, shared by the levels, then A objectness logits and 4A deltas per cell.
+    NMS sees the best `pre_nms` boxes of each level and leaves the best `post_nms` of each image (in
+    training, in testing). `proposals` and `loss` take what `forward` returns as `output`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 256,
+        strides=(4, 8, 16, 32, 64),
+        scale: float = 8.0,
+        ratios=(0.5, 1.0, 2.0),
+        pre_nms=(2000, 1000),
+        post_nms=(2000, 1000),
+        nms_iou: float = 0.7,
+        num_samples: int = 256,
+    ):
+        super().__init__()
+        self.strides, self.scales, self.ratios = strides, (scale,), ratios
+        self.pre_nms, self.post_nms, self.nms_iou = pre_nms, post_nms, nms_iou
+        self.num_samples = num_samples
+        self.conv = nn.Conv2d(in_channels, in_channels, 3, padding=1)
+        self.logits = nn.Conv2d(in_channels, len(ratios), 1)
+        self.deltas = nn.Conv2d(in_channels, 4 * len(ratios), 1)
+        for layer in (self.conv, self.logits, self.deltas):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: list[Tensor]):
+        """L maps -> anchors [N, 4], logits [B, N], deltas [B, N, 4], and N of each level."""
+        hidden = [F.relu(self.conv(f)) for f in features]
+        shapes, device = [f.shape[-2:] for f in features], features[0].device
+        anchors = common.make_anchors(shapes, self.strides, self.scales, self.ratios, device)
+        logits = common.flatten_levels([self.logits(h) for h in hidden], 1).squeeze(-1).float()
+        deltas = common.flatten_levels([self.deltas(h) for h in hidden], 4).float()
+        return anchors, logits, deltas, [h * w * len(self.ratios) for h, w in shapes]
+
+    @torch.no_grad()
+    def proposals(self, output, sizes: Tensor, training: bool = False) -> tuple[Tensor, Tensor]:
+        """Best proposals of each image: boxes [B, P, 4] (best first, clipped), valid [B, P]."""
+        anchors, logits, deltas, per_level = output
+        logits = torch.where(common.inside_image(anchors, sizes), logits.detach(), -torch.inf)
+        picked, first = [], 0
+        for n in per_level:
+            most = min(n, self.pre_nms[not training])
+            picked.append(logits[:, first : first + n].topk(most, dim=1)[1] + first)
+            first += n
+        level = torch.cat([torch.full_like(p, i) for i, p in enumerate(picked)], 1)
+        index = torch.cat(picked, 1)  # [B, M]
+        B, M = index.shape
+        scores = logits.gather(1, index)
+        boxes = common.decode_boxes(anchors[index], take(deltas, index))  # [B, M, 4]
+        boxes = common.clip_boxes(boxes, sizes[:, None])
+        scores[(boxes[..., 2:] <= boxes[..., :2]).any(-1)] = -torch.inf
+        image = torch.arange(B, device=index.device)[:, None].expand(-1, M)
+        groups = image * len(per_level) + level  # [B, M]: boxes of one level of one image compete
+        # keep [B * M]: the survivors' indices, then -1s, so that the host need not know how many
+        scores, groups = scores.flatten(), groups.flatten()
+        keep, _ = kernels.nms_padded(boxes.flatten(0, 1), scores, groups, self.nms_iou)
+        scores = F.pad(scores, (0, 1), value=-torch.inf)  # index -1 is this last entry
+        survivors = torch.full_like(scores, -torch.inf)
+        survivors[keep] = scores[keep]
+        most = min(self.post_nms[not training], M)
+        best, index = survivors[:-1].view(B, M).topk(most, dim=1)
+        valid = best > -torch.inf
+        return take(boxes, index) * valid[..., None], valid
+
+    def loss(self, output, sizes: Tensor, targets: list[dict]) -> dict[str, Tensor]:
+        """Objectness (BCE) and box (smooth L1) losses; positives from IoU 0.7, negatives to 0.3."""
+        anchors, logits, deltas, _ = output
+        gt_boxes, _, gt_valid, gt_ignore = common.pad_targets(targets)
+        inside = common.inside_image(anchors, sizes)
+        visible = anchors * inside[..., None]  # [B, N, 4]; those in the padding lose their area
+        # choice: a gt's best anchor is positive only from IoU 0.3 on; in the paper at any IoU
+        labels, matched, _ = common.match(
+            visible, gt_boxes, 0.7, 0.3, gt_valid, gt_ignore, low_quality=0.3
+        )
+        labels[~inside] = -1
+        index, valid = common.sample(labels, self.num_samples, 0.5)
+        positive = valid & (labels.gather(1, index) == 1)
+        num = common.shared_count(valid.sum())
+        logit = logits.gather(1, index)
+        objectness = F.binary_cross_entropy_with_logits(logit, positive.float(), reduction="none")
+        gts = take(gt_boxes, matched.gather(1, index))  # [B, num_samples, 4]
+        delta_targets, delta = common.encode_boxes(anchors[index], gts), take(deltas, index)
+        box = F.smooth_l1_loss(delta, delta_targets, beta=1 / 9, reduction="none").sum(-1)
+        objectness = torch.where(valid, objectness, 0).sum() / num
+        return dict(rpn_cls=objectness, rpn_box=torch.where(positive, box, 0).sum() / num)
+
+
+# ------------------------------------------------------------------------------ rois
+
+
+@torch.no_grad()
+def sample_rois(proposals: Tensor, valid: Tensor, targets: list[dict], num: int, fraction: float):
+    """Training RoIs of a head: gts join the proposals, all are matched at IoU 0.5, `num` are drawn.
+
+    Gts join so that the head meets every object, however bad the proposals are.
+    proposals [B, P, 4], valid [B, P] -> rois [R, 5] (image, box), labels [R] (0..K-1, or -1 for
+    background: the head knows K) and gt boxes [R, 4] (of positives).
+    """
+    gt_boxes, gt_labels, gt_valid, gt_ignore = common.pad_targets(targets)
+    boxes = torch.cat([gt_boxes, proposals], 1)
+    valid = torch.cat([gt_valid, valid], 1)
+    labels, matched, _ = common.match(boxes, gt_boxes, 0.5, 0.5, gt_valid, gt_ignore)
+    labels[~valid] = -1
+    index, drawn = common.sample(labels, num, fraction)
+    image, slot = drawn.nonzero(as_tuple=True)  # the one place where the host has to wait: for R
+    index = index[image, slot]
+    gt = matched[image, index]
+    rois = torch.cat([image[:, None].float(), boxes[image, index]], 1)
+    foreground = labels[image, index] == 1
+    return rois, torch.where(foreground, gt_labels[image, gt], -1), gt_boxes[image, gt]
+
+
+# ------------------------------------------------------------------------------ head
+
+
+RCNN_STDS = (0.1, 0.1, 0.2, 0.2)  # an RoI's deltas are predicted in these units
+
+
+def output_layer(in_features: int, out_features: int, std: float) -> nn.Linear:
+    layer = nn.Linear(in_features, out_features)
+    nn.init.normal_(layer.weight, std=std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def two_fc(in_features: int, hidden: int, out_features: int) -> nn.Sequential:
+    """[R, C, S, S] -> [R, out_features]: two hidden layers and an output that starts at N(0, 0.01).
+
+    >>> two_fc(4 * 7 * 7, 16, 11)(torch.rand(3, 4, 7, 7)).shape
+    torch.Size([3, 11])
+    """  # choice: the hidden layers start as PyTorch starts them
+    last = output_layer(hidden, out_features, 0.01)
+    first, second = nn.Linear(in_features, hidden), nn.Linear(hidden, hidden)
+    return nn.Sequential(nn.Flatten(), first, nn.ReLU(), second, nn.ReLU(), last)
+
+
+def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy over all processes' RoIs: logits [R, K + 1], labels [R]; 0 with R = 0."""
+    total = F.cross_entropy(logits.float(), labels, reduction="sum")
+    return total / common.shared_rows(labels)
+
+
+def class_box_loss(deltas: Tensor, rois: Tensor, labels: Tensor, gt_boxes: Tensor) -> Tensor:
+    """Smooth L1 (beta 1) of the true class's deltas, the sum over positives / the number of RoIs.
+
+    deltas [R, 4K] in RCNN_STDS, rois [R, 5], labels [R] with background K, gt_boxes [R, 4].
+    """
+    num_classes = deltas.shape[1] // 4
+    positive = labels < num_classes
+    deltas = deltas.unflatten(1, (num_classes, 4))  # [R, K, 4]; view cannot, with R = 0
+    row = torch.arange(len(deltas), device=deltas.device)
+    deltas = deltas[row, torch.where(positive, labels, 0)]  # [R, 4]
+    targets = common.encode_boxes(rois[:, 1:], gt_boxes, RCNN_STDS)
+    loss = F.smooth_l1_loss(deltas.float(), targets, reduction="none").sum(1)  # [R]
+    return torch.where(positive, loss, 0).sum() / common.shared_rows(loss)
+
+
+def best_boxes(outputs: dict, threshold: float) -> dict[str, Tensor]:
+    """What enters NMS: each class over a threshold, with that class's box.
+
+    outputs: rois [R, 5], image [R], sizes [B, 2], probs [R, K] and deltas [R, K, 4].
+    """
+    row, labels, scores = over_threshold(outputs["probs"], threshold)
+    image = outputs["image"][row]
+    deltas = outputs["deltas"][row, labels]
+    boxes = common.decode_boxes(outputs["rois"][row, 1:], deltas, RCNN_STDS)
+    boxes = common.clip_boxes(boxes, outputs["sizes"][image])
+    return dict(boxes=boxes, scores=scores, labels=labels, image=image)
+
+
+# ------------------------------------------------------------------------------ detector
+
+
+class TwoStage(BaseDetector):
+    """All of a two-stage detector but heads, `loss`, `outputs`, `select`: see `engine/detector.py`."""
+
+    def __init__(self, config: Config, num_classes: int):
+        super().__init__(config, num_classes)
+        most = (config.proposals_train, config.proposals_test)
+        scale = config.anchor_scale
+        self.rpn = RPN(config.fpn_channels, scale=scale, pre_nms=most, post_nms=most)
+        self.strides = self.backbone.strides[:4]  # RoIs are pooled from P2..P5
+
+    def training_rois(self, images: list[Tensor], targets: list[dict]):
+        """-> features, sizes [B, 2], RPN's losses; rois [R, 5], labels [R] (background K), gts [R, 4].
+
+        The gts of background RoIs mean nothing.
+        """
+        config = self.config
+        batch, sizes = common.pad_images(images)
+        features = self.backbone(batch)
+        output = self.rpn(features)
+        losses = self.rpn.loss(output, sizes, targets)
+        proposals, valid = self.rpn.proposals(output, sizes, training=True)
+        draw = (config.roi_samples, config.roi_positive)
+        rois, labels, gt_boxes = sample_rois(proposals, valid, targets, *draw)
+        labels = torch.where(labels >= 0, labels, self.num_classes)
+        return features, sizes, losses, rois, labels, gt_boxes
+
+    def test_rois(self, images: list[Tensor]):
+        """-> features, sizes [B, 2]; rois [R, 5] and the image [R] of each."""
+        batch, sizes = common.pad_images(images)
+        features = self.backbone(batch)
+        proposals, valid = self.rpn.proposals(self.rpn(features), sizes)
+        image, slot = valid.nonzero(as_tuple=True)
+        rois = torch.cat([image[:, None].float(), proposals[image, slot]], 1)
+        return features, sizes, rois, image
+
+    def pool(self, features: list[Tensor], rois: Tensor, size: int) -> Tensor:
+        """RoIAlign of rois [R, 5] from P2..P5 -> [R, C, size, size]."""
+        return kernels.roi_align(features[:4], rois, size, self.strides)
+
+    def by_level(self, features: list[Tensor], rois: Tensor, pool) -> Tensor:
+        """pool(i, [map], rois of that level, [its stride]) of P2..P5, in the order of rois [R, 5].
+
+        For a pooling with weights of its own on each level, or of boxes that are not the RoIs.
+        """
+        level = kernels.roi_level(rois, self.strides)
+        members = [(level == i).nonzero()[:, 0] for i in range(len(self.strides))]
+        pooled = [
+            pool(i, features[i : i + 1], rois[m], self.strides[i : i + 1])
+            for i, m in enumerate(members)
+        ]
+        return torch.cat(pooled)[torch.cat(members).argsort()]
+
+
+class Detector(TwoStage):
+    """Faster R-CNN. The class and the deltas of an RoI are two outputs of the same hidden layers."""
+
+    def __init__(self, config: Config, num_classes: int):
+        super().__init__(config, num_classes)
+        self.classify = two_fc(config.fpn_channels * 7 * 7, config.fc_channels, num_classes + 1)
+        self.regress = output_layer(config.fc_channels, 4 * num_classes, 0.001)  # Fast R-CNN's
+        self.to(memory_format=torch.channels_last)
+
+    def head(self, features: list[Tensor], rois: Tensor) -> tuple[Tensor, Tensor]:
+        """rois [R, 5] -> class logits [R, K + 1], deltas [R, 4K]."""
+        hidden = self.classify[:-1](self.pool(features, rois, 7))
+        return self.classify[-1](hidden), self.regress(hidden)
+
+    def loss(self, images: list[Tensor], targets: list[dict]) -> dict[str, Tensor]:
+        features, _, losses, rois, labels, gt_boxes = self.training_rois(images, targets)
+        logits, deltas = self.head(features, rois)
+        losses["cls"] = class_loss(logits, labels)
+        losses["reg"] = class_box_loss(deltas, rois, labels, gt_boxes)
+        return losses
+
+    @torch.no_grad()
+    def outputs(self, images: list[Tensor]) -> dict:
+        """Proposals, and of each its class probabilities [R, K] and deltas [R, K, 4]."""
+        features, sizes, rois, image = self.test_rois(images)
+        logits, deltas = self.head(features, rois)
+        probs, deltas = logits.float().softmax(1)[:, :-1], deltas.view(len(rois), -1, 4)
+        return dict(sizes=sizes, rois=rois, image=image, probs=probs, deltas=deltas)
+
+    def select(self, outputs: dict, config: Config) -> dict[str, Tensor]:
+        return best_boxes(outputs, config.score_threshold)
+
+
+# No rows: the papers' baselines are rows of the methods, which train them with their own settings.
+ROWS: dict[str, dict] = {}
+PAPER: dict[str, dict] = {}
+NOT_YET: dict[str, str] = {}
+
+# What the tiny presets of all two-stage detectors share.
+TINY = dict(
+    engine.TINY,
+    fc_channels=256,
+    anchor_scale=4.0,  # small objects: images are 128 px wide
+    roi_samples=24,
+    roi_positive=0.5,
+    proposals_train=200,
+    proposals_test=100,
+)
+
+
+def main(argv=None):
+    return engine.run("faster_rcnn", Config, Detector, ROWS, PAPER, NOT_YET, TINY, argv)
+
+
+if __name__ == "__main__":
+    main()

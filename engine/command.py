@@ -1,0 +1,87 @@
+"""The command line of every script: train, evaluate, predict, list rows."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from common import BadInput
+from engine.checkpoints import load_checkpoint, load_weights
+from engine.data import load_data
+from engine.metrics import evaluate, show_metrics
+from engine.predict import predict_files
+from engine.processes import end_processes, say, start_processes
+from engine.settings import LEAST, Config, flag, parse, show_rows, untrained
+from engine.train import train
+
+
+def run(
+    name: str,
+    config_class,
+    detector_class,
+    rows: dict,
+    paper: dict,
+    not_yet: dict,
+    tiny: dict,
+    argv=None,
+):
+    """A script's `main`: everything the command line can ask for. Returns the metrics.
+
+    `rows`: settings of the rows of the paper's tables, `paper`: their printed numbers, `not_yet`:
+    why a row cannot run; `tiny`: what --preset tiny changes.
+    """
+    try:
+        config = parse(config_class, rows, tiny, name, argv)
+        for key, least in LEAST.items():
+            if getattr(config, key) < least:
+                raise BadInput(f"{flag(key, getattr(config, key))}: {least} is the least")
+        if Path(config.out).exists() and not Path(config.out).is_dir():
+            raise BadInput(f"--out {config.out}: a file has that name")
+        if config.rows:
+            return show_rows(rows, paper, not_yet)
+        if config.row and config.row not in rows:
+            reason = not_yet.get(config.row, "no such row, see --rows")
+            raise BadInput(f"--row {config.row}: {reason}")
+        device = start_processes(config.device)
+        torch.manual_seed(config.seed)
+        return _run(detector_class, config, device)
+    except (BadInput, FloatingPointError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        end_processes()
+
+
+def _run(detector_class, config: Config, device: torch.device):
+    out, needs_data = Path(config.out), config.train or config.eval
+    if not (needs_data or config.predict):
+        raise BadInput("nothing to do: --train, --eval, --predict or --rows (see --help)")
+    state = load_checkpoint(config.weights) if config.weights else None
+    if not (state or config.train):
+        raise BadInput(f"this needs --weights (there is no {out / 'last.pt'})")
+    train_data = val_data = None
+    if needs_data:
+        known = None if config.train else state["categories"]
+        train_data, val_data = load_data(config, config.train, True, known)
+    categories = val_data.categories if val_data is not None else state["categories"]
+    loaded = state or (config.resume and (out / "last.pt").exists())
+    model = detector_class(untrained(config) if loaded else config, len(categories)).to(device)
+    if state:
+        load_weights(model, state, config.weights, categories)
+    metrics = None
+    if config.train:
+        metrics = train(model, config, train_data, val_data, out)
+        say(f"results: {out}/")
+    elif config.eval:
+        metrics = evaluate(model, val_data, config, device, out / "eval")
+        say(f"{show_metrics(metrics)}\nresults: {out}/eval/")
+    if config.predict:
+        folder = out / "predict"
+        found = predict_files(model, config.predict, categories, config, device, folder)
+        drawn = sum(r["score"] >= config.draw_score for r in found)
+        say(
+            f"{len(found)} detections: {folder}/predictions.json; {drawn} drawn: {folder}/pictures/"
+        )
+    return metrics

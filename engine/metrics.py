@@ -1,0 +1,221 @@
+"""`detect`: a detector over a data set; `evaluate`: COCO's and VOC's metrics of what it finds."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from torch import nn
+from torch.utils.data import Dataset
+
+from common import Resized, xywh_to_xyxy
+from engine.checkpoints import write_json
+from engine.data import make_loader, per_process_batch, to_device
+from engine.detector import candidates_by_size
+from engine.pictures import draw_grid
+from engine.processes import autocast, gather, progress, rank_and_world, say
+from engine.settings import Config
+
+
+@torch.no_grad()
+def detect(model: nn.Module, data: Dataset, config: Config, device: torch.device | str):
+    """Yield (target, detections in the original image's pixels) for this process's images.
+
+    With several test scales, or the mirrored image too, the candidates of all are merged before
+    the last NMS. Every image is seen exactly once over all processes, in order of aspect: a batch
+    then has few padded sizes. The target's boxes are in pixels of the last scale.
+    """
+    model.eval()
+    device = torch.device(device)
+    rank, world = rank_and_world()
+    sizes = np.asarray(data.sizes)
+    aspect = sizes[:, 1] / sizes[:, 0]
+    mine = sorted(range(rank, len(data), world), key=aspect.__getitem__)
+    batch = config.eval_batch or per_process_batch(config)
+    loaders = [
+        make_loader(Resized(data, config, False, s), config, device, sampler=mine, batch_size=batch)
+        for s in config.test_scales
+    ]
+    for batches in progress(zip(*loaders), "detecting", len(loaders[0])):
+        merged = []
+        for items in batches:
+            images, targets = to_device(items, device)
+            for flip in (False, True)[: 1 + config.test_flip]:
+                with autocast(config.amp, device):
+                    seen = [i.flip(-1) for i in images] if flip else images
+                    found = candidates_by_size(model, seen)
+                inner = torch.tensor([i.shape[1:] for i in images], device=device)
+                outer = torch.tensor([t["size"] for t in targets], device=device)
+                boxes, index = found["boxes"], found["image"]
+                if flip:
+                    width = inner[index, 1]
+                    mirrored = [width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]]
+                    boxes = torch.stack(mirrored, 1)
+                # (w, h, w, h): sides are rounded apart
+                grow = (outer / inner).flip(-1).repeat(1, 2)
+                merged.append({**found, "boxes": boxes * grow[index]})
+        candidates = {k: torch.cat([m[k] for m in merged]) for k in merged[0]}
+        for target, found in zip(targets, model.finish(candidates, len(images))):
+            yield target, {k: v.cpu() for k, v in found.items()}
+
+
+def to_coco(image_id, found: dict, categories: list[dict]) -> list[dict]:
+    """Detections of an image -> COCO results: xywh boxes, the data set's own category ids."""
+    results = []
+    for (x1, y1, x2, y2), score, label in zip(
+        found["boxes"].tolist(), found["scores"].tolist(), found["labels"].tolist()
+    ):
+        bbox = [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)]
+        category = categories[label]["id"]
+        results.append(
+            {"image_id": image_id, "category_id": category, "bbox": bbox, "score": score}
+        )
+    return results
+
+
+COCO_NAMES = "AP AP50 AP75 AP_small AP_medium AP_large AR1 AR10 AR100 AR_small AR_medium AR_large"
+
+
+def coco_metrics(truth: dict, results: list[dict]) -> dict:
+    """pycocotools' twelve numbers, AP60..AP90 and per-class AP, in [0, 1]; None where undefined.
+
+    Objects marked `difficult` are ignored like COCO's out-of-range areas; crowds as COCO does. For
+    data with such marks (VOC) the 11-point AP of VOC 2007 at IoU 0.5 is added as `voc07_AP50`.
+    Without annotations (COCO's test sets) all are None. Of an annotation only image_id, category_id
+    and bbox are needed (`complete_truth`).
+    """
+    truth = complete_truth(truth)
+    if not truth["annotations"]:
+        results = []  # spares matching a million detections with nothing
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    class Evaluation(COCOeval):
+        def _prepare(self):
+            super()._prepare()  # which sets `ignore` from iscrowd alone
+            for objects in self._gts.values():
+                for a in objects:
+                    a["ignore"] = a["ignore"] or a.get("difficult", 0)
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = truth
+        coco.createIndex()
+        found = coco.loadRes(copy.deepcopy(results)) if results else COCO()
+        evaluation = Evaluation(coco, found, "bbox")
+        evaluation.params.imgIds = sorted(image["id"] for image in truth["images"])
+        evaluation.params.catIds = sorted(c["id"] for c in truth["categories"])
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    # precision [10 IoUs, 101 recalls, K, 4 areas, 3 maxDets], -1 where a class has no object
+    precision = torch.from_numpy(evaluation.eval["precision"][:, :, :, 0, -1]).float()
+    precision[precision < 0] = torch.nan
+    number = lambda v: None if v != v or v < 0 else float(v)  # noqa: E731
+    metrics = {k: number(v) for k, v in zip(COCO_NAMES.split(), evaluation.stats)}
+    for iou in (60, 70, 80, 90):
+        metrics[f"AP{iou}"] = number(precision[(iou - 50) // 5].nanmean())
+    if any("difficult" in a for a in truth["annotations"]):
+        metrics["voc07_AP50"] = voc07_ap(truth, results)
+    names = {c["id"]: c["name"] for c in truth["categories"]}
+    per_class = precision.nanmean((0, 1)).tolist()
+    metrics["per_class"] = {
+        names[i]: number(ap) for i, ap in zip(evaluation.params.catIds, per_class)
+    }
+    return metrics
+
+
+def complete_truth(truth: dict) -> dict:
+    """A copy with what pycocotools wants of annotations: `area`, here the box's, and `iscrowd`.
+
+    They are numbered anew from 1: pycocotools takes id 0 for "no match", and one id for one object.
+    """
+    truth = copy.deepcopy(truth)
+    truth["annotations"] = [
+        {"area": a["bbox"][2] * a["bbox"][3], "iscrowd": 0, **a, "id": number}
+        for number, a in enumerate(truth.get("annotations", []), 1)
+    ]
+    return truth
+
+
+def voc07_ap(truth: dict, results: list[dict], iou: float = 0.5) -> float:
+    """Mean over classes of VOC 2007's 11-point AP, with the challenge's own rules of matching.
+
+    A detection belongs to the object it overlaps most; a second one on the same object is false;
+    one on a difficult object counts neither way.
+    """
+    groups: dict = {}
+    for a in truth["annotations"]:
+        groups.setdefault((a["category_id"], a["image_id"]), []).append(a)
+    aps = []
+    for category in truth["categories"]:
+        mine = sorted(  # of equal scores the same one first, whatever the order of detection
+            (r for r in results if r["category_id"] == category["id"]),
+            key=lambda r: (-r["score"], r["image_id"]),
+        )
+        objects = {k[1]: v for k, v in groups.items() if k[0] == category["id"]}
+        num = sum(not a.get("difficult", 0) for v in objects.values() for a in v)
+        if not num:
+            continue
+        boxes = {k: xywh_to_xyxy([a["bbox"] for a in v]) for k, v in objects.items()}
+        taken, hits = set(), []
+        for r in mine:
+            image_id, value, best = r["image_id"], 0.0, -1
+            if image_id in boxes:
+                overlap = torchvision.ops.box_iou(xywh_to_xyxy([r["bbox"]]), boxes[image_id])[0]
+                value, best = overlap.max(0)
+            if value <= iou:
+                hits.append(False)
+            elif not objects[image_id][best].get("difficult", 0):
+                hits.append((image_id, int(best)) not in taken)
+                taken.add((image_id, int(best)))
+        hits = torch.tensor(hits, dtype=torch.float64).cumsum(0)
+        recall, precision = hits / num, hits / torch.arange(1, len(hits) + 1)
+        at = [precision[recall >= t / 10 - 1e-9] for t in range(11)]
+        aps.append(sum(p.max().item() if len(p) else 0 for p in at) / 11)
+    return sum(aps) / len(aps) if aps else 0.0
+
+
+def evaluate(model: nn.Module, data: Dataset, config: Config, device=None, out=None) -> dict:
+    """Detect in all images of `data` and score with pycocotools; all processes get the metrics.
+
+    With `out` (first process) writes predictions.json, metrics.json and detections.png there. Of a
+    set without annotations the metrics are all None: predictions.json is for its server.
+    """
+    device = device or next(model.parameters()).device
+    results, seen = [], 0
+    for target, found in detect(model, data, config, device):
+        results += to_coco(target["image_id"], found, data.categories)
+        seen += 1
+    shares = gather((results, seen))
+    metrics = None
+    if rank_and_world()[0] == 0:
+        results, counts = [r for share, _ in shares for r in share], [n for _, n in shares]
+        results.sort(key=lambda r: r["image_id"])  # the same file from any number of processes
+        assert sum(counts) == len(data), f"{counts} images evaluated, the set has {len(data)}"
+        metrics = coco_metrics(data.coco(), results)
+        if out:
+            write_json(Path(out) / "predictions.json", results)
+            write_json(Path(out) / "metrics.json", metrics)
+            draw_grid(data, results, config.draw_score, Path(out) / "detections.png")
+    return gather(metrics)[0]
+
+
+def show_metrics(metrics: dict) -> str:
+    keys = "AP AP50 AP75 AP90 AP_small AP_medium AP_large voc07_AP50".split()
+    shown = "  ".join(f"{k} {metrics[k]:.3f}" for k in keys if metrics.get(k) is not None)
+    return shown or "no AP: the set has no annotated objects"
+
+
+def show_table(rows: dict[str, dict]) -> None:
+    """Print metrics of several evaluations, one a line, in percent."""
+    width, keys = max(map(len, rows)), "AP AP50 AP60 AP70 AP75 AP80 AP90".split()
+    say(f"{'':{width}}  " + "  ".join(f"{k:>5}" for k in keys))
+    for name, metrics in rows.items():
+        values = ("    -" if metrics[k] is None else f"{100 * metrics[k]:5.1f}" for k in keys)
+        say(f"{name:{width}}  " + "  ".join(values))

@@ -1,0 +1,99 @@
+"""Pictures: boxes on images, and curves."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torchvision
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from common import xywh_to_xyxy
+
+
+def draw(image: Tensor, boxes: Tensor, labels, names: list[str], scores=None) -> Tensor:
+    """uint8 [3, h, w] with boxes [G, 4], names and scores written on it."""
+    import matplotlib
+
+    if not len(boxes):
+        return image
+    palette = matplotlib.colormaps["tab10"].colors
+    colours = [tuple(int(255 * c) for c in palette[label % 10]) for label in labels]
+    text = [f"{names[k]} {s:.2f}" for k, s in zip(labels, scores)] if scores is not None else None
+    text = text or [names[k] for k in labels]
+    font = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    side = min(image.shape[1:])
+    return torchvision.utils.draw_bounding_boxes(
+        image,
+        boxes,
+        text,
+        colours,
+        width=max(2, side // 130),
+        label_colors="white",
+        label_background_colors=colours,
+        fill_labels=True,
+        font=font,
+        font_size=max(12, side // 26),
+    )
+
+
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
+    """A matplotlib figure, inches, and its axes [rows, columns]: no display, nothing to close."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="tight")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def percent(value: float | None) -> float:
+    """A metric for a figure: nan, which leaves a gap, where it is undefined."""
+    return math.nan if value is None else 100 * value
+
+
+def draw_grid(data: Dataset, results: list[dict], score: float, path: Path, count: int = 6) -> None:
+    """A picture of the first images: ground truth beside detections above `score`."""
+    names = [c["name"] for c in data.categories]
+    label = {c["id"]: i for i, c in enumerate(data.categories)}
+    count = min(count, len(data))
+    rows = math.ceil(count / 2)
+    figure, axes = new_figure(16, 4 * rows, rows, 4)
+    for axis in axes.flat:
+        axis.axis("off")
+    for i in range(count):
+        image, target = data[i]
+        zoom = max(1, 512 // min(image.shape[1:]))  # enlarge small images, so that text fits
+        image = image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+        mine = [r for r in results if r["image_id"] == target["image_id"] and r["score"] >= score]
+        found = xywh_to_xyxy([r["bbox"] for r in mine])
+        labels = [label[r["category_id"]] for r in mine]
+        truth = draw(image, target["boxes"] * zoom, target["labels"].tolist(), names)
+        seen = draw(image, found * zoom, labels, names, [r["score"] for r in mine])
+        for axis, picture, title in zip(
+            axes.flat[2 * i : 2 * i + 2],
+            (truth, seen),
+            ("ground truth", f"detections above {score:g}"),
+        ):
+            axis.imshow(picture.permute(1, 2, 0).numpy())
+            axis.set_title(title)
+    figure.savefig(path, dpi=70)
+
+
+def draw_curves(log: list[dict], path: Path) -> None:
+    """Losses and learning rate by step, and AP where it was measured."""
+    steps, scored = [r for r in log if "losses" in r], [r for r in log if "AP" in r]
+    figure, ((left, right),) = new_figure(13, 4.5, 1, 2)
+    for name in steps[-1]["losses"] if steps else ():
+        left.plot([r["step"] for r in steps], [r["losses"][name] for r in steps], label=name)
+    left.plot([r["step"] for r in steps], [r["loss"] for r in steps], "k", lw=2, label="total")
+    left.set(xlabel="step", ylabel="loss", title="training losses")
+    left.legend()
+    rate = left.twinx()
+    rate.plot([r["step"] for r in steps], [r["lr"] for r in steps], ":", color="grey")
+    rate.set_ylabel("learning rate (dotted)")
+    for key in ("AP", "AP50", "AP75", "AP90"):
+        values = [math.nan if r[key] is None else r[key] for r in scored]
+        right.plot([r["step"] for r in scored], values, "o-", label=key)
+    right.set(xlabel="step", ylim=(0, 1), title="validation")
+    right.legend()
+    figure.savefig(path, dpi=80)

@@ -1,0 +1,134 @@
+"""One process or many: rank, messages, devices, and what is printed by the first one alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+from common import BadInput
+
+
+def rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(value) -> list:
+    """`value` of every process, as a list; [value] where there is one.
+
+    Travels through gloo, so that small messages never wait for the GPU.
+    """
+    world = rank_and_world()[1]
+    if world == 1:
+        return [value]
+    if not _GLOO:
+        _GLOO.append(dist.new_group(backend="gloo"))
+    values = [None] * world
+    dist.all_gather_object(values, value, group=_GLOO[0])
+    return values
+
+
+_GLOO: list = []
+
+
+def end_processes() -> None:
+    """Leave the others, where there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        _GLOO.clear()
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name, or with "auto" the best there is."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as e:
+        raise BadInput(f"--device {name}: {str(e).splitlines()[0]}") from e
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BadInput(f"--device {name}: torch sees no GPU")
+    return device
+
+
+def start_processes(name: str) -> torch.device:
+    """This process's device; joins the others if torchrun started it."""
+    device = find_device(name)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every process the first one's BN statistics, as DDP does only when a step begins."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def autocast(amp: str, device: torch.device):
+    """The context of a forward pass: bf16 where `amp` (auto, off, bf16) and the device say so."""
+    supported = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    on = amp == "bf16" or (amp == "auto" and supported)
+    return torch.autocast(device.type, torch.bfloat16, enabled=on)
+
+
+def progress(iterable, what: str, total: int):
+    """A bar on a terminal; elsewhere a line every half minute. On the first process only."""
+    first, terminal = rank_and_world()[0] == 0, sys.stderr.isatty()
+
+    def lines():
+        shown = time.perf_counter()
+        for i, item in enumerate(iterable):
+            if time.perf_counter() - shown > 30:
+                say(f"{what}: {i} of {total}")
+                shown = time.perf_counter()
+            yield item
+
+    if first and not terminal and iterable is not None:
+        return lines()
+    # a second's delay: an image that is detected in at once shows none
+    return tqdm(
+        iterable, desc=what, total=total, disable=not (first and terminal), leave=False, delay=1
+    )
+
+
+def say(text: str, bar=None) -> None:
+    """Print on the first process, above a progress bar if one is shown."""
+    if rank_and_world()[0] == 0:
+        tqdm.write(text) if bar is not None and not bar.disable else print(text, flush=True)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new maximum for `peak_memory`; on a CPU only Linux can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held since the start or the last reset, of the GPU or resident; 0 on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) << 10
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )

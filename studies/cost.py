@@ -1,0 +1,73 @@
+"""Parameters and multiply-adds of every method and of its baseline, at the paper's size.
+
+    python -m studies.cost            # ResNet-50, one image of 800x1333, 80 classes; no data, no GPU
+    python -m studies.cost d2det --backbone resnet101
+
+A prediction is counted with a score threshold of 0 and random weights: as many boxes go through
+each head as the method lets through. Convolutions and matrix products count, as PyTorch's counter
+sees them; pooling, NMS and elementwise operations do not. Prints a table, writes OUT/cost.json.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from torch.utils.flop_counter import FlopCounterMode
+
+from common import BadInput
+from engine.checkpoints import write_json
+from engine.settings import untrained
+from studies.checkpoint import (
+    BASELINES,
+    PAPERS,
+    method_of,
+    read_options,
+    reported,
+    settings_of,
+)
+
+
+@dataclass
+class CostOptions:
+    methods: Annotated[tuple[Literal[PAPERS], ...], tyro.conf.Positional] = PAPERS  # which ones
+    image: tuple[int, int] = (800, 1333)  # height and width of the image
+    out: str = "runs/cost"  # results folder
+
+
+def cost(name: str, flags: list[str], size: tuple[int, int]) -> tuple[float, float]:
+    """Millions of parameters and 10^9 multiply-adds of a prediction, under these flags."""
+    config = settings_of(name, ["--preset", "paper", *flags])
+    config = replace(untrained(config), score_threshold=0.0)
+    torch.manual_seed(0)
+    model = method_of(name).Detector(config, 80).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.predict([torch.randint(0, 256, (3, *size), dtype=torch.uint8)])
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    return parameters, counter.get_total_flops() / 2e9
+
+
+def main(argv=None) -> dict[str, dict]:
+    with reported():
+        options, flags = read_options("cost", CostOptions, __doc__, argv)
+        if min(options.image) < 32:
+            raise BadInput(f"--image {options.image}: 32 is the least")
+        found = {}
+        print("| | parameters, M | multiply-adds, G | over the baseline |")
+        print("|---|---|---|---|")
+        for name in options.methods:
+            base = cost(name, [*BASELINES[name], *flags], options.image)
+            own = cost(name, flags, options.image)
+            more = f"{own[0] - base[0]:+.1f} M, {own[1] - base[1]:+.0f} G"
+            for label, numbers, extra in ((f"{name}, baseline", base, ""), (name, own, more)):
+                print(f"| {label} | {numbers[0]:.1f} | {numbers[1]:.0f} | {extra} |", flush=True)
+                found[label] = dict(zip(("million_parameters", "giga_multiply_adds"), numbers))
+        write_json(Path(options.out) / "cost.json", found)
+        return found
+
+
+if __name__ == "__main__":
+    main()

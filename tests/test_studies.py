@@ -1,0 +1,307 @@
+"""The studies: their sums by hand, each as a program on a checkpoint, and bad input."""
+
+import dataclasses
+import doctest
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from methods import REAL, RUN, make, sure
+
+import common
+import cpm_rcnn
+import double_head
+import iou_aware_retinanet as iou_aware
+from baselines import retinanet
+from studies import alignment, checkpoint, sections, sweep
+
+NAMES = ("sweep", "alignment", "sections", "bench", "compare", "cost")
+ROOT = Path(__file__).resolve().parent.parent
+IMAGES = """--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 12 --num-val 4
+ --batch 2 --steps 2 --workers 0 --fpn-channels 8 --norm gn --device cpu""".split()
+TWO_STAGE = (
+    "--fc-channels 16 --score-threshold 0.05 --proposals-train 40 --proposals-test 20".split()
+)
+OWN = {
+    "d2det": [*TWO_STAGE, *"--conv-channels 8 --num-convs 2 --groups 2 --reg-test 20".split()],
+    "double_head": [*TWO_STAGE, "--conv-channels", "16"],
+    "cpm_rcnn": [*TWO_STAGE, "--point-channels", "1", "--num-convs", "1"],
+    "faster_rcnn": TWO_STAGE,
+}
+CPU = torch.device("cpu")
+
+
+def read(*path):
+    return json.loads(Path(*path).read_text())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """name -> folder of a run of two steps and its metrics, made when first asked for."""
+    found = {}
+
+    def train(name):
+        if name not in found:
+            out = tmp_path_factory.mktemp(name)
+            flags = [*IMAGES, *OWN[name]] if name in OWN else [*RUN, "--steps", "2"]
+            metrics = checkpoint.method_of(name).main([*flags, "--train", "--out", str(out)])
+            found[name] = out, metrics
+        return found[name]
+
+    return train
+
+
+# ------------------------------------------------------------------------------ sweep
+
+
+@pytest.mark.parametrize("name, rows, own", [
+    ("iou_aware_retinanet", 12, "0.5"), ("cpm_rcnn", 12, "0.8"), ("double_head", 6, "complementary"),
+    ("dc_loss_clnms", 4, "cl"),
+])  # fmt: skip
+def test_sweep_gives_what_eval_gives(trained, tmp_path, name, rows, own):
+    """One pass under many settings: the model's own row is its --eval to the last digit."""
+    folder, metrics = trained(name)
+    where = ["--weights", f"{folder}/last.pt"]
+    found = sweep.main([name, *where, "--num-val", "4"])
+    (what, *_) = sweep.SWEEPS[name]
+    assert read(folder, "studies", f"sweep_{what}.json") == found and len(found) == rows
+    assert (folder / "studies" / f"sweep_{what}.png").exists() and found[own] == metrics
+    if name == "cpm_rcnn":
+        drawn = sweep.main([name, "--what", "scores", *where, "--out", str(tmp_path)])
+        assert (tmp_path / "sweep_scores.png").exists()
+        assert drawn["fused"] == metrics and drawn["without RSM"] == found["1.0"]
+        assert list(drawn) == ["cls", "without RSM", "without ISM", "fused"]
+        assert drawn["cls"] == found["none"]
+    if name == "dc_loss_clnms":
+        assert list(found) == ["plain", "soft", "cl", "cl, literal"]
+        eval_ = [*RUN, "--eval", "--nms", "plain", "--out", str(tmp_path), *where]
+        assert checkpoint.method_of(name).main(eval_) == found["plain"]
+
+
+def test_each_row_of_a_sweep_is_its_own_settings(monkeypatch):
+    """Two detections, of the second setting right, of the first one beside the object."""
+    data = common.SyntheticDetection(1, 64)
+    truth = data[0][1]
+    boxes, labels = torch.as_tensor(truth["boxes"]).float(), truth["labels"]
+    found = dict(boxes=torch.cat([boxes + 64, boxes]), labels=labels.repeat(2))
+    found |= dict(
+        scores=torch.ones(2 * len(boxes)), variant=torch.arange(2).repeat_interleave(len(boxes))
+    )
+    monkeypatch.setattr(
+        sweep, "detect", lambda *_: [({"image_id": truth["image_id"]}, dict(found))]
+    )
+    model = make(retinanet)
+    rows = sweep.evaluate_variants(model, {"a": model.config, "b": model.config}, data, None, CPU)
+    assert rows["a"]["AP"] == 0 and rows["b"]["AP"] == pytest.approx(1)
+
+
+def small(method, **changes):
+    """A two-stage model, on the flags of its tiny preset."""
+    sizes = dict(fpn_channels=16, fc_channels=32, norm="gn", workers=0, proposals_test=40)
+    torch.manual_seed(0)
+    config = dataclasses.replace(method.Config(), **{**method.TINY, **sizes, **changes})
+    return method.Detector(config, 10).eval()
+
+
+def test_sweeps_know_what_a_model_lacks():
+    with pytest.raises(common.BadInput, match="needs a model with an IoU head"):
+        sweep.alphas(make(iou_aware, iou_head=False))
+    plain = small(cpm_rcnn, point_channels=2, num_convs=1, ism=False, rsm=False)
+    with pytest.raises(common.BadInput, match="needs a model with RSM"):
+        sweep.gammas(plain)
+    assert set(sweep.cpm_scores(plain)) == {"cls"}
+    vanilla = small(double_head, conv_channels=32, lambda_fc=1.0, lambda_conv=1.0)
+    assert set(sweep.fusions(vanilla)) == {"none"}
+    with pytest.raises(common.BadInput, match="both heads"):
+        sweep.fusions(small(double_head, conv_channels=32, heads="conv"))
+
+
+# ------------------------------------------------------------------------------ alignment
+
+
+def test_correlation():
+    assert doctest.testmod(alignment).attempted >= 1 and doctest.testmod(alignment).failed == 0
+    x = torch.tensor([0.0, 1, 2, 3])
+    assert alignment.correlation(x, -2 * x) == dict(pearson=-1, spearman=-1)
+    cube = alignment.correlation(x, x**3)  # means 1.5 and 9
+    assert cube["pearson"] == pytest.approx(44 / math.sqrt(5 * 470), abs=1e-4)
+    assert cube["spearman"] == 1
+    none = dict(pearson=None, spearman=None)
+    assert alignment.correlation(x[:1], x[:1]) == none == alignment.correlation(x, x * 0)
+    tied = alignment.correlation(x, torch.tensor([0.0, 0, 5, 5]))["spearman"]
+    assert tied == pytest.approx(4 / math.sqrt(5 * 4), abs=1e-4)  # ranks 1.5, 1.5, 3.5, 3.5
+
+
+class Seven:
+    """Image 7 has objects of classes 0 and 1, and a crowd."""
+
+    categories = [dict(id=5, name="five"), dict(id=9, name="nine")]
+    boxes = [[0, 0, 10, 10], [50, 50, 10, 20], [80, 0, 10, 10]]  # xywh
+
+    def coco(self):
+        annotations = [
+            dict(id=i + 1, image_id=7, category_id=(5, 9, 5)[i], bbox=b, iscrowd=i // 2, area=b[2] * b[3])
+            for i, b in enumerate(self.boxes)
+        ]  # fmt: skip
+        images = [dict(id=7, height=96, width=96)]
+        return dict(categories=self.categories, annotations=annotations, images=images)
+
+
+SEEN = dict(  # on the first object, of each class, on the second, and on the crowd
+    boxes=torch.tensor([[0.0, 0, 10, 5], [0, 0, 10, 5], [50, 50, 60, 60], [80, 0, 90, 10]]),
+    labels=torch.tensor([0, 1, 1, 0]),
+)
+
+
+def test_candidates_with_iou_by_hand(monkeypatch):
+    monkeypatch.setattr(alignment, "detect", lambda *_: [({"image_id": 7}, SEEN)])
+    ((image_id, out),) = alignment.candidates_with_iou(None, Seven(), None, "cpu")
+    assert image_id == 7
+    assert out["iou"].tolist() == [0.5, 0, 0.5, 0] and out["iou_any"].tolist() == [0.5, 0.5, 0.5, 0]
+
+
+def test_scores_and_oracles_by_hand():
+    found = dict(
+        scores=torch.tensor([0.5, 0.8]), iou=torch.tensor([0.0, 0.25]), iou_any=torch.tensor([0.5, 0.25]),
+        cls_probs=torch.tensor([0.25, 0.64]), iou_probs=torch.tensor([1.0, 0.25]),
+    )  # fmt: skip
+    model = make(retinanet)
+    plain = alignment.scores_of(model, found, model.config)
+    assert {k: v.tolist() for k, v in plain.items()} == {
+        "score": pytest.approx([0.5, 0.8]), "oracle": pytest.approx([0.25, 0.2])
+    }  # fmt: skip
+    model = make(iou_aware, alpha=0.5)
+    aware = alignment.scores_of(model, found, model.config)
+    assert aware["class score"].tolist() == found["cls_probs"].tolist()
+    assert aware["fused"].tolist() == pytest.approx([0.5, 0.4])
+    assert aware["oracle"].tolist() == pytest.approx([math.sqrt(0.125), 0.4])
+    product = dataclasses.replace(model.config, product=True)
+    aware = alignment.scores_of(model, found, product)
+    assert aware["fused"].tolist() == pytest.approx([0.25, 0.16])
+
+
+def test_alignment_of_a_score_that_is_the_iou(monkeypatch, tmp_path):
+    """Each number is of the tensor that it names: the score follows the IoU, the reverse does not."""
+    boxes = torch.stack([torch.tensor([0.0, 0, 10, y]) for y in (4.0, 6, 8, 10)])
+    labels, image = torch.zeros(4).long(), torch.zeros(4).long()
+    model, data = make(retinanet).eval(), Seven()
+    iou = boxes[:, 3] / 10
+    found = {}
+    for name, scores in (("same", iou), ("reverse", 1.1 - iou)):
+        seen = dict(boxes=boxes, labels=labels, scores=scores, image=image)
+        monkeypatch.setattr(alignment, "detect", lambda *_, s=seen: [({"image_id": 7}, s)])
+        found[name] = alignment.alignment(model, data, model.config, CPU, tmp_path)
+    same, reverse = found["same"], found["reverse"]
+    assert same["score"] == {k: dict(pearson=1, spearman=1) for k in ("matched", "all")}
+    assert reverse["score"]["all"] == dict(pearson=-1, spearman=-1)
+    assert (same["candidates"], same["matched"]) == (4, 3)
+    first, last = (f["metrics"]["score"]["AP90"] for f in (same, reverse))
+    half = pytest.approx(0.5)  # one class of two; NMS keeps the first of them, of IoU 1 or 0.4
+    assert first == half and last == 0
+    # the oracle ranks 0.28, 0.3, 0.24, 0.1, and keeps the second: IoU 0.6
+    assert reverse["metrics"]["oracle"]["AP50"] == half
+    assert reverse["metrics"]["oracle"]["AP70"] == 0
+    assert read(tmp_path, "alignment.json") == reverse and (tmp_path / "alignment.png").exists()
+
+
+@pytest.mark.parametrize("name", checkpoint.METHODS)
+def test_alignment_of_every_method(trained, name):
+    folder, metrics = trained(name)
+    found = alignment.main([name, "--weights", f"{folder}/last.pt"])
+    assert read(folder, "studies", "alignment.json") == found
+    assert (folder / "studies" / "alignment.png").exists() and found["candidates"] > 0
+    orders = {"score", "oracle"}
+    if name == "iou_aware_retinanet":
+        orders = {"class score", "fused", "oracle"}
+        by_class = sweep.main([name, "--weights", f"{folder}/last.pt"])["1.0"]
+        assert found["metrics"]["class score"] == by_class  # nothing but the order differs
+        assert "predicted IoU" in found
+    else:
+        assert found["metrics"]["score"] == metrics  # the method's own detections
+    assert set(found["metrics"]) == orders
+
+
+def test_alignment_without_an_iou_head(tmp_path):
+    model, data = sure(make(iou_aware, iou_head=False)), common.SyntheticDetection(3, 64)
+    found = alignment.alignment(model, data, model.config, CPU, tmp_path)
+    assert set(found["metrics"]) == {"class score", "oracle"} and "fused" not in found
+    assert "predicted IoU" not in found and found["class score"]["all"]["pearson"] is not None
+
+
+# ------------------------------------------------------------------------------ programs
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(f"studies.{name}").main(["--help"])
+    assert end.value.code == 0 and f"python -m studies.{name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, argv, message", [
+    ("sweep", "cpm_rcnn --what alpha", "cpm_rcnn has gamma, scores"),
+    ("sweep", "cpm_rcnn --weights nowhere.pt", "nowhere.pt: no such file"),
+    ("alignment", "d2det --weights IOU", "does not fit this model"),
+    ("alignment", "iou_aware_retinanet --weights IOU --num-val 0", "--num-val 0: 1 is the least"),
+    ("alignment", "iou_aware_retinanet --weights IOU --data nowhere", "nowhere"),
+    ("alignment", "iou_aware_retinanet --weights IOU --train", "neither trains nor predicts"),
+    ("alignment", "iou_aware_retinanet --weights IOU --out IOU", "a file has that name"),
+    ("sections", "double_head --objects -1", "--objects -1: 0 (all) is the least"),
+    ("bench", "d2det --repeat 0", "--repeat 0: 1 is the least"),
+    ("compare", "d2det --seeds 1 1", "--seeds: 1 to 10 of them, each another"),
+    ("cost", "d2det --image 0 8", "32 is the least"),
+])  # fmt: skip
+def test_bad_input_ends_with_a_reason(trained, name, argv, message, capsys):
+    if "IOU" in argv:
+        argv = argv.replace("IOU", f"{trained('iou_aware_retinanet')[0]}/last.pt")
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(f"studies.{name}").main(argv.split())
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and "error: " in error and message in error
+
+
+def test_two_processes_find_what_one_finds(trained, tmp_path):
+    folder, _ = trained("dc_loss_clnms")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
+    for name in ("sweep", "alignment"):
+        argv = ["dc_loss_clnms", "--weights", f"{folder}/last.pt", "--out"]
+        module = importlib.import_module(f"studies.{name}")
+        module.main([*argv, f"{tmp_path}/one"])
+        done = subprocess.run(
+            [*command, "-m", f"studies.{name}", *argv, f"{tmp_path}/two"],
+            capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+    for name in ("sweep_nms", "alignment"):
+        assert read(tmp_path, "one", f"{name}.json") == read(tmp_path, "two", f"{name}.json")
+
+
+@pytest.mark.parametrize("name", ["bccd", "coco_tiny"])
+def test_real_data(detection_data, tmp_path, name, monkeypatch):
+    monkeypatch.setattr(
+        sections, "draw_sections", lambda *_: None
+    )  # drawn elsewhere; takes a while
+    data = ["--data", f"{detection_data / name}"]
+    iou_aware.main([*REAL, "--train", *data, "--out", f"{tmp_path}/a"])
+    alignment.main(["iou_aware_retinanet", *data, "--weights", f"{tmp_path}/a/last.pt"])
+    assert (tmp_path / "a" / "studies" / "alignment.json").exists()
+    narrow = (
+        "--fpn-channels 8 --fc-channels 16 --conv-channels 16 --workers 0 --score-threshold 0.3"
+    )
+    real = "--preset tiny --steps 2 --scales 96 --test-scales 96 --max-size 160 --batch 2"
+    double_head.main([*real.split(), *narrow.split(), "--train", *data, "--out", f"{tmp_path}/b"])
+    found = sections.main(["double_head", "--objects", "1", "--weights", f"{tmp_path}/b/last.pt"])
+    assert found["objects"] == 1 and found["windows_made"] == 14641
