@@ -49,7 +49,7 @@ from torchvision.transforms import v2
 
 @dataclass
 class Config:
-    """Settings of data and backbone. Defaults, here and in what extends it: the paper's.
+    """Settings of data and backbone. Defaults, here and below: what made the papers' numbers.
 
     A detector built from the defaults downloads ImageNet's weights; "none" and "random" do not.
     Lists, as JSON and checkpoints have them, become tuples: `Config(**state["config"])` is whole.

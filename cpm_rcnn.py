@@ -4,8 +4,8 @@ Paper: https://arxiv.org/abs/2003.03570   Release: https://github.com/zhubinQAQ/
 Grid R-CNN draws a box as nine points on heat maps; Faster R-CNN (baselines/faster_rcnn.py) predicts
 four numbers. In Grid R-CNN two things do not fit together, and CPM R-CNN calibrates both:
 
-Points and features. Features come from the box itself, but points may land anywhere in the box
-    enlarged twice. Cascade mapping (CMM) repeats the grid branch on its own boxes, which moves the
+Points and features. Features come from the box itself, but points may land anywhere in a box of
+    twice its sides. Cascade mapping (CMM) repeats the grid branch on its own boxes, which moves the
     features to the object. Better boxes need less room around them: later stages spend the same 56x56
     cells on a smaller area.
 Score and box. The class score was given to the proposal, not to the box drawn from it. IoU scoring
@@ -18,7 +18,7 @@ Score and box. The class score was given to the proposal, not to the box drawn f
              -> 2 transposed convs -> heat maps [R, 9, 28, 28], windows of a 56x56 grid laid over
              the box enlarged 2, 1.5, 1.25 times -> 9 points -> box -> next stage
       ISM  : last trunk -> 3 fc -> (1 - IoU, IoU) of the box that enters the last stage
-      RSM  : RoIAlign 7x7 of the boxes -> 2 fc -> rsm [R, K + 1]
+      RSM  : RoIAlign 7x7 of the final boxes -> 2 fc -> rsm [R, K + 1]
     training: all sampled RoIs train cls; the positives, at most 96 an image, enter the first stage.
               The next one takes what a stage made of them, from IoU 0.6 (then 0.7) on, and every gt
               as a perfect RoI. The last stage's RoIs train ISM and, with cls' negatives, RSM.
@@ -81,7 +81,7 @@ class Config(faster_rcnn.Config):
     ism_weight: float = 1.0  # alpha_2 in Eq. 6 (3.4.2)
     rsm_weight: float = 1.0  # alpha_1 in Eq. 6 (3.4.2)
     grid_rois: int = 96  # positives per image that enter the first stage in training (release)
-    score_threshold: float = 0.03  # lowest class score; of several views also fused one (release)
+    score_threshold: float = 0.03  # lowest class score; merged boxes: fused one too (release)
     nms_iou: float = 0.3  # NMS per class, on the proposals, before the grid stages (3.4.3)
     grid_test: int = 96  # boxes per image that enter the grid stages in testing (3.4.3)
     soft_nms: bool = False  # linear soft-NMS on the final boxes (Table 7's last row)
@@ -116,7 +116,7 @@ def grid_targets(
     window of size x size cells, which starts at cell 0, size / 2 or size in x and in y. A point of
     gt_boxes [R, 4] sets the cells of its window that are at most `radius` steps away: a plus of five.
     Points outside the grid set nothing, nor does any where a side of the grid is 3 px or less
-    (release). With radius 0 `decode_grid` gives back a gt whose points lie in their windows.
+    (release). To half a cell `decode_grid` gives back, with radius 0, a gt inside its windows.
 
     >>> box = torch.tensor([[0., 0., 28., 28.]])  # enlarged -14..42: cells of one pixel
     >>> grid_targets(box, box, radius=0)[0, 2].nonzero()  # lower left: row 42 - 28, column 14
@@ -360,7 +360,7 @@ class Detector(faster_rcnn.TwoStage):
         return {**outputs, "scores": fused_score(cls, ism, outputs["rsm"], gamma)}
 
     def suppress(self, boxes: Tensor, scores: Tensor, groups: Tensor, config: Config):
-        """Nothing (3.4.3): NMS was on the proposals. Several views of an image are merged."""
+        """Nothing (3.4.3): NMS was on the proposals. Several views of an image, or --soft-nms: merged."""
         if not (config.soft_nms or config.test_flip or len(config.test_scales) > 1):
             keep = scores.argsort(descending=True, stable=True)
             return keep, scores[keep]
@@ -385,7 +385,7 @@ class Detector(faster_rcnn.TwoStage):
 # - Points outside the grid: - | rounded toward zero, so some are drawn in cell 0 | left out
 # - Heat maps' last bias: - | 0, though -log 99 is written down | 0; `--grid-init` is -log 99
 # - Smooth l1 (Table 6): no beta | - | 1/9
-# - Crowd regions: - | plain background | proposals at least half inside one do not train
+# - Crowd regions: - | plain background | proposals at least half inside one are no negatives
 # Those of the test alone:
 # - Score: Eq. 4 | Eq. 4, but in one config, that of Table 1's last row, ISM stands in for the class
 #   score | Eq. 4; `--ism-use replace` is that config

@@ -109,7 +109,7 @@ def cell_centres(proposals: Tensor, size: int = 7) -> Tensor:
 def dense_offset_targets(
     proposals: Tensor, gt_boxes: Tensor, size: int = 7, margin: float = 1 / 6
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 2 and 3: what each cell should predict.
+    """Eq. 2 and, with margin 0, Eq. 3: what each cell should predict.
 
     proposals, gt_boxes [R, 4] -> offsets (l, t, r, b) [R, 4, S, S], distances from the cell's centre
     to the gt's sides over the proposal's w, h, w, h (negative outside the gt); inside [R, 1, S, S],
@@ -137,7 +137,7 @@ def cell_boxes(proposals: Tensor, offsets: Tensor) -> Tensor:
 def decode(proposals: Tensor, offsets: Tensor, overlap_logits: Tensor) -> Tensor:
     """The proposals' boxes [R, 4]: the mean of the cells' boxes where the overlap is > 0.5 (3.1).
 
-    With no such cell it is the mean over all. `kernels.decode_dense_offsets` is faster, and clips.
+    With no such cell it is the mean over all. `kernels.decode_dense_offsets` is faster; no gradient.
 
     >>> box = torch.tensor([[0., 0., 14., 14.]])
     >>> offsets, inside = dense_offset_targets(box, torch.tensor([[2., 1., 12., 14.]]))
@@ -153,9 +153,9 @@ def decode(proposals: Tensor, offsets: Tensor, overlap_logits: Tensor) -> Tensor
 def iou_loss(boxes: Tensor, gt_boxes: Tensor) -> Tensor:
     """-log IoU of boxes [R, 4, ...] with gt_boxes [R, 4, 1...] -> [R, ...], bounded (release).
 
-    The paper only says IoU, and both releases take -log(IoU + 0.1) instead where IoU <= 0.1. Boxes
-    start almost empty, and 1 / IoU, the slope of the plain logarithm, would end the training in its
-    first steps. The loss is between 0 and -log 0.1.
+    The paper names no box loss. Both releases take -log IoU, but -log(IoU + 0.1) where IoU <= 0.1:
+    boxes start almost empty, and the slope of the plain logarithm, 1 / IoU, would end the training at
+    its start. The loss is between 0 and -log 0.1, and falls by log 2 where IoU drops below 0.1.
     """
     x1, y1, x2, y2 = boxes.unbind(1)
     gx1, gy1, gx2, gy2 = gt_boxes.unbind(1)
@@ -403,9 +403,9 @@ class Detector(faster_rcnn.TwoStage):
 
 # ------------------------------------------------------------------------------ rows
 
-# Deviations (paper | releases: mmdet 1.x, repaired for mmdet 2.1 | here). What they change is learned:
+# Deviations (paper | releases: mmdet 1.x, repaired for mmdet 2.1 | here). Of what is learned:
 # - Overlap target (Eq. 3): inside the gt | inside by w/6, h/6 of the proposal | release
-# - Box loss: no formula but IoU | -log IoU, of IoU + 0.1 up to 0.1 | release
+# - Box loss: not named | -log IoU, of IoU + 0.1 up to 0.1 | release
 # - Cells that train the box: - | all, weight 2 mean(inside) by a broadcast slip; repaired: those
 #   inside, summed, over the number of all cells, weight 1 | repaired; `--reg-cells all`
 # - Warm-up: - | 1000 steps from 1/80 of the rate | release
@@ -413,12 +413,11 @@ class Detector(faster_rcnn.TwoStage):
 # - The 8 convolutions: - | declared with 36 groups, computed dense | dense
 # - RoIs that train DLR: as they are | jittered by up to 15 %, at most 192 | release
 # - DRP's weights: one set | one set per pyramid level | release; `--no-drp-per-level`
-# - Deformable pooling: RoIAlign sampling | corners rounded, samples at bin starts; R-101 one sample
-#   a bin, R-50 two a side | half-pixel aligned, centred, nothing rounded; their number: release.
-#   Samples outside the map are skipped (release)
+# - Deformable pooling: RoIAlign sampling | corners rounded, samples at bin starts; R-101 one a bin,
+#   R-50 two a side; none outside the map | aligned and centred, nothing rounded; else release
 # - Anchors that cross the image's border: - | do not train | train, if their centre is inside
-# - Crowd regions: - | plain background | proposals at least half inside one do not train
-# Those of the test alone:
+# - Crowd regions: - | plain background | proposals at least half inside one are no negatives
+# Of the test alone:
 # - No cell over 0.5: - | the box (0, 0, 0, 0), never clipped | mean over all cells, clipped
 # - Soft-NMS: for test-dev | always | always, but in the rows of minival
 

@@ -15,8 +15,8 @@ badly. The paper lets each task's success enter the other's work at three places
       survives.
 
 In our experiments (docs/results.md) all of the gain is the loss's. IAC adds 3 to 4 % of positives
-over a training, most of them late. The classifier already knows these (p > 0.40 is the condition of
-entry), their boxes are no worse than the others', and AP does not rise. CL-NMS adds 0.1 AP at most.
+over a training, most of them late. The classifier already knows these (p > 0.40 is the least that
+lets one in), their boxes are no worse than the others', and AP does not rise. CL-NMS adds 0.1 AP at most.
 
     image -> ResNet-FPN -> P3..P7 -> two towers -> cls_logits [B, N, K], deltas [B, N, 4]
     training: IoU >= 0.5 or s > 0.5 -> positive     s: IAC score of an anchor and its gt
@@ -125,7 +125,7 @@ def normalise_coefficient(coefficient: Tensor, losses: Tensor) -> Tensor:
         lambda'_i = lambda_i * sum_j L_j / sum_j (lambda_j L_j)
 
     "To make sure that the value range of the overall loss function remains invariant, we then
-    normalize the coefficient by employing the classification loss." So sum(lambda' L) = sum(L)
+    normalize the coefficient [lambda] by employing the classification loss function." So sum(lambda' L) = sum(L)
     always, and lambda' can only act by how it scales gradients. It has to be a constant for them: a
     lambda' that is differentiated with the rest gives the gradient of sum(L), as if it were not
     there.
@@ -316,7 +316,8 @@ class Detector(retinanet.RetinaNet):
 #   Table 1's X-101 with RetinaNet: ResNeXt-101, no more | - | 32x8d.
 #   Boxes that enter NMS: - | all classes of a level's best 1000 anchors | its best 1000 (anchor,
 #       class) pairs; `--all-classes` is the latter.
-#   Anchors in the batch's padding and in crowd regions: - | plain background | do not train.
+#   Anchors in the batch's padding: - | plain background | do not train. In crowd regions: - | plain
+#       background | are no negatives; IAC may still make them positive.
 # Those that do not, or hardly:
 #   IoU = 0.5 exactly: not positive | positive | the latter, as in the baseline.
 #   P7: - | no ReLU between P6 and P7 | the latter.

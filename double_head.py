@@ -108,7 +108,7 @@ def task_weights(heads: str, omega_fc=1.0, omega_conv=1.0, lambda_fc=1.0, lambda
 def fuse_scores(fc_probs: Tensor, conv_probs: Tensor, how: str = "complementary") -> Tensor:
     """Eq. 4 and its rivals in Table 3: two heads' probabilities, of any one shape, become one.
 
-    Complementary: 1 - (1 - s_fc) (1 - s_conv), the chance that at least one head is right.
+    Complementary: 1 - (1 - s_fc) (1 - s_conv), the chance that one head is right, if they err apart.
 
     >>> fuse_scores(torch.tensor([0.5, 1.0]), torch.tensor([0.5, 0.2]))
     tensor([0.7500, 1.0000])
@@ -385,8 +385,8 @@ class Detector(faster_rcnn.TwoStage):
 # - Biases: - | twice the rate, no weight decay | as weights
 # - RPN boxes in training: - | best 2000 of a GPU's two images together | best 2000 of each image
 # - Anchors across the border: - | do not train the RPN | train it, if the centre is in the image
-# - Crowd regions: - | left out | proposals at least half inside one do not train
-# - Schedule on VOC 2007: "all models 180k iterations" | no such setting | maskrcnn-benchmark's
+# - Crowd regions: - | left out | proposals at least half inside one are no negatives
+# - Schedule on VOC 2007: "fine-tuned with 180k iterations" | no such setting | maskrcnn-benchmark's
 # Those that do not, or hardly:
 # - Loss weights: omega and lambda (Eq. 1 to 3) | their products 0.5, 2.0, 1.4, 0.6 | the paper's
 # - Warm-up: - | 500 steps from a third of the rate | the same
@@ -469,7 +469,7 @@ PAPER: dict[str, dict] = {
     "table3.average": dict(zip(_AP, (40.1, 59.8, 44.1))),
     "table3.complementary": dict(zip(_AP, (40.3, 60.3, 44.2))),
     "figure6.fc_1.0_conv_1.0": dict(AP=39.8),  # text of 5.2
-    "figure6.fc_0.8_conv_1.0": {},  # text of 5.2: better than 39.8
+    "figure6.fc_0.8_conv_1.0": {},  # text of 5.2: lambda_fc 0.8 is better than 1, no number
     "figure6.fc_0.7_conv_0.8": dict(AP=40.3),  # text of 5.2
     "table4.fpn_r50": dict(zip(_AP, (36.8, 58.7, 40.4, 21.2, 40.1, 48.8))),
     "table4.double_head_r50": dict(zip(_AP, (39.8, 59.6, 43.6, 22.7, 42.9, 53.1))),

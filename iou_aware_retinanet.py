@@ -232,7 +232,8 @@ class Detector(retinanet.RetinaNet):
 #   Boxes that enter NMS: - | all classes of a level's best 1000 anchors | its best 1000 (anchor,
 #       class) pairs; `--all-classes` is the release. At alpha = 0 an anchor's classes all tie, and
 #       it matters.
-#   Anchors in the batch's padding and in crowd regions: - | plain background | do not train.
+#   Anchors in the batch's padding: - | plain background | do not train. In crowd regions: - | plain
+#       background | are no negatives.
 # Those that do not, or hardly:
 #   Number of positives: N_pos | each image counts at least one | release.
 #   P7: - | no ReLU between P6 and P7 | release.

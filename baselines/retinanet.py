@@ -16,9 +16,9 @@ entropy by (1 - p)^gamma, p the probability of the right answer: what is known h
     test:     best 1000 (anchor, class) pairs of each level over 0.05 -> boxes -> NMS per class ->
               best 100
 
-Each tower is shared by the levels. A method changes RetinaNet at four places, all below in
-`RetinaNet`: which anchors are positive (`assign`), how much a positive counts in the class loss
-(`weigh`), what else is learned (`further_losses`), and what score ranks a box (`score`).
+Each tower is shared by the levels. A method changes RetinaNet at five places: which anchors
+are positive (`assign`), how much a positive counts in the class loss (`weigh`), what else is learned
+(`further_losses`), what score ranks a box (`score`), all below, and who survives NMS (`suppress`).
 
 In comments "(MMDetection)" is a value seen there, "choice:" our own.
 """
@@ -322,7 +322,8 @@ Detector = RetinaNet  # under the name that it has in every script
 # ------------------------------------------------------------------------------ rows
 
 # Deviations (MMDetection | here), which the methods on this baseline share:
-#   Anchors in the batch's padding and in crowd regions: plain background | do not train.
+#   Anchors in the batch's padding: plain background | do not train. In crowd regions: plain
+#       background | are no negatives.
 #   Anchors: "+1" box sizes, rounded | neither.
 #   Boxes that enter NMS: all classes of a level's best 1000 anchors | its best 1000 (anchor, class)
 #       pairs, the rule of RetinaNet's own authors: the rest rarely reach the best 100 and cost most

@@ -9,12 +9,13 @@ import torch
 from PIL import Image
 
 import common
-from common import BadInput, Config
+from common import BadInput
 from engine.data import TrainBatches, load_data
 from engine.detector import split_images
 from engine.metrics import coco_metrics, detect, evaluate, to_coco, voc07_ap
 from engine.pictures import draw
 from engine.predict import Files
+from engine.settings import Config
 
 
 def config(**changes):
