@@ -23,6 +23,7 @@ Nothing else is asked of it. `engine.train` checks all of this before the first 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -555,7 +556,10 @@ def read_image(path: str | Path, upright: bool = False) -> Tensor:
     """
     try:
         with Image.open(path) as image:
-            return rgb_tensor(ImageOps.exif_transpose(image) if upright else image)
+            if upright:
+                with contextlib.suppress(Exception):  # broken EXIF data turn nothing
+                    image = ImageOps.exif_transpose(image)
+            return rgb_tensor(image)
     except UNREADABLE as e:
         raise BadInput(f"{path}: cannot read the image: {e}") from e
 

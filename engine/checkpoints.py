@@ -82,8 +82,10 @@ def find_script(state: dict, path, method=None):
     """
     script = method or state.get("method", "")
     if isinstance(script, str):
-        file = Path(__file__).resolve().parent.parent.joinpath(*script.split("."))
-        ours = file.with_suffix(".py").is_file() and script.replace(".", "").isidentifier()
+        parts = script.split(".")
+        file = Path(__file__).resolve().parent.parent.joinpath(*parts)
+        here = parts[:-1] in ([], ["baselines"]) and all(p.isidentifier() for p in parts)
+        ours = here and file.with_suffix(".py").is_file()
         if not (method or script in sys.modules or ours):
             made = f"made by {script!r}, which is no script here" if script else "names no script"
             raise BadInput(f'{path}: {made}; say which made it, as in method="d2det"')

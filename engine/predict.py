@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common import BadInput, check_image, make_target, read_image, rgb_tensor
+from common import UNREADABLE, BadInput, check_image, make_target, read_image, rgb_tensor
 from engine.checkpoints import find_script, load_checkpoint, load_weights, write_json
 from engine.data import broken_images, refuse_images
 from engine.metrics import detect, to_coco
@@ -34,7 +34,10 @@ def to_image(source) -> Tensor:
     if isinstance(source, (str, Path)):
         return read_image(source, upright=True)
     if isinstance(source, Image.Image):
-        return rgb_tensor(source)
+        try:
+            return rgb_tensor(source)
+        except UNREADABLE as e:
+            raise BadInput(f"cannot read the image: {e}") from e
     if isinstance(source, np.ndarray):
         if source.ndim != 3 or source.shape[2] != 3:
             raise BadInput(f"arrays are [h, w, 3], RGB; this one is {list(source.shape)}")

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.metrics import complete_truth
+
 BINS = 20  # of a proposal's IoU (3.1)
 SIZES = ("small objects", "medium objects", "large objects")
 CLASSES = ("easy classes", "medium classes", "hard classes")
@@ -79,7 +81,7 @@ def groups_of_classes(per_class: dict[str, float | None]) -> dict[str, list[str]
 def read_objects(val_data, most: int) -> tuple[dict, dict]:
     """COCO's areas of each image's objects, and which of them are analysed: evenly spread."""
     areas, eligible, chosen = {}, [], {}
-    for a in val_data.coco()["annotations"]:
+    for a in complete_truth(val_data.coco())["annotations"]:
         mine = areas.setdefault(a["image_id"], [])
         if not (a.get("iscrowd", 0) or a.get("difficult", 0)):
             eligible.append((a["image_id"], len(mine)))

@@ -14,7 +14,7 @@ import common
 import engine
 import iou_aware_retinanet as method
 from common import BadInput
-from engine.checkpoints import load_checkpoint, save_checkpoint
+from engine.checkpoints import find_script, load_checkpoint, save_checkpoint
 from engine.data import check_dataset
 from engine.metrics import coco_metrics
 from engine.predict import to_image
@@ -280,3 +280,20 @@ def test_settings_of_a_checkpoint_are_tuples_again(trained):
     assert saved["scales"] == [64]
     config = method.Config(**saved)
     assert config.scales == (64,) and config.drops == method.TINY["drops"]
+
+
+def test_broken_exif_data_do_not_stop_a_photo(tmp_path, monkeypatch):
+    """PIL's turning raises whatever its EXIF parser meets, a TypeError for instance."""
+
+    def broken(_):
+        raise TypeError("bad operand type for abs(): 'str'")
+
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "a.jpg")
+    monkeypatch.setattr(common.ImageOps, "exif_transpose", broken)
+    assert common.read_image(tmp_path / "a.jpg", upright=True).shape == (3, 20, 40)
+
+
+@pytest.mark.parametrize("script", ["runs.shared.helper", "tests.methods", "engine.run", "..d2det"])
+def test_a_checkpoint_may_name_scripts_alone(script, tmp_path):
+    with pytest.raises(BadInput):
+        find_script({"method": script}, tmp_path / "last.pt")
