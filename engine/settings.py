@@ -46,7 +46,7 @@ class Config(common.Config):
     warmup_factor: float = 1 / 3  # ... from this share of the rate; choice: papers do not say
     clip_norm: float = 0.0  # largest gradient norm; 0: no clipping
     amp: Literal["auto", "off", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it
-    # Book-keeping
+    # Testing and book-keeping
     log_every: int = 20  # steps between lines of the log
     save_every: int = 1000  # steps between checkpoints
     eval_every: int = 0  # steps between evaluations; 0: only at the end
