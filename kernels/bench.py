@@ -389,7 +389,7 @@ def _roi_op(op, run, inputs, rival, rival_name, grad, layout) -> Iterator[dict]:
     skip = len(inputs) > len(maps)
     shift = exact.pop() if skip else None
     options = (exact, boxes, shift, S, strides, samples, 0.1, skip)
-    reference = partial(roi_module._pool_reference, *options)
+    reference = partial(roi_module.pool_reference, *options)
     rows, size = roi_module._taps(*options)[0].unique().numel(), maps[0].element_size()
     touched, pooled = rows * maps[0].shape[1] * size, grad.numel() * size
 

@@ -84,16 +84,15 @@ def check(results, expected, rivals=None, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize("deform", [False, True])
 def test_triton_equals_float64(layout, dtype, deform):
-    # 16 channels are the vector path; with NCHW the interpreter walks through channels one by one.
-    maps = make_maps(C=16 if layout == "channels_last" else 2, dtype=dtype, layout=layout)
+    maps = make_maps(C=16, dtype=dtype, layout=layout)
     rois = make_rois(3)
     offsets = torch.randn(3, 2, 3, 3, device=DEVICE).requires_grad_() if deform else None
     options = {"deform": deform}
     result = run("triton", maps, rois, offsets, **options)
     rival = run("torch", maps, rois, offsets, **options)
     check(result, exact(maps, rois, offsets, **options), rival, dtype)
-    for tensor in result[: 1 + len(maps)]:
-        assert tensor.dtype == dtype and tensor.is_contiguous(memory_format=LAYOUTS[layout])
+    assert all(tensor.dtype == dtype for tensor in result[: 1 + len(maps)])
+    assert result[0].is_contiguous(memory_format=LAYOUTS[layout])
 
 
 @pytest.mark.parametrize("trial", range(6))
@@ -223,10 +222,10 @@ def test_gradcheck_reference():
     rois, offsets = make_rois(3).double(), torch.randn(3, 2, 2, 2, device=DEVICE).double()
 
     def align(*maps):
-        return module.roi_align_reference(maps, rois, 2, (16, 32))
+        return module.pool_reference(maps, rois, None, 2, (16, 32), skip=False)
 
     def deform(offsets, *maps):
-        return module.deform_roi_pool_reference(maps, rois, offsets, 2, (16, 32))
+        return module.pool_reference(maps, rois, offsets, 2, (16, 32))
 
     assert torch.autograd.gradcheck(align, maps)
     assert torch.autograd.gradcheck(deform, (offsets.requires_grad_(), *maps))
@@ -274,14 +273,14 @@ def test_sizes_and_rois_in_other_forms():
     assert roi_align(maps, [rois[:0, 1:]] * 2, 2, STRIDES).shape == (0, 1, 2, 2)
     for name, bad in {
         "strides": lambda: roi_align(maps, rois, 2, (1 / 8, 1 / 16, 1 / 32)),
-        "strides must be": lambda: roi_align(maps, rois, 2, (8, 32, 16)),
+        "strides must increase": lambda: roi_align(maps, rois, 2, (8, 32, 16)),
         "strides need": lambda: roi_align(maps, rois, 2, (8, 16)),
         "features": lambda: roi_align(dict(enumerate(maps)), rois, 2, STRIDES),
         "output_size": lambda: roi_align(maps, rois, (2, 3), STRIDES),
-        "output_size must be whole": lambda: roi_align(maps, rois, "2", STRIDES),
+        "must be whole": lambda: roi_align(maps, rois, "2", STRIDES),
         "sampling_ratio": lambda: roi_align(maps, rois, 2, STRIDES, 0.5),
         "one an image": lambda: roi_align(maps, per_image[:1], 2, STRIDES),
-        "list of rois": lambda: roi_align(maps, [rois, rois], 2, STRIDES),
+        "tensors .Ri, 4.": lambda: roi_align(maps, [rois, rois], 2, STRIDES),
         "rois must be floating": lambda: roi_align(maps, rois.long(), 2, STRIDES),
         "offsets": lambda: deform_roi_pool(maps, rois, rois, 2, STRIDES),
         "impl": lambda: roi_align(maps, rois, 2, STRIDES, impl="torchvision"),
@@ -359,7 +358,7 @@ def test_autocast(impl):
 
 
 COMPILE = """
-import importlib, subprocess, sys
+import importlib, itertools, subprocess, sys
 sys.path.insert(0, sys.argv[1])
 import triton
 from triton.backends.compiler import GPUTarget
@@ -367,54 +366,50 @@ from triton.compiler import ASTSource
 module = importlib.import_module("kernels.roi_align")
 ALIGNED = [["tt.divisibility", 16]]
 
-FLOAT32 = ("rois", "offsets", "grad_offsets", "weights")
-def argument(kernel, name, dtype, last):  # type, and is it known to be a multiple of 16?
+FLOAT32 = ("rois", "offsets", "weights")
+def argument(name, dtype):  # type, and is it known to be a multiple of 16?
     if name == "maps":
         return ("*" + dtype,) * 4, True
-    if name.endswith(("heights", "widths", "_strides")) or kernel + name == "_taps_kernelstarts":
-        return ("i32",) * 4, False
+    if name in ("heights", "widths"):
+        return ("fp32",) * 4, False
     if name in ("cells", "starts", "order"):
         return "*i64" if name == "order" else "*i32", True
     if name in FLOAT32:
         return "*fp32", True
     if name in ("out", "grad", "table"):
         return "*" + dtype, True
-    multiple = name == "C" or (last and name.endswith("bin_stride"))
-    return "fp32" if name == "gamma" else "i32", multiple
+    return "fp32" if name == "gamma" else "i32", name == "C"
 
-for dtype, last in (("fp32", False), ("fp32", True), ("bf16", True)):
-    names = ["_forward_kernel", "_grad_offsets_kernel"]
-    names += ["_taps_kernel", "_gather_kernel"] if last else []
-    for name in names:
-        kernel, tiles = getattr(module, name), module._tiles(last, 7, 256)
-        warps = {"_taps_kernel": 2, "_gather_kernel": 1}.get(name, tiles["num_warps"])
-        tiles |= dict(SIZE=7, STRIDES=(4, 8, 16, 32), SAMPLES=2, SKIP=True, TAPS=16, STEP=4)
-        tiles["ALIGN"] = 16 if last else 1
-        tiles["out_channel_stride" if last else "out_bin_stride"] = 1
-        tiles["grad_channel_stride" if last else "grad_bin_stride"] = 1
-        signature, constants, attributes = {}, {}, {}
-        for i, p in enumerate(p.name for p in kernel.params):
-            if p in tiles:
-                signature[p], constants[p] = "constexpr", tiles[p]
-                continue
-            signature[p], aligned = argument(name, p, dtype, last)
-            if aligned:
-                paths = [(i, j) for j in range(4)] if p == "maps" else [(i,)]
-                attributes |= {path: ALIGNED for path in paths}
-        source = ASTSource(kernel, signature, constants, attributes)
-        target = GPUTarget("cuda", int(sys.argv[3]), 32)
-        binary = triton.compile(source, target=target, options={"num_warps": warps})
-        with open(sys.argv[2], "wb") as file:
-            file.write(binary.asm["cubin"])
-        tool = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", sys.argv[2]]
-        usage = subprocess.run(tool, capture_output=True, text=True).stdout
-        vectors = "global.v4.b32" in binary.asm["ptx"]
-        print(name, dtype, "STACK:0 " in usage, vectors == last)
+KERNELS = {"pool": {"grad": None}, "pool backward": {}, "taps": {}, "gather": {}}
+for dtype, (name, tiles) in itertools.product(("fp32", "bf16"), KERNELS.items()):
+    kernel = getattr(module, f"_{name.split()[0]}_kernel")
+    tile = module._tile(1, 256, 7)[1]
+    warps = {"taps": 2, "gather": 1}.get(name, tile["num_warps"])
+    tiles |= dict(SIZE=7, STRIDES=(4, 8, 16, 32), SAMPLES=2, SKIP=True, TAPS=16, STEP=4)
+    tiles |= dict(BINS=tile["BINS"], CH=tile["CH"])
+    signature, constants, attributes = {}, {}, {}
+    for i, p in enumerate(p.name for p in kernel.params):
+        if p in tiles:
+            signature[p], constants[p] = "constexpr", tiles[p]
+            continue
+        signature[p], aligned = argument(p, dtype)
+        if aligned:
+            paths = [(i, j) for j in range(4)] if p == "maps" else [(i,)]
+            attributes |= {path: ALIGNED for path in paths}
+    source = ASTSource(kernel, signature, constants, attributes)
+    target = GPUTarget("cuda", int(sys.argv[3]), 32)
+    binary = triton.compile(source, target=target, options={"num_warps": warps})
+    with open(sys.argv[2], "wb") as file:
+        file.write(binary.asm["cubin"])
+    tool = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", sys.argv[2]]
+    usage = subprocess.run(tool, capture_output=True, text=True).stdout
+    vectors = "global.v4.b32" in binary.asm["ptx"]
+    print(name.replace(" ", "_"), dtype, "STACK:0 " in usage, vectors)
 """
 
 
 def test_compiles_for_gpus(tmp_path):
-    """For sm_80 and sm_90, without spills, and with 16-byte accesses where channels are last."""
+    """For sm_80 and sm_90, without spills, and with 16-byte accesses."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     root, pipes = str(Path(module.__file__).parents[1]), {"stdout": -1, "stderr": -1, "text": True}
     runs = []
@@ -425,7 +420,7 @@ def test_compiles_for_gpus(tmp_path):
         output, errors = process.communicate()
         assert process.returncode == 0, errors
         lines = [line.split() for line in output.splitlines()]
-        assert len(lines) == 10
+        assert len(lines) == 8
         for name, dtype, no_spills, vectors in lines:
             assert no_spills == "True", (name, dtype)
-            assert vectors == "True" or name == "_taps_kernel", (name, dtype)
+            assert vectors == "True" or name == "taps", (name, dtype)
