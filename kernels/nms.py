@@ -31,9 +31,10 @@ the box with the highest p + d is kept with its own p and the rest of the cluste
 Taken literally, the text adds the distance itself, which prefers the farthest box: `literal=True`.
 """
 
-import functools
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch import Tensor, library
 
@@ -94,7 +95,7 @@ def _lockstep(boxes, scores, groups, step):
     return out
 
 
-def nms_reference(boxes, scores, groups, iou_threshold):
+def nms_reference(boxes, scores, groups, iou_threshold, *_):
     """Greedy NMS: the score of the kept boxes [N], -inf for the others."""
 
     def step(boxes, live, best):
@@ -104,7 +105,7 @@ def nms_reference(boxes, scores, groups, iou_threshold):
     return _lockstep(boxes, scores, groups, step)
 
 
-def soft_nms_reference(boxes, scores, groups, iou_threshold, sigma, method, score_threshold):
+def soft_nms_reference(boxes, scores, groups, iou_threshold, method, sigma, score_threshold):
     """Soft-NMS: the lowered score of the kept boxes [N], -inf for the others."""
 
     def step(boxes, live, best):
@@ -119,7 +120,7 @@ def soft_nms_reference(boxes, scores, groups, iou_threshold, sigma, method, scor
     return _lockstep(boxes, scores.where(scores >= score_threshold, -torch.inf), groups, step)
 
 
-def cl_nms_reference(boxes, scores, groups, iou_threshold, literal=False):
+def cl_nms_reference(boxes, scores, groups, iou_threshold, method="cl", *_):
     """CL-NMS: the selection score p + d of the kept boxes [N], -inf for the others."""
 
     def step(boxes, live, best):
@@ -139,7 +140,7 @@ def cl_nms_reference(boxes, scores, groups, iou_threshold, literal=False):
         distance = (off_x * off_x + off_y * off_y).sqrt() / diagonal
         # No diagonal: points in one place. No finite one: a box without finite corners, alone.
         distance = distance.where((diagonal > 0) & (diagonal < torch.inf), 0)
-        select = (p + (distance if literal else 1 - distance)).to(live.dtype)
+        select = (p + (distance if method == "cl_literal" else 1 - distance)).to(live.dtype)
         score, keep = select.where(member, -torch.inf).max(1, keepdim=True)
         return keep, score, live.masked_fill(member, -torch.inf)
 
@@ -151,262 +152,233 @@ def cl_nms_reference(boxes, scores, groups, iou_threshold, literal=False):
 try:
     import triton
     import triton.language as tl
-except ImportError:
-    triton = None
+except ImportError:  # the kernels then stay plain functions that nobody calls
+    triton, tl = None, SimpleNamespace(constexpr=None)
 
-_MAX_PROGRAMS = 1024  # several for each processor of a GPU; further groups are taken in turn
 # BLOCK: boxes a program looks at in one go; greedy NMS holds BLOCK x BLOCK pairs in registers.
 # No fma, because an IoU must round as it does on a CPU.
 _GREEDY_LAUNCH = {"BLOCK": 64, "num_warps": 8, "enable_fp_fusion": False}
 _SOFT_LAUNCH = {"BLOCK": 256, "num_warps": 4, "enable_fp_fusion": False}
 
-if triton is not None:
 
-    @triton.jit
-    def _load_boxes(boxes_ptr, at, mask):
-        """Rows `at` of boxes [N, 4] as a tuple; a masked row is a point at the origin."""
-        row = boxes_ptr + at.to(tl.int64) * 4
-        x1 = tl.load(row, mask, 0.0)
-        y1 = tl.load(row + 1, mask, 0.0)
-        x2 = tl.load(row + 2, mask, 0.0)
-        y2 = tl.load(row + 3, mask, 0.0)
-        return x1, y1, x2, y2
+def jit(*sizes: str):
+    """triton.jit; it must not specialise on `sizes`, arguments that change with every batch."""
+    return triton.jit(do_not_specialize=sizes) if triton else lambda function: function
 
-    @triton.jit
-    def _iou(box, other):
-        x1, y1, x2, y2 = box
-        u1, v1, u2, v2 = other
-        width = tl.maximum(tl.minimum(x2, u2) - tl.maximum(x1, u1), 0.0)
-        height = tl.maximum(tl.minimum(y2, v2) - tl.maximum(y1, v1), 0.0)
-        inter = width * height
-        # div_rn because `/` is two ulp off in float32.
-        return tl.div_rn(inter, (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - inter)
 
-    @triton.jit
-    def _over(box, other, iou_threshold):
-        """IoU > threshold for every pair: rows are `other`, columns are `box`."""
-        x1, y1, x2, y2 = box
-        u1, v1, u2, v2 = other
-        columns = x1[None, :], y1[None, :], x2[None, :], y2[None, :]
-        rows = u1[:, None], v1[:, None], u2[:, None], v2[:, None]
-        return _iou(columns, rows) > iou_threshold
+@jit()
+def _load_boxes(boxes, at, mask):
+    """Rows `at` of boxes [N, 4] as a tuple; a masked row is a point at the origin."""
+    row = boxes + at.to(tl.int64) * 4
+    x1 = tl.load(row, mask, 0.0)
+    y1 = tl.load(row + 1, mask, 0.0)
+    x2 = tl.load(row + 2, mask, 0.0)
+    y2 = tl.load(row + 3, mask, 0.0)
+    return x1, y1, x2, y2
 
-    @triton.jit
-    def _top(scores, at, N):
-        """Highest of the scores and the lowest row that has it; N where all are -inf."""
-        best_score = tl.max(scores, 0)
-        found = (scores == best_score) & (scores > -float("inf"))
-        return best_score, tl.min(tl.where(found, at, N), 0)
 
-    @triton.jit
-    def _cluster(boxes_ptr, live_ptr, at, end, best, reference, iou_threshold):
-        """Rows `at`: their boxes, their scores p, and which belong to the cluster of row `best`."""
-        p = tl.load(live_ptr + at, at < end, -float("inf"))
-        box = _load_boxes(boxes_ptr, at, at < end)
-        over = _iou(box, reference) > iou_threshold
-        return box, p, (over | (at == best)) & (p > -float("inf"))
+@jit()
+def _iou(box, other):
+    x1, y1, x2, y2 = box
+    u1, v1, u2, v2 = other
+    width = tl.maximum(tl.minimum(x2, u2) - tl.maximum(x1, u1), 0.0)
+    height = tl.maximum(tl.minimum(y2, v2) - tl.maximum(y1, v1), 0.0)
+    inter = width * height
+    # div_rn because `/` is two ulp off in float32.
+    return tl.div_rn(inter, (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - inter)
 
-    # All three kernels: grid (P,). Program i owns groups i, i + P, ... Rows of a group lie
-    # together: starts_ptr [N + P + 1] says where, and is N behind the last group. Nobody else
-    # touches a group's rows. order_ptr [N] is the original index of each row; out_ptr [N], by
-    # original index, comes filled with -inf and receives the scores to report. Loops are `while`
-    # because the interpreter of some Triton releases cannot count to a loaded number.
 
-    @triton.jit(do_not_specialize=["N"])
-    def _nms_kernel(
-        boxes_ptr,  # [N, 4] by group, then by descending score
-        live_ptr,  # [N] scores in the same order; -inf for rows that are not there
-        kept_ptr,  # [N, 4] scratch: the boxes a group has kept, from the group's first row on
-        order_ptr,
-        starts_ptr,
-        out_ptr,
-        N,
-        iou_threshold,
-        BLOCK: tl.constexpr,
-    ):
-        lane = tl.arange(0, BLOCK)
-        group = tl.program_id(0)
-        start = tl.load(starts_ptr + group)
-        while start < N:
-            end = tl.load(starts_ptr + group + 1)
-            num_kept = start * 0
-            tile = start
-            while tile < end:
-                at = tile + lane
-                score = tl.load(live_ptr + at, at < end, -float("inf"))
-                # Rows that are not there come last in a group: the first tile of them ends it.
-                end = tl.where(tl.max(score, 0) > -float("inf"), end, tile)
-                box = _load_boxes(boxes_ptr, at, at < end)
-                hits = tl.zeros([BLOCK, BLOCK], tl.int1)  # row: an earlier box, column: mine
-                first = start * 0
-                while first < num_kept:
-                    known = first + lane < num_kept
-                    earlier = _load_boxes(kept_ptr, start + first + lane, known)
-                    hits = hits | (_over(box, earlier, iou_threshold) & known[:, None])
-                    first += BLOCK
-                hit = tl.max(hits.to(tl.int32), 0)  # once: across warps it costs a barrier
-                alive = ((score > -float("inf")) & (hit == 0)).to(tl.int32)
-                # Within the tile: kept = alive and not hit by an earlier kept box. Iterated from
-                # kept = alive, box k is settled after k + 1 rounds at the latest, so the fixed
-                # point is the greedy result; a few rounds do in practice.
-                over = _over(box, _load_boxes(boxes_ptr, at, at < end), iou_threshold)
-                over = (over & (lane[:, None] < lane[None, :])).to(tl.int32)
-                kept = alive
-                changed = tl.max(alive, 0)
-                while changed > 0:
-                    new = alive * (1 - tl.max(over * kept[:, None], 0))
-                    changed = tl.max(new ^ kept, 0)
-                    kept = new
-                slot = start + num_kept + tl.cumsum(kept, 0) - 1
-                row = kept_ptr + slot.to(tl.int64) * 4
-                tl.store(row, box[0], kept > 0)
-                tl.store(row + 1, box[1], kept > 0)
-                tl.store(row + 2, box[2], kept > 0)
-                tl.store(row + 3, box[3], kept > 0)
-                tl.store(out_ptr + tl.load(order_ptr + at, at < end, 0), score, kept > 0)
-                num_kept += tl.sum(kept, 0)
-                tl.debug_barrier()  # the next tile's threads read what these have stored
-                tile += BLOCK
-            group += tl.num_programs(0)
-            start = tl.load(starts_ptr + group)
+@jit()
+def _over(box, other, iou_threshold):
+    """IoU > threshold for every pair: rows are `other`, columns are `box`."""
+    x1, y1, x2, y2 = box
+    u1, v1, u2, v2 = other
+    columns = x1[None, :], y1[None, :], x2[None, :], y2[None, :]
+    rows = u1[:, None], v1[:, None], u2[:, None], v2[:, None]
+    return _iou(columns, rows) > iou_threshold
 
-    @triton.jit(do_not_specialize=["N"])
-    def _soft_nms_kernel(
-        boxes_ptr,  # [N, 4] by group, then by original index
-        live_ptr,  # [N] present scores; -inf for rows not there, picked or under the threshold
-        order_ptr,
-        starts_ptr,
-        out_ptr,
-        N,
-        iou_threshold,
-        sigma,
-        score_threshold,
-        GAUSSIAN: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        lane = tl.arange(0, BLOCK)
-        group = tl.program_id(0)
-        start = tl.load(starts_ptr + group)
-        while start < N:
-            end = tl.load(starts_ptr + group + 1)
-            picked = N  # nobody yet: loads as a point at the origin, which overlaps nothing
-            more = 1
-            while more > 0:
-                # One pass lowers the scores by the last pick and finds the next pick.
-                last = _load_boxes(boxes_ptr, picked, picked < N)
-                top = tl.full([BLOCK], -float("inf"), tl.float32)
-                top_at = tl.zeros([BLOCK], tl.int32)
-                tile = start
-                while tile < end:
-                    at = tile + lane
-                    score = tl.load(live_ptr + at, at < end, -float("inf"))
-                    iou = _iou(_load_boxes(boxes_ptr, at, at < end), last)
-                    if GAUSSIAN:
-                        score = tl.where(iou > 0, score * tl.exp(-(iou * iou) / sigma), score)
-                    else:
-                        score = tl.where(iou > iou_threshold, score * (1 - iou), score)
-                    stays = (score >= score_threshold) & (at != picked)
-                    score = tl.where(stays, score, -float("inf"))
-                    tl.store(live_ptr + at, score, at < end)
-                    top_at = tl.where(score > top, at, top_at)
-                    top = tl.maximum(score, top)
-                    tile += BLOCK
-                best_score, picked = _top(top, top_at, N)
-                index = tl.load(order_ptr + picked, picked < N, 0)
-                tl.store(out_ptr + index, best_score, picked < N)
-                more = (picked < N).to(tl.int32)
-                tl.debug_barrier()
-            group += tl.num_programs(0)
-            start = tl.load(starts_ptr + group)
 
-    @triton.jit(do_not_specialize=["N"])
-    def _cl_nms_kernel(
-        boxes_ptr,  # [N, 4] by group, then by original index
-        live_ptr,  # [N] scores p; -inf for rows not there or suppressed
-        order_ptr,
-        starts_ptr,
-        out_ptr,
-        N,
-        iou_threshold,
-        LITERAL: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        lane = tl.arange(0, BLOCK)
-        group = tl.program_id(0)
-        start = tl.load(starts_ptr + group)
-        while start < N:
-            end = tl.load(starts_ptr + group + 1)
-            top = tl.full([BLOCK], -float("inf"), tl.float32)
-            top_at = tl.zeros([BLOCK], tl.int32)
-            tile = start
-            while tile < end:
-                p = tl.load(live_ptr + tile + lane, tile + lane < end, -float("inf"))
-                top_at = tl.where(p > top, tile + lane, top_at)
-                top = tl.maximum(p, top)
-                tile += BLOCK
-            best_p, best = _top(top, top_at, N)
-            while best < N:
-                # First pass: weighted centre and enclosing box of the cluster of `best`.
-                cluster = best, _load_boxes(boxes_ptr, best, best < N), iou_threshold
-                total = tl.zeros([BLOCK], tl.float64)
-                sum_x = tl.zeros([BLOCK], tl.float64)
-                sum_y = tl.zeros([BLOCK], tl.float64)
-                low_x = tl.full([BLOCK], float("inf"), tl.float32)
-                low_y = tl.full([BLOCK], float("inf"), tl.float32)
-                high_x = tl.full([BLOCK], -float("inf"), tl.float32)
-                high_y = tl.full([BLOCK], -float("inf"), tl.float32)
-                tile = start
-                while tile < end:
-                    at = tile + lane
-                    box, p, member = _cluster(boxes_ptr, live_ptr, at, end, *cluster)
-                    x1, y1, x2, y2 = box
-                    weight = tl.where(best_p > 0, p, 1.0).to(tl.float64)
-                    total += tl.where(member, weight, 0.0)
-                    sum_x += tl.where(member, weight * (x1.to(tl.float64) + x2) / 2, 0.0)
-                    sum_y += tl.where(member, weight * (y1.to(tl.float64) + y2) / 2, 0.0)
-                    low_x = tl.where(member & (x1 < low_x), x1, low_x)
-                    low_y = tl.where(member & (y1 < low_y), y1, low_y)
-                    high_x = tl.where(member & (x2 > high_x), x2, high_x)
-                    high_y = tl.where(member & (y2 > high_y), y2, high_y)
-                    tile += BLOCK
-                total = tl.sum(total, 0)
-                centre_x = tl.sum(sum_x, 0) / total
-                centre_y = tl.sum(sum_y, 0) / total
-                width = tl.max(high_x, 0).to(tl.float64) - tl.min(low_x, 0)
-                height = tl.max(high_y, 0).to(tl.float64) - tl.min(low_y, 0)
-                diagonal = tl.sqrt(width * width + height * height)
-                measurable = (diagonal > 0) & (diagonal < float("inf"))
-                # Second pass: whom to keep; the cluster leaves; the next reference.
-                top = tl.full([BLOCK], -float("inf"), tl.float32)
-                top_at = tl.zeros([BLOCK], tl.int32)
-                choice = tl.full([BLOCK], -float("inf"), tl.float32)
-                choice_at = tl.zeros([BLOCK], tl.int32)
-                tile = start
-                while tile < end:
-                    at = tile + lane
-                    box, p, member = _cluster(boxes_ptr, live_ptr, at, end, *cluster)
-                    x1, y1, x2, y2 = box
-                    off_x = (x1.to(tl.float64) + x2) / 2 - centre_x
-                    off_y = (y1.to(tl.float64) + y2) / 2 - centre_y
-                    distance = tl.sqrt(off_x * off_x + off_y * off_y) / diagonal
-                    distance = tl.where(measurable, distance, 0.0)
-                    if not LITERAL:
-                        distance = 1 - distance
-                    select = (p.to(tl.float64) + distance).to(tl.float32)
-                    select = tl.where(member, select, -float("inf"))
-                    choice_at = tl.where(select > choice, at, choice_at)
-                    choice = tl.maximum(select, choice)
-                    p = tl.where(member, -float("inf"), p)
-                    tl.store(live_ptr + at, p, at < end)
-                    top_at = tl.where(p > top, at, top_at)
-                    top = tl.maximum(p, top)
-                    tile += BLOCK
-                select, keep = _top(choice, choice_at, N)
-                tl.store(out_ptr + tl.load(order_ptr + keep, keep < N, 0), select, keep < N)
-                best_p, best = _top(top, top_at, N)
-                tl.debug_barrier()
-            group += tl.num_programs(0)
-            start = tl.load(starts_ptr + group)
+@jit()
+def _top(scores, at, N):
+    """Highest of the scores and the lowest row that has it; N where all are -inf."""
+    best_score = tl.max(scores, 0)
+    found = (scores == best_score) & (scores > -float("inf"))
+    return best_score, tl.min(tl.where(found, at, N), 0)
+
+
+@jit()
+def _cluster(boxes, live, at, end, best, reference, iou_threshold):
+    """Rows `at`: their boxes, their scores p, and which belong to the cluster of row `best`."""
+    p = tl.load(live + at, at < end, -float("inf"))
+    box = _load_boxes(boxes, at, at < end)
+    over = _iou(box, reference) > iou_threshold
+    return box, p, (over | (at == best)) & (p > -float("inf"))
+
+
+# All three kernels: grid (N,), as many programs as there can be groups. Program i owns group i, whose
+# rows lie together, from starts[i] to starts[i + 1]; behind the last group starts [N + 1] is N, and
+# there is nothing to do. order [N] is the original index of each row; out [N], by original index,
+# comes filled with -inf and receives the scores to report. Loops are `while` because the interpreter
+# of some Triton releases cannot count to a loaded number.
+
+
+@jit("N")
+def _nms_kernel(boxes, live, order, starts, out, N, iou_threshold, kept_boxes, BLOCK: tl.constexpr):
+    """Greedy. boxes [N, 4] and live [N], the scores, by group, then by descending score; -inf where a
+    row is not there. kept_boxes [N, 4] is scratch: what a group has kept, from its first row on."""
+    lane = tl.arange(0, BLOCK)
+    start = tl.load(starts + tl.program_id(0))
+    end = tl.load(starts + tl.program_id(0) + 1)
+    num_kept = start * 0
+    tile = start
+    while tile < end:
+        at = tile + lane
+        score = tl.load(live + at, at < end, -float("inf"))
+        # Rows that are not there come last in a group: the first tile of them ends it.
+        end = tl.where(tl.max(score, 0) > -float("inf"), end, tile)
+        box = _load_boxes(boxes, at, at < end)
+        hits = tl.zeros([BLOCK, BLOCK], tl.int1)  # row: an earlier box, column: mine
+        first = start * 0
+        while first < num_kept:
+            known = first + lane < num_kept
+            earlier = _load_boxes(kept_boxes, start + first + lane, known)
+            hits = hits | (_over(box, earlier, iou_threshold) & known[:, None])
+            first += BLOCK
+        hit = tl.max(hits.to(tl.int32), 0)  # once: across warps it costs a barrier
+        alive = ((score > -float("inf")) & (hit == 0)).to(tl.int32)
+        # Within the tile: kept = alive and not hit by an earlier kept box. Iterated from
+        # kept = alive, box k is settled after k + 1 rounds at the latest, so the fixed
+        # point is the greedy result; a few rounds do in practice.
+        over = _over(box, _load_boxes(boxes, at, at < end), iou_threshold)
+        over = (over & (lane[:, None] < lane[None, :])).to(tl.int32)
+        kept = alive
+        changed = tl.max(alive, 0)
+        while changed > 0:
+            new = alive * (1 - tl.max(over * kept[:, None], 0))
+            changed = tl.max(new ^ kept, 0)
+            kept = new
+        slot = start + num_kept + tl.cumsum(kept, 0) - 1
+        row = kept_boxes + slot.to(tl.int64) * 4
+        tl.store(row, box[0], kept > 0)
+        tl.store(row + 1, box[1], kept > 0)
+        tl.store(row + 2, box[2], kept > 0)
+        tl.store(row + 3, box[3], kept > 0)
+        tl.store(out + tl.load(order + at, at < end, 0), score, kept > 0)
+        num_kept += tl.sum(kept, 0)
+        tl.debug_barrier()  # the next tile's threads read what these have stored
+        tile += BLOCK
+
+
+@jit("N")
+def _soft_nms_kernel(
+    boxes, live, order, starts, out, N, iou_threshold, sigma, score_threshold,
+    GAUSSIAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """boxes [N, 4] by group, then by original index; live [N], their present scores: -inf for rows not
+    there, picked or under the threshold."""
+    lane = tl.arange(0, BLOCK)
+    start = tl.load(starts + tl.program_id(0))
+    end = tl.load(starts + tl.program_id(0) + 1)
+    picked = N  # nobody yet: loads as a point at the origin, which overlaps nothing
+    more = 1
+    while more > 0:
+        # One pass lowers the scores by the last pick and finds the next pick.
+        last = _load_boxes(boxes, picked, picked < N)
+        top = tl.full([BLOCK], -float("inf"), tl.float32)
+        top_at = tl.zeros([BLOCK], tl.int32)
+        tile = start
+        while tile < end:
+            at = tile + lane
+            score = tl.load(live + at, at < end, -float("inf"))
+            iou = _iou(_load_boxes(boxes, at, at < end), last)
+            if GAUSSIAN:
+                score = tl.where(iou > 0, score * tl.exp(-(iou * iou) / sigma), score)
+            else:
+                score = tl.where(iou > iou_threshold, score * (1 - iou), score)
+            stays = (score >= score_threshold) & (at != picked)
+            score = tl.where(stays, score, -float("inf"))
+            tl.store(live + at, score, at < end)
+            top_at = tl.where(score > top, at, top_at)
+            top = tl.maximum(score, top)
+            tile += BLOCK
+        best_score, picked = _top(top, top_at, N)
+        index = tl.load(order + picked, picked < N, 0)
+        tl.store(out + index, best_score, picked < N)
+        more = (picked < N).to(tl.int32)
+        tl.debug_barrier()
+
+
+@jit("N")
+def _cl_nms_kernel(
+    boxes, live, order, starts, out, N, iou_threshold, LITERAL: tl.constexpr, BLOCK: tl.constexpr
+):
+    """boxes [N, 4] by group, then by original index; live [N], their p: -inf for rows not there or
+    suppressed."""
+    lane = tl.arange(0, BLOCK)
+    start = tl.load(starts + tl.program_id(0))
+    end = tl.load(starts + tl.program_id(0) + 1)
+    best, best_p, more = N, 0.0, 1  # nobody yet: an empty cluster, which keeps nobody
+    while more > 0:
+        # First pass: weighted centre and enclosing box of the cluster of `best`.
+        cluster = best, _load_boxes(boxes, best, best < N), iou_threshold
+        total = tl.zeros([BLOCK], tl.float64)
+        sum_x = tl.zeros([BLOCK], tl.float64)
+        sum_y = tl.zeros([BLOCK], tl.float64)
+        low_x = tl.full([BLOCK], float("inf"), tl.float32)
+        low_y = tl.full([BLOCK], float("inf"), tl.float32)
+        high_x = tl.full([BLOCK], -float("inf"), tl.float32)
+        high_y = tl.full([BLOCK], -float("inf"), tl.float32)
+        tile = start
+        while tile < end:
+            at = tile + lane
+            box, p, member = _cluster(boxes, live, at, end, *cluster)
+            x1, y1, x2, y2 = box
+            weight = tl.where(best_p > 0, p, 1.0).to(tl.float64)
+            total += tl.where(member, weight, 0.0)
+            sum_x += tl.where(member, weight * (x1.to(tl.float64) + x2) / 2, 0.0)
+            sum_y += tl.where(member, weight * (y1.to(tl.float64) + y2) / 2, 0.0)
+            low_x = tl.where(member & (x1 < low_x), x1, low_x)
+            low_y = tl.where(member & (y1 < low_y), y1, low_y)
+            high_x = tl.where(member & (x2 > high_x), x2, high_x)
+            high_y = tl.where(member & (y2 > high_y), y2, high_y)
+            tile += BLOCK
+        total = tl.sum(total, 0)
+        centre_x = tl.sum(sum_x, 0) / total
+        centre_y = tl.sum(sum_y, 0) / total
+        width = tl.max(high_x, 0).to(tl.float64) - tl.min(low_x, 0)
+        height = tl.max(high_y, 0).to(tl.float64) - tl.min(low_y, 0)
+        diagonal = tl.sqrt(width * width + height * height)
+        measurable = (diagonal > 0) & (diagonal < float("inf"))
+        # Second pass: whom to keep; the cluster leaves; the next reference.
+        top = tl.full([BLOCK], -float("inf"), tl.float32)
+        top_at = tl.zeros([BLOCK], tl.int32)
+        choice = tl.full([BLOCK], -float("inf"), tl.float32)
+        choice_at = tl.zeros([BLOCK], tl.int32)
+        tile = start
+        while tile < end:
+            at = tile + lane
+            box, p, member = _cluster(boxes, live, at, end, *cluster)
+            x1, y1, x2, y2 = box
+            off_x = (x1.to(tl.float64) + x2) / 2 - centre_x
+            off_y = (y1.to(tl.float64) + y2) / 2 - centre_y
+            distance = tl.sqrt(off_x * off_x + off_y * off_y) / diagonal
+            distance = tl.where(measurable, distance, 0.0)
+            if not LITERAL:
+                distance = 1 - distance
+            select = (p.to(tl.float64) + distance).to(tl.float32)
+            select = tl.where(member, select, -float("inf"))
+            choice_at = tl.where(select > choice, at, choice_at)
+            choice = tl.maximum(select, choice)
+            p = tl.where(member, -float("inf"), p)
+            tl.store(live + at, p, at < end)
+            top_at = tl.where(p > top, at, top_at)
+            top = tl.maximum(p, top)
+            tile += BLOCK
+        select, keep = _top(choice, choice_at, N)
+        tl.store(out + tl.load(order + keep, keep < N, 0), select, keep < N)
+        best_p, best = _top(top, top_at, N)
+        more = (best < N).to(tl.int32)
+        tl.debug_barrier()
 
 
 def _triton_select(boxes, scores, groups, iou_threshold, method, sigma, score_threshold):
@@ -414,36 +386,32 @@ def _triton_select(boxes, scores, groups, iou_threshold, method, sigma, score_th
     N, device = scores.shape[0], boxes.device
     if N >= 2**29:
         raise ValueError(f"{N} boxes are too many: rows are counted in 32 bits")
-    programs = min(N, _MAX_PROGRAMS)
     # masked_fill, not where: a scalar given to `where` may be copied to the device, which waits.
     live = scores.masked_fill(~scores.isfinite(), -torch.inf)
-    if method in ("linear", "gaussian"):
+    if method in SOFT:
         live = live.masked_fill(live < score_threshold, -torch.inf)
     order = torch.arange(N, device=device)
     if method == "greedy":
         order = torch.argsort(live, descending=True, stable=True)
-    wanted = torch.arange(N + programs + 1, device=device)
+    number = torch.arange(N + 1, device=device)
     if groups is None:
-        starts = (wanted > 0).int() * N
+        starts = (number > 0).int() * N
     else:
         order = order[torch.argsort(groups[order], stable=True)]
         groups = groups[order]
         rank = torch.zeros_like(groups)  # [N] number of each row's group, from 0 up
         rank[1:] = (groups[1:] != groups[:-1]).cumsum(0)
-        starts = torch.searchsorted(rank, wanted, out_int32=True)
+        starts = torch.searchsorted(rank, number, out_int32=True)
     boxes, live, out = boxes[order], live[order], torch.full_like(scores, -torch.inf)
+    if method == "greedy":
+        kernel, more, launch = _nms_kernel, (torch.empty_like(boxes),), _GREEDY_LAUNCH
+    elif method in SOFT:
+        more = (sigma, score_threshold, method == "gaussian")
+        kernel, launch = _soft_nms_kernel, _SOFT_LAUNCH
+    else:
+        kernel, more, launch = _cl_nms_kernel, (method == "cl_literal",), _SOFT_LAUNCH
     with torch.cuda.device_of(boxes):
-        common = (order, starts, out, N, iou_threshold)
-        if method == "greedy":
-            args = (boxes, live, torch.empty_like(boxes), *common)
-            _nms_kernel[(programs,)](*args, **_GREEDY_LAUNCH)
-        elif method in ("linear", "gaussian"):
-            args = (boxes, live, *common, sigma, score_threshold)
-            gaussian = method == "gaussian"
-            _soft_nms_kernel[(programs,)](*args, GAUSSIAN=gaussian, **_SOFT_LAUNCH)
-        else:
-            literal = method == "cl_literal"
-            _cl_nms_kernel[(programs,)](boxes, live, *common, LITERAL=literal, **_SOFT_LAUNCH)
+        kernel[(N,)](boxes, live, order, starts, out, N, iou_threshold, *more, **launch)
     return out
 
 
@@ -454,10 +422,13 @@ INTERPRETED = triton is not None and not isinstance(_nms_kernel, triton.JITFunct
 
 
 def _torchvision_nms(boxes, scores, groups, iou_threshold):
-    """Kept indices, best first, by torchvision's compiled op."""
-    if not boxes.dtype == scores.dtype == torch.float32:
-        boxes, scores = _compute_dtype(boxes, scores)
-    iou_threshold = _exact_threshold(iou_threshold, boxes.dtype)
+    """Kept indices, best first, by torchvision's compiled op: one call a group, some 25 us on a CPU.
+
+    torchvision's own batched_nms shifts the groups of small inputs apart in float32, which is
+    several times faster for a few hundred boxes but not exact; and it searches large inputs once
+    for each group, which is slower.
+    """
+    boxes, scores, iou_threshold = _exact(boxes, scores, iou_threshold)
     there = None
     if not math.isfinite(scores.dot(scores)):  # one short call; an overflow does no harm
         there = scores.isfinite().nonzero()[:, 0]
@@ -466,148 +437,116 @@ def _torchvision_nms(boxes, scores, groups, iou_threshold):
     if groups is None or scores.shape[0] == 0:
         keep = torch.ops.torchvision.nms(boxes, scores, iou_threshold)
     else:
-        keep = _torchvision_groups(boxes, scores, groups, iou_threshold)
+        groups, order = torch.sort(groups, stable=True)
+        sizes = groups.unique_consecutive(return_counts=True)[1].tolist()
+        start, kept = 0, []
+        for size, *part in zip(sizes, boxes[order].split(sizes), scores[order].split(sizes)):
+            kept.append(torch.ops.torchvision.nms(*part, iou_threshold) + start)
+            start += size
+        keep = order[torch.cat(kept)].sort()[0]
+        keep = keep[torch.argsort(scores[keep], descending=True, stable=True)]
     return keep if there is None else there[keep]
 
 
-def _torchvision_groups(boxes, scores, groups, iou_threshold):
-    """One call a group, some 25 us each on a CPU.
+# --- operators ------------------------------------------------------------------------------------
 
-    torchvision's own batched_nms shifts the groups of small inputs apart in float32, which is
-    several times faster for a few hundred boxes but not exact; and it searches large inputs once
-    for each group, which is slower.
-    """
-    groups, order = torch.sort(groups, stable=True)
-    sizes = groups.unique_consecutive(return_counts=True)[1].tolist()
-    start, kept = 0, []
-    parts = zip(boxes[order].split(sizes), scores[order].split(sizes), strict=True)
-    for size, part in zip(sizes, parts, strict=True):
-        kept.append(torch.ops.torchvision.nms(*part, iou_threshold) + start)
-        start += size
-    keep = order[torch.cat(kept)].sort()[0]
-    return keep[torch.argsort(scores[keep], descending=True, stable=True)]
-
-
-# --- public functions -----------------------------------------------------------------------------
-
-
-def _compute_dtype(boxes, scores):
-    dtype = torch.float64 if boxes.dtype == torch.float64 else torch.float32
-    return boxes.detach().to(dtype), scores.detach().to(dtype)
-
-
-@functools.lru_cache
-def _exact_threshold(threshold: float, dtype: torch.dtype) -> float:
-    """Largest number of the dtype that is not above the threshold.
-
-    A float32 IoU exceeds the one exactly where it exceeds the other, so it no longer matters
-    whether a backend compares in float32 or in float64.
-    """
-    rounded = torch.tensor(threshold, dtype=dtype)
-    below = torch.nextafter(rounded, torch.tensor(-math.inf, dtype=dtype))
-    return rounded.item() if rounded.item() <= threshold else below.item()
-
-
+SOFT = ("linear", "gaussian")
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _exact(boxes, scores, threshold: float):
+    """Both in the dtype to compute in, and the threshold as its largest number not above it.
+
+    An IoU exceeds the one exactly where it exceeds the other, so it no longer matters whether a
+    backend compares in float32 or in float64.
+    """
+    double = boxes.dtype == torch.float64
+    number, dtype = (np.float64, torch.float64) if double else (np.float32, torch.float32)
+    rounded = number(threshold)
+    if float(rounded) > threshold:
+        rounded = np.nextafter(rounded, number(-np.inf))
+    return boxes.detach().to(dtype), scores.detach().to(dtype), float(rounded)
 
 
 def _backend(boxes, scores, groups, iou_threshold, method, impl, padded):
     """Checks the arguments and names the implementation to run."""
+    given = {"boxes": boxes, "scores": scores} | ({} if groups is None else {"groups": groups})
     N = scores.shape[0] if scores.dim() else 0
-    if scores.shape != (N,) or boxes.shape != (N, 4):
-        shapes = [*boxes.shape], [*scores.shape]
-        raise ValueError("boxes must be [N, 4] and scores [N], not {} and {}".format(*shapes))
-    if not (boxes.is_floating_point() and scores.is_floating_point()):
-        raise ValueError(f"boxes and scores must be floating, not {boxes.dtype}, {scores.dtype}")
-    if groups is not None and (groups.shape != (N,) or groups.dtype not in _INTEGERS):
-        raise ValueError(f"groups must be integers [{N}], not {groups.dtype} {[*groups.shape]}")
-    if boxes.device != scores.device or (groups is not None and groups.device != boxes.device):
-        raise ValueError("boxes, scores and groups must be on one device")
+    right = boxes.is_floating_point() and scores.is_floating_point()
+    right &= groups is None or groups.dtype in _INTEGERS
+    right &= len({t.device for t in given.values()}) == 1
+    if not right or any(t.shape != ((N, 4) if t is boxes else (N,)) for t in given.values()):
+        found = ", ".join(f"{k} {[*t.shape]} {t.dtype} {t.device}" for k, t in given.items())
+        raise ValueError(
+            "boxes [N, 4] and scores [N] must be floating, groups [N] integers, all on one device, "
+            f"not {found}"
+        )
     if not 0 <= iou_threshold <= 1:
         raise ValueError(f"iou_threshold must be in [0, 1], not {iou_threshold}")
+    theirs = torchvision is not None and method == "greedy"
+    ours = triton is not None and boxes.dtype != torch.float64
     if impl == "auto":
         # choice: one group keeps a single Triton program busy, where torchvision spreads it over
         # the GPU; but torchvision waits for the GPU, which a padded function must not.
-        alone = groups is None and not padded and method == "greedy" and torchvision is not None
-        if boxes.is_cuda and triton is not None and boxes.dtype != torch.float64 and not alone:
+        theirs = theirs and not (padded and boxes.is_cuda)
+        if boxes.is_cuda and ours and not (theirs and groups is None):
             return "triton"
-        usable = method == "greedy" and torchvision is not None and not (padded and boxes.is_cuda)
-        return "torchvision" if usable else "torch"
-    if impl == "triton":
-        if triton is None:
-            raise ValueError("impl='triton': triton is not installed")
-        if not boxes.is_cuda and not INTERPRETED:
-            raise ValueError(f"impl='triton' needs CUDA tensors, not {boxes.device}")
-        if boxes.dtype == torch.float64:
-            raise ValueError("impl='triton' computes in float32; use impl='torch' for float64")
-    elif impl == "torchvision":
-        if torchvision is None:
-            raise ValueError("impl='torchvision': torchvision is not installed")
-        if method != "greedy":
-            raise ValueError(f"impl='torchvision' has no {method} NMS")
-    elif impl != "torch":
-        raise ValueError(f"impl must be auto, triton, torch or torchvision, not {impl!r}")
+        return "torchvision" if theirs else "torch"
+    ours = ours and (boxes.is_cuda or INTERPRETED)
+    if not {"torch": True, "triton": ours, "torchvision": theirs}.get(impl):
+        raise ValueError(
+            f"impl={impl!r} is not auto, torch, torchvision (greedy NMS) or triton (no float64; CUDA, "
+            f"or TRITON_INTERPRET=1 from the start), or is not installed; boxes are on {boxes.device}"
+        )
     return impl
 
 
 def _padded(
-    boxes: Tensor,
-    scores: Tensor,
-    groups: Tensor | None,
-    iou_threshold: float,
-    method: str,
-    sigma: float,
-    score_threshold: float,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_threshold: float, method: str,
+    sigma: float, score_threshold: float, impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Kept indices [N], then -1; their reported scores [N], then 0; and the count []."""
-    boxes, scores = _compute_dtype(boxes, scores)
-    threshold = _exact_threshold(iou_threshold, boxes.dtype)
-    soft = method in ("linear", "gaussian")
+    boxes, scores, threshold = _exact(boxes, scores, iou_threshold)
+    options = (threshold, method, sigma, score_threshold)
     if scores.shape[0] == 0:
         reported = scores.clone()
     elif impl == "triton":
-        reported = _triton_select(boxes, scores, groups, threshold, method, sigma, score_threshold)
+        reported = _triton_select(boxes, scores, groups, *options)
     elif impl == "torchvision":
         keep = _torchvision_nms(boxes, scores, groups, iou_threshold)
         reported = torch.full_like(scores, -torch.inf).scatter_(0, keep, scores[keep])
-    elif soft:
-        more = (sigma, method, score_threshold)
-        reported = soft_nms_reference(boxes, scores, groups, threshold, *more)
     elif method == "greedy":
-        reported = nms_reference(boxes, scores, groups, threshold)
+        reported = nms_reference(boxes, scores, groups, *options)
     else:
-        reported = cl_nms_reference(boxes, scores, groups, threshold, method == "cl_literal")
+        reference = soft_nms_reference if method in SOFT else cl_nms_reference
+        reported = reference(boxes, scores, groups, *options)
     kept = reported > -torch.inf
     # choice: CL-NMS orders by p, its final score; p + d only selects within a cluster.
-    key = (reported if soft else scores).masked_fill(~kept, -torch.inf)
+    key = (reported if method in SOFT else scores).masked_fill(~kept, -torch.inf)
     keep = torch.argsort(key, descending=True, stable=True)
     count = kept.sum()
     unused = torch.arange(keep.shape[0], device=keep.device) >= count
     return keep.masked_fill(unused, -1), reported[keep].masked_fill(unused, 0), count
 
 
-def _cut(keep: Tensor, reported: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """The first `count` of both. Reading the count is what waits for a GPU."""
-    count = int(count)
-    return keep[:count].clone(), reported[:count].clone()
-
-
-# A graph being compiled sees opaque operators; eager calls go straight to the function, which
-# saves the dispatcher's time. The operators bear this module's name, so that copies do not clash.
+# A compiled graph keeps operators whole. They bear this module's name, so that copies do not clash.
 _NAMESPACE = __name__.replace(".", "_")
 _padded_op = library.custom_op(f"{_NAMESPACE}::padded", _padded, mutates_args=())
-_cut_op = library.custom_op(f"{_NAMESPACE}::cut", _cut, mutates_args=())
 
 
 @_padded_op.register_fake
-def _(boxes, scores, groups, iou_threshold, method, sigma, score_threshold, impl):
-    dtype = torch.float64 if boxes.dtype == torch.float64 else torch.float32
+def _(boxes, scores, *_):
     keep = torch.empty_like(scores, dtype=torch.int64)
-    return keep, torch.empty_like(scores, dtype=dtype), keep.new_empty(())
+    return keep, torch.empty_like(_exact(boxes, scores, 0.0)[1]), keep.new_empty(())
 
 
-@_cut_op.register_fake
+@library.custom_op(f"{_NAMESPACE}::cut", mutates_args=())
+def _cut(keep: Tensor, reported: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """The first `count` of both. Reading the count is what waits for a GPU."""
+    return keep[: int(count)].clone(), reported[: int(count)].clone()
+
+
+@_cut.register_fake
 def _(keep, reported, count):
     # With no boxes the size is known: a graph that indexes an empty tensor must see that.
     empty = isinstance(keep.shape[0], int) and keep.shape[0] == 0
@@ -615,18 +554,15 @@ def _(keep, reported, count):
     return keep.new_empty([size]), reported.new_empty([size])
 
 
-def _run(boxes, scores, groups, iou_threshold, method, impl, sigma=0.0, floor=0.0, padded=False):
+def _run(boxes, scores, groups, iou_threshold, method, impl, sigma=1.0, floor=0.0, padded=False):
     """Checks, then `_padded`: kept indices, reported scores and count, all of fixed shape."""
     impl = _backend(boxes, scores, groups, iou_threshold, method, impl, padded)
     groups = None if groups is None else groups.long()
-    function = _padded_op if torch.compiler.is_compiling() else _padded
     more = (float(iou_threshold), method, float(sigma), float(floor), impl)
-    return function(boxes.detach(), scores.detach(), groups, *more)
+    return _padded_op(boxes.detach(), scores.detach(), groups, *more)
 
 
-def _run_and_cut(*args) -> tuple[Tensor, Tensor]:
-    cut = _cut_op if torch.compiler.is_compiling() else _cut
-    return cut(*_run(*args))
+# --- public functions -----------------------------------------------------------------------------
 
 
 def nms(boxes, scores, iou_threshold: float, impl="auto") -> Tensor:
@@ -644,8 +580,8 @@ def batched_nms(boxes, scores, groups, iou_threshold: float, impl="auto") -> Ten
     """
     impl = _backend(boxes, scores, groups, iou_threshold, "greedy", impl, False)
     if impl == "torchvision" and not torch.compiler.is_compiling():
-        return _torchvision_nms(boxes.detach(), scores.detach(), groups, iou_threshold)
-    return _run_and_cut(boxes, scores, groups, iou_threshold, "greedy", impl)[0]
+        return _torchvision_nms(boxes, scores, groups, iou_threshold)
+    return _cut(*_run(boxes, scores, groups, iou_threshold, "greedy", impl))[0]
 
 
 def nms_padded(boxes, scores, groups, iou_threshold: float, impl="auto") -> tuple[Tensor, Tensor]:
@@ -674,9 +610,8 @@ def soft_nms(
     A box is dropped once its score is below score_threshold.
     Shapes: boxes [N, 4], scores [N], groups [N] or None -> [count] int64, [count].
     """
-    _check_soft(sigma, method, score_threshold)
-    more = (sigma, score_threshold)
-    return _run_and_cut(boxes, scores, groups, iou_threshold, method, impl, *more)
+    more = _soft_options(iou_threshold, sigma, method, score_threshold, impl)
+    return _cut(*_run(boxes, scores, groups, *more))
 
 
 def soft_nms_padded(
@@ -690,18 +625,16 @@ def soft_nms_padded(
     impl="auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """soft_nms of fixed shape: indices [N], then -1; scores [N], then 0; and their count []."""
-    _check_soft(sigma, method, score_threshold)
-    more = (sigma, score_threshold)
-    return _run(boxes, scores, groups, iou_threshold, method, impl, *more, padded=True)
+    more = _soft_options(iou_threshold, sigma, method, score_threshold, impl)
+    return _run(boxes, scores, groups, *more)
 
 
-def _check_soft(sigma: float, method: str, score_threshold: float) -> None:
-    if method not in ("linear", "gaussian"):
+def _soft_options(iou_threshold, sigma, method, score_threshold, impl) -> tuple:
+    if method not in SOFT:
         raise ValueError(f"method must be linear or gaussian, not {method!r}")
     if not (sigma > 0 and -math.inf < score_threshold < math.inf):
-        raise ValueError(
-            f"sigma must be positive, score_threshold finite: {sigma=}, {score_threshold=}"
-        )
+        raise ValueError(f"{sigma=} must be positive, {score_threshold=} finite")
+    return iou_threshold, method, impl, sigma, score_threshold
 
 
 def cl_nms(
@@ -720,7 +653,7 @@ def cl_nms(
     Shapes: boxes [N, 4], scores [N] of probabilities, groups [N] or None -> [count] each.
     """
     method = "cl_literal" if literal else "cl"
-    keep, selection = _run_and_cut(boxes, scores, groups, iou_threshold, method, impl)
+    keep, selection = _cut(*_run(boxes, scores, groups, iou_threshold, method, impl))
     kept = keep, scores.detach()[keep]
     return (*kept, selection) if return_selection else kept
 
