@@ -24,6 +24,7 @@ Nothing else is asked of it. `engine.train` checks all of this before the first 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -31,14 +32,14 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
@@ -46,6 +47,21 @@ from torchvision import tv_tensors
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
 from torchvision.transforms import v2
+
+
+class Range(NamedTuple):
+    """What a setting may be, ends included; of a tuple, how many values it may have."""
+
+    low: float
+    high: float = math.inf
+
+
+Natural = Annotated[int, Range(1, 2**31 - 1)]
+Whole = Annotated[int, Range(0, 2**31 - 1)]
+Amount = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+Side = Annotated[int, Range(32, 2**31 - 1)]  # of an image, px
+Sides = Annotated[tuple[Natural, ...], Range(1)]  # at least one, in px
 
 
 @dataclass
@@ -64,29 +80,71 @@ class Config:
     val_images: str = ""  # ... and their image folder
     train_split: str = ""  # VOC: ImageSets/Main/<split>.txt (default: trainval if test is tested)
     val_split: str = ""  # VOC: split to evaluate on (default: test, else val)
-    num_train: int = 7000  # synthetic images per epoch
-    num_val: int = 200  # synthetic images to evaluate on
-    image_size: int = 512  # synthetic images' side in px
-    scales: tuple[int, ...] = (800,)  # training: shorter side in px, drawn from these
-    test_scales: tuple[int, ...] = (800,)  # testing: detections of all of these are merged
-    max_size: int = 1333  # longer side in px, at most, at the largest of scales; else in proportion
-    flip: float = 0.5  # probability of a horizontal flip in training
-    seed: int = 0  # of weights, order, augmentation, sampling and synthetic images
+    num_train: Natural = 7000  # synthetic images per epoch
+    num_val: Natural = 200  # synthetic images to evaluate on
+    image_size: Side = 512  # synthetic images' side in px
+    scales: Sides = (800,)  # training: shorter side in px, drawn from these
+    test_scales: Sides = (800,)  # testing: detections of all of these are merged
+    max_size: Side = 1333  # longer side in px, at most, at the largest scale; else in proportion
+    flip: Share = 0.5  # probability of a horizontal flip in training
+    seed: Whole = 0  # of weights, order, augmentation, sampling and synthetic images
     # Backbone
     backbone: str = "resnet50"  # resnet18/34/50/101, resnext101_32x8d, resnext101_64x4d
     backbone_weights: str = "imagenet"  # imagenet, none, random (to time), or torchvision's .pth
     norm: Literal["auto", "frozen_bn", "bn", "gn"] = "auto"  # auto: frozen_bn, or gn from scratch
-    frozen_stages: int = 2  # stem and first stages kept fixed when starting from weights
-    fpn_channels: int = 256  # width of the pyramid
+    frozen_stages: Annotated[int, Range(0, 5)] = (
+        2  # stem and first stages kept fixed when starting from weights
+    )
+    fpn_channels: Natural = 256  # width of the pyramid
 
     def __post_init__(self):
-        for name, value in vars(self).items():
+        """BadInput for a value that the field's type does not allow."""
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            value = getattr(self, name)
             if isinstance(value, list):
-                setattr(self, name, tuple(value))
+                value = tuple(value)
+                setattr(self, name, value)
+            wrong = misfit(value, hint)
+            if wrong:
+                shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                raise BadInput(f"--{name.replace('_', '-')} {shown}: {wrong}")
 
 
 class BadInput(ValueError):
     """Something the user gave cannot be used; the message names the file and the reason."""
+
+
+def misfit(value, hint) -> str:
+    """What a value lacks to be of a type; "" if it is.
+
+    >>> misfit(2.0, Share), misfit((800, -1), Sides), misfit(float("nan"), float)
+    ('at most 1', 'at least 1', 'not finite')
+    """
+    kind, (low, *high) = hint, (-math.inf, math.inf)
+    if get_origin(hint) is Annotated:
+        kind, (low, *high) = get_args(hint)[0], hint.__metadata__[0]
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        return "" if value in choices else f"one of {', '.join(map(str, choices))}"
+    size = value
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple):
+            return "not a list"
+        for each in value:
+            if wrong := misfit(each, get_args(kind)[0]):
+                return wrong
+        size, unit = len(value), " values"
+    elif type(value) is not kind and not (kind is float and type(value) is int):
+        return f"not {kind.__name__}"
+    elif kind not in (int, float):
+        return ""
+    else:
+        unit = ""
+        if not math.isfinite(value):
+            return "not finite"
+    if size < low:
+        return f"at least {low:g}{unit}"
+    return f"at most {high[0]:g}{unit}" if size > high[0] else ""
 
 
 # ------------------------------------------------------------------------------ boxes
@@ -455,18 +513,16 @@ class FolderDetection(Dataset):
         self.note = ""  # what was dropped, for whoever runs to say
         coco = self._read(self.source, categories)
         try:
-            found = [{"id": c["id"], "name": c["name"]} for c in coco["categories"]]
-            self.categories = sorted(found, key=lambda c: c["id"])
-            self.image_ids = [image["id"] for image in coco["images"]]
-            self.sizes = np.array([(i["height"], i["width"]) for i in coco["images"]]).reshape(
-                -1, 2
-            )
-            self.files = np.array([str(self.image_dir / i["file_name"]) for i in coco["images"]])
-            self._flatten(coco.get("annotations", []))  # a test set has none
-        except BadInput:
-            raise
-        except (KeyError, TypeError, ValueError) as e:
-            raise BadInput(f"{source}: not COCO annotations: {type(e).__name__} {e}") from e
+            check_coco(coco)
+        except ValueError as e:
+            raise BadInput(f"{source}: {e}") from e
+        found = [{"id": c["id"], "name": c["name"]} for c in coco["categories"]]
+        self.categories = sorted(found, key=lambda c: c["id"])
+        self.image_ids = [image["id"] for image in coco["images"]]
+        sizes = [(image["height"], image["width"]) for image in coco["images"]]
+        self.sizes = np.array(sizes).reshape(-1, 2)
+        self.files = np.array([str(self.image_dir / i["file_name"]) for i in coco["images"]])
+        self._flatten(coco.get("annotations", []))  # a test set has none
         if categories is not None and categories != self.categories:
             odd = [
                 c
@@ -478,21 +534,8 @@ class FolderDetection(Dataset):
             )
 
     def _flatten(self, annotations: list[dict]) -> None:
-        if len(set(self.image_ids)) < len(self.image_ids):
-            double = Counter(self.image_ids).most_common(1)[0][0]
-            raise BadInput(f"{self.source}: image id {double} occurs more than once")
         row = {image_id: i for i, image_id in enumerate(self.image_ids)}
         label = {c["id"]: i for i, c in enumerate(self.categories)}
-        name = lambda a: f"annotation {a.get('id', 'without id')}"  # noqa: E731
-        for a in annotations:
-            if a["image_id"] not in row:
-                raise BadInput(f"{self.source}: {name(a)} has no image {a['image_id']}")
-            if a["category_id"] not in label:
-                raise BadInput(
-                    f"{self.source}: {name(a)} is of unknown category {a['category_id']}"
-                )
-            if len(a["bbox"]) != 4:
-                raise BadInput(f"{self.source}: {name(a)}: bbox {a['bbox']}")
         rows = np.array([row[a["image_id"]] for a in annotations], np.int64)
         boxes = np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
@@ -529,11 +572,71 @@ class FolderDetection(Dataset):
         )
         return read_image(self.files[index]), target
 
+    def fingerprint(self) -> str:
+        """The same for the same images and boxes: a run is not continued on others."""
+        parts = self.image_ids, self.categories, self.sizes.tolist(), self._first.tolist()
+        digest = hashlib.sha256(repr(parts).encode())
+        for values in (self._boxes, self._labels, self._ignore):
+            digest.update(values.numpy().tobytes())
+        return digest.hexdigest()
+
     def coco(self) -> dict:
         """The ground truth as a COCO dictionary, read again, without the boxes dropped here."""
         coco, dropped = self._read(self.source, self.categories), set(self.dropped)
         kept = (a for i, a in enumerate(coco.get("annotations", [])) if i not in dropped)
         return {**coco, "annotations": list(kept)}
+
+
+def check_coco(coco) -> None:
+    """ValueError naming the first thing in COCO annotations that training or testing would trip on.
+
+    Boxes that are broken but numbers are no such thing: they are dropped.
+    """
+    number, whole = (int, float), (int,)  # by type(): True is an int too, and is neither
+
+    def entries(name: str, needs: dict[str, tuple]):
+        if not isinstance(coco.get(name, []), list):
+            raise ValueError(f"{name} is no list")
+        for i, entry in enumerate(coco.get(name, [])):
+            if not isinstance(entry, dict):
+                raise ValueError(f"{name}[{i}] is no object: {entry!r}")
+            who = f"{name[:-1]} {entry['id']!r}" if "id" in entry else f"{name}[{i}]"
+            for key, kinds in needs.items():
+                if key not in entry:
+                    raise ValueError(f"{who} has no {key}")
+                if type(entry[key]) not in kinds:
+                    raise ValueError(f"{who}: {key} is {entry[key]!r}")
+            yield who, entry
+
+    def ids(name: str, needs: dict) -> set:
+        found = [entry["id"] for _, entry in entries(name, {"id": (int, str), **needs})]
+        if len({type(i) for i in found}) > 1:
+            raise ValueError(f"ids of {name} are numbers and strings, mixed")
+        for i, count in Counter(found).most_common(1):
+            if count > 1:
+                raise ValueError(f"id {i!r} of {name} occurs more than once")
+        return set(found)
+
+    if not isinstance(coco, dict) or not {"images", "categories"} <= coco.keys():
+        raise ValueError("not COCO annotations: no images and categories")
+    images = ids("images", {"file_name": (str,), "height": whole, "width": whole})
+    for who, image in entries("images", {}):
+        if not all(0 < image[side] < 2**31 for side in ("height", "width")):
+            raise ValueError(f"{who} is {image['height']} x {image['width']} px")
+    categories = ids("categories", {"name": (str,)})
+    keys = {"image_id": (int, str), "category_id": (int, str), "bbox": (list, tuple)}
+    for who, a in entries("annotations", keys):
+        if a["image_id"] not in images:
+            raise ValueError(f"{who} has no image {a['image_id']!r}")
+        if a["category_id"] not in categories:
+            raise ValueError(f"{who} is of unknown category {a['category_id']!r}")
+        if len(a["bbox"]) != 4 or any(type(v) not in number for v in a["bbox"]):
+            raise ValueError(f"{who}: bbox is {a['bbox']!r}, not four numbers")
+        if type(a.get("area", 0)) not in number or not math.isfinite(a.get("area", 0)):
+            raise ValueError(f"{who}: area is {a['area']!r}")
+        for key in ("iscrowd", "difficult"):
+            if type(a.get(key, 0)) not in (int, bool) or a.get(key, 0) not in (0, 1):
+                raise ValueError(f"{who}: {key} is {a[key]!r}, not 0 or 1")
 
 
 def read_json(path: Path, categories=None) -> dict:
@@ -542,11 +645,29 @@ def read_json(path: Path, categories=None) -> dict:
         return json.loads(Path(path).read_text())
     except OSError as e:
         raise BadInput(f"{path}: {e.strerror}") from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise BadInput(f"{path}: broken JSON: {e}") from e
 
 
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises
+# What PIL may open: it knows more formats, and some of them start other programs.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+
+
+@contextlib.contextmanager
+def opened(path: str | Path):
+    """The PIL image in a file, not decoded yet; whatever goes wrong with it is BadInput."""
+    try:
+        if not Path(path).is_file():  # to open a pipe would wait for ever
+            raise OSError("not a file" if Path(path).exists() else "no such file")
+        with Image.open(path, formats=FORMATS) as image:
+            yield image
+    except BadInput:
+        raise
+    except Exception as e:  # a decoder may raise anything, even RecursionError
+        why = str(e) or type(e).__name__
+        if isinstance(e, UnidentifiedImageError):
+            why = f"it is none of {', '.join(FORMATS)}"
+        raise BadInput(f"{path}: cannot read the image: {why}") from e
 
 
 def read_image(path: str | Path, upright: bool = False) -> Tensor:
@@ -554,14 +675,11 @@ def read_image(path: str | Path, upright: bool = False) -> Tensor:
 
     `upright` turns a photo as its EXIF data say. Not for training: COCO annotates raw pixels.
     """
-    try:
-        with Image.open(path) as image:
-            if upright:
-                with contextlib.suppress(Exception):  # broken EXIF data turn nothing
-                    image = ImageOps.exif_transpose(image)
-            return rgb_tensor(image)
-    except UNREADABLE as e:
-        raise BadInput(f"{path}: cannot read the image: {e}") from e
+    with opened(path) as image:
+        if upright:
+            with contextlib.suppress(Exception):  # broken EXIF data turn nothing
+                image = ImageOps.exif_transpose(image)
+        return rgb_tensor(image)
 
 
 def rgb_tensor(image: Image.Image) -> Tensor:

@@ -48,6 +48,7 @@ import common
 import engine
 import kernels
 from baselines import faster_rcnn
+from common import Amount, Natural, Share, Whole
 from engine.detector import first_per_image, over_threshold
 
 # B images, R RoIs, G ground-truth boxes, K classes, C channels
@@ -55,41 +56,40 @@ from engine.detector import first_per_image, over_threshold
 # points: 0 3 6    column by column: 0, 1, 2 lie on the left side, 0, 3, 6 on the top
 #         1 4 7    heat maps [R, 9, S, S] (y, x)
 #         2 5 8
-# rois [R, 5]: image index, x1, y1, x2, y2 in pixels of the network's input
-# labels 0..K-1, background K
+# rois [R, 5]: image index, x1, y1, x2, y2 in input pixels; labels 0..K-1, background K
 
 
 @dataclass
 class Config(faster_rcnn.Config):
     """CPM R-CNN with ResNet-50 on COCO: Table 2."""
 
-    num_stages: int = 3  # grid stages N (Eq. 2); 1 without ISM and RSM: the Grid baseline
-    ratios: tuple[float, ...] = (2.0, 1.5, 1.25)  # sides of a stage's grid over its box's (Table 5)
-    stage_ious: tuple[float, ...] = (0.5, 0.6, 0.7)  # boxes train a stage from this IoU on (3.4.1)
-    test_stage: int = 0  # this stage's boxes are the result (Table 4); 0: the last one's
+    num_stages: Natural = 3  # grid stages N (Eq. 2); 1 without ISM and RSM: the Grid baseline
+    ratios: tuple[Amount, ...] = (2.0, 1.5, 1.25)  # a stage's grid over its box, sides (Table 5)
+    stage_ious: tuple[Share, ...] = (0.5, 0.6, 0.7)  # boxes train a stage from this IoU on (3.4.1)
+    test_stage: Whole = 0  # this stage's boxes are the result (Table 4); 0: the last one's
     ism: bool = True  # predict IoU (3.3.1)
     rsm: bool = True  # classify the final boxes again (3.3.2)
     ism_loss: Literal["l2", "l1", "smooth_l1"] = "l2"  # loss of the predicted IoU (Eq. 7, Table 6)
     ism_use: Literal["multiply", "replace"] = "multiply"  # ISM times the class score, or instead
-    gamma: float = 0.8  # share of cls * ism in the score, the rest is RSM's (Eq. 4, 3.4.3)
-    point_channels: int = 64  # width of the grid branch for each of the nine points (release)
-    num_convs: int = 8  # convolutions of the grid branch (release)
-    groups: int = 36  # groups of the GroupNorms in the grid branch (release)
+    gamma: Share = 0.8  # share of cls * ism in the score, the rest is RSM's (Eq. 4, 3.4.3)
+    point_channels: Natural = 64  # width of the grid branch for each of the nine points (release)
+    num_convs: Natural = 8  # convolutions of the grid branch (release)
+    groups: Natural = 36  # groups of the GroupNorms in the grid branch (release)
     grid_init: bool = False  # heat maps start at 1 %, as in Grid R-CNN; off: at 50 % (release)
-    grid_weight: float = 15.0  # omega in Eq. 2 (release)
-    stage_decay: float = 0.5  # beta of a stage over that of the one before it (3.4.2)
-    ism_weight: float = 1.0  # alpha_2 in Eq. 6 (3.4.2)
-    rsm_weight: float = 1.0  # alpha_1 in Eq. 6 (3.4.2)
-    grid_rois: int = 96  # positives per image that enter the first stage in training (release)
-    score_threshold: float = 0.03  # lowest class score; merged boxes: fused one too (release)
-    nms_iou: float = 0.3  # NMS per class, on the proposals, before the grid stages (3.4.3)
-    grid_test: int = 96  # boxes per image that enter the grid stages in testing (3.4.3)
+    grid_weight: Amount = 15.0  # omega in Eq. 2 (release)
+    stage_decay: Amount = 0.5  # beta of a stage over that of the one before it (3.4.2)
+    ism_weight: Amount = 1.0  # alpha_2 in Eq. 6 (3.4.2)
+    rsm_weight: Amount = 1.0  # alpha_1 in Eq. 6 (3.4.2)
+    grid_rois: Natural = 96  # positives per image that enter the first stage in training (release)
+    score_threshold: Share = 0.03  # lowest class score; merged boxes: fused one too (release)
+    nms_iou: Share = 0.3  # NMS per class, on the proposals, before the grid stages (3.4.3)
+    grid_test: Natural = 96  # boxes per image that enter the grid stages in testing (3.4.3)
     soft_nms: bool = False  # linear soft-NMS on the final boxes (Table 7's last row)
-    merge_iou: float = 0.5  # IoU above which that, or the NMS over several views, acts (release)
-    soft_nms_score: float = 1e-4  # soft-NMS drops boxes whose score falls below this (release)
-    epochs: float = 24.35  # passes over the data: 180k steps of 16 of COCO's 118,287 images (3.4.2)
-    drops: tuple[float, ...] = (120 / 180, 160 / 180)  # lr / 10 at these fractions (3.4.2)
-    warmup_factor: float = 1 / 10  # warm-up starts at this share of the rate (release)
+    merge_iou: Share = 0.5  # IoU above which that, or the NMS over several views, acts (release)
+    soft_nms_score: Share = 1e-4  # soft-NMS drops boxes whose score falls below this (release)
+    epochs: Amount = 24.35  # passes over the data: 180k steps of 16 of 118,287 images (3.4.2)
+    drops: tuple[Share, ...] = (120 / 180, 160 / 180)  # lr / 10 at these fractions (3.4.2)
+    warmup_factor: Share = 1 / 10  # warm-up starts at this share of the rate (release)
 
 
 # ------------------------------------------------------------------------------ equations

@@ -48,6 +48,7 @@ import common
 import engine
 import kernels
 from baselines import faster_rcnn
+from common import Amount, Natural, Share, Whole
 from engine.detector import first_per_image, over_threshold
 
 # B images, R RoIs, K classes, C channels; P proposals per image (padded)
@@ -66,32 +67,31 @@ class Config(faster_rcnn.Config):
     overlap: bool = True  # predict which cells are on the object (Eq. 3); off: average all cells
     weighting: bool = True  # adaptive weights in DRP (Eq. 4); off: plain average
     shared: bool = False  # without DLR: class and box from the same two fc layers (4.2: 37.7 AP)
-    conv_channels: int = 576  # width of DLR's convolutions (release)
-    num_convs: int = 8  # number of DLR's convolutions (4.1)
-    groups: int = 36  # of the GroupNorm behind them (release)
+    conv_channels: Natural = 576  # width of DLR's convolutions (release)
+    num_convs: Natural = 8  # number of DLR's convolutions (4.1)
+    groups: Natural = 36  # of the GroupNorm behind them (release)
     drp_per_level: bool = True  # one set of DRP weights per pyramid level (release)
-    gamma: float = 0.1  # bin offsets are this share of the RoI (release; deformable pooling)
-    drp_samples: int = 2  # samples a side in each of DRP's 14x14 bins (release: R-50 2, R-101 1)
-    # initial bias of the offsets (release); 0.5: each cell starts with a box of the proposal's size
-    offset_bias: float = 0.0
+    gamma: Share = 0.1  # bin offsets are this share of the RoI (release; deformable pooling)
+    drp_samples: Natural = 2  # samples a side of DRP's 14x14 bins (release: R-50 2, R-101 1)
+    offset_bias: float = 0.0  # where offsets start (release); 0.5: at boxes of the proposal's size
     # a cell is inside this far from the gt's sides, in the proposal's w and h (release); 0: Eq. 3
-    overlap_margin: float = 1 / 6
+    overlap_margin: Share = 1 / 6
     reg_cells: Literal["inside", "all"] = "inside"  # cells that train the box (second release)
-    cls_weight: float = 2.0  # weight of the classification loss (release)
-    reg_weight: float = 1.0  # weight of the box loss (second release)
-    overlap_weight: float = 1.0  # weight of the overlap loss (release)
-    jitter: float = 0.15  # RoIs that train DLR move and grow by up to this share (release)
-    reg_rois: int = 192  # at most this many RoIs train DLR, per process and step (release)
-    score_threshold: float = 0.03  # lowest class score that is looked at (release)
-    nms_iou: float = 0.5  # NMS per class, on the proposals, before DLR (release)
-    reg_test: int = 125  # proposals per image that DLR regresses in testing (4.1: 100 to 125)
+    cls_weight: Amount = 2.0  # weight of the classification loss (release)
+    reg_weight: Amount = 1.0  # weight of the box loss (second release)
+    overlap_weight: Amount = 1.0  # weight of the overlap loss (release)
+    jitter: Share = 0.15  # RoIs that train DLR move and grow by up to this share (release)
+    reg_rois: Natural = 192  # at most this many RoIs train DLR, per process and step (release)
+    score_threshold: Share = 0.03  # lowest class score that is looked at (release)
+    nms_iou: Share = 0.5  # NMS per class, on the proposals, before DLR (release)
+    reg_test: Natural = 125  # proposals per image that DLR regresses in testing (4.1: 100 to 125)
     soft_nms: bool = True  # linear soft-NMS on the boxes of DLR (4.1: for test-dev); off: no NMS
-    soft_nms_iou: float = 0.5  # overlap above which soft-NMS lowers scores (release)
-    soft_nms_score: float = 1e-3  # soft-NMS drops boxes whose score falls below (release)
-    epochs: float = 24.0  # length of training, passes over the data: 2x schedule (4.1)
-    drops: tuple[float, ...] = (20 / 24, 23 / 24)  # lr / 10 at these fractions (release)
-    warmup: int = 1000  # steps of linear warm-up, at most a tenth of training (release) ...
-    warmup_factor: float = 1 / 80  # ... from this share of the rate (release)
+    soft_nms_iou: Share = 0.5  # overlap above which soft-NMS lowers scores (release)
+    soft_nms_score: Share = 1e-3  # soft-NMS drops boxes whose score falls below (release)
+    epochs: Amount = 24.0  # length of training, passes over the data: 2x schedule (4.1)
+    drops: tuple[Share, ...] = (20 / 24, 23 / 24)  # lr / 10 at these fractions (release)
+    warmup: Whole = 1000  # steps of linear warm-up, at most a tenth of training (release) ...
+    warmup_factor: Share = 1 / 80  # ... from this share of the rate (release)
 
 
 # ------------------------------------------------------------------------------ equations

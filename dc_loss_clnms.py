@@ -50,6 +50,7 @@ import common
 import engine
 import kernels
 from baselines import retinanet
+from common import Amount, Share
 
 # B images, K classes, A = 9 anchors per cell, N anchors per image, G ground-truth boxes
 # P positive anchors of the whole batch, each with its gt
@@ -64,18 +65,18 @@ class Config(retinanet.Config):
 
     dc_loss: bool = True  # weigh the positives' class loss by the coefficient (2.1)
     dc_error: Literal["relative", "pixels"] = "relative"  # distances over the gt's size, or as are
-    dc_eps: float = 0.1  # of the coefficient's denominator; choice: the paper prints no number
+    dc_eps: Amount = 0.1  # of the coefficient's denominator; choice: the paper prints no number
     dc_normalise: bool = True  # keep the positives' total class loss (2.1)
     iac: bool = True  # also positive: anchors of a high IAC score (2.2)
-    iac_alpha: float = 0.75  # share of the class probability in it (3.1)
-    iac_threshold: float = 0.5  # anchors of a higher IAC score are positive (3.1)
+    iac_alpha: Share = 0.75  # share of the class probability in it (3.1)
+    iac_threshold: Share = 0.5  # anchors of a higher IAC score are positive (3.1)
     iac_form: Literal["product", "sum"] = "product"  # how its two factors meet
     nms: Literal["plain", "soft", "cl"] = "cl"  # which NMS ends the detection (2.3, Table 3)
     cl_literal: bool = False  # CL-NMS adds the distance itself, as the text says
-    soft_nms_iou: float = 0.5  # linear soft-NMS: overlap above which it acts
-    soft_nms_score: float = 0.05  # linear soft-NMS drops boxes whose score falls below
-    epochs: float = 12.17  # passes over the data: 90k steps of 16 of COCO's 118,287 images (3.1)
-    drops: tuple[float, ...] = (0.75, 75 / 90)  # lr / 10 at these fractions: 67.5k, 75k (3.1)
+    soft_nms_iou: Share = 0.5  # linear soft-NMS: overlap above which it acts
+    soft_nms_score: Share = 0.05  # linear soft-NMS drops boxes whose score falls below
+    epochs: Amount = 12.17  # passes over the data: 90k steps of 16 of COCO's 118,287 images (3.1)
+    drops: tuple[Share, ...] = (0.75, 75 / 90)  # lr / 10 at these fractions: 67.5k, 75k (3.1)
 
 
 # ------------------------------------------------------------------------------ DC loss (2.1)

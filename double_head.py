@@ -42,12 +42,12 @@ import common
 import engine
 import kernels
 from baselines import faster_rcnn
+from common import Amount, Natural, Share
 
 # B images, R RoIs, K classes, C channels
 # S = 7 side of the cell grid; pooled maps are [R, C, S, S]
-# rois [R, 5]: image index, x1, y1, x2, y2 in pixels of the network's input
+# rois [R, 5]: image index, x1, y1, x2, y2 in input pixels; labels 0..K-1, background K
 # logits [R, K + 1], probs [R, K] (background dropped), deltas [R, K, 4] as RCNN_STDS scales them
-# labels 0..K-1, background K
 
 
 @dataclass
@@ -59,22 +59,22 @@ class Config(faster_rcnn.Config):
     #   double_fc, double_conv: of two alike, the first classifies, the second regresses
     #   double_head: one of each, and the lambdas say how much of which task each does
     heads: Literal["fc", "conv", "double_fc", "double_conv", "double_head"] = "double_head"
-    lambda_fc: float = 0.7  # share of the class loss in double_head's fc-head (Eq. 2, 5.2)
-    lambda_conv: float = 0.8  # share of the box loss in its conv-head (Eq. 3, 5.2)
-    omega_fc: float = 2.0  # loss weight of fc-heads (Eq. 1, 5.2)
-    omega_conv: float = 2.5  # loss weight of conv-heads (Eq. 1, 5.2)
+    lambda_fc: Share = 0.7  # share of the class loss in double_head's fc-head (Eq. 2, 5.2)
+    lambda_conv: Share = 0.8  # share of the box loss in its conv-head (Eq. 3, 5.2)
+    omega_fc: Amount = 2.0  # loss weight of fc-heads (Eq. 1, 5.2)
+    omega_conv: Amount = 2.5  # loss weight of conv-heads (Eq. 1, 5.2)
     # how double_head's two class scores become one (Eq. 4, Table 3); none: fc-head's alone
     fusion: Literal["complementary", "average", "max", "none"] = "complementary"
     alone: Literal["", "fc", "conv"] = ""  # test this head's scores, and boxes if it has any
-    conv_channels: int = 1024  # width of conv-head; half and a quarter of it inside blocks (4.1)
-    num_blocks: int = 5  # K: blocks in conv-head, non-local ones included (5.2)
+    conv_channels: Natural = 1024  # width of conv-head; inside blocks half and a quarter (4.1)
+    num_blocks: Natural = 5  # K: blocks in conv-head, non-local ones included (5.2)
     non_local: bool = True  # every second block of conv-head is a non-local one (4.1)
     non_local_softmax: bool = False  # attention is a softmax; off: the product / N (release)
-    conv_scale: float = 1.3  # conv-heads see RoIs this much larger (release); 1.0: the paper's text
-    lr: float = 0.01  # learning rate (5.1) ...
-    lr_batch: int = 8  # ... for so many images a step (5.1: 4 GPUs, 2 images each)
-    epochs: float = 12.17  # passes over the data: 180k steps of 8 of COCO's 118,287 images (5.1)
-    drops: tuple[float, ...] = (120 / 180, 160 / 180)  # lr / 10 at these fractions (5.1)
+    conv_scale: Amount = 1.3  # conv-heads see RoIs this much larger (release); paper: 1.0
+    lr: Amount = 0.01  # learning rate (5.1) ...
+    lr_batch: Natural = 8  # ... for so many images a step (5.1: 4 GPUs, 2 images each)
+    epochs: Amount = 12.17  # passes over the data: 180k steps of 8 of COCO's 118,287 images (5.1)
+    drops: tuple[Share, ...] = (120 / 180, 160 / 180)  # lr / 10 at these fractions (5.1)
 
 
 # ------------------------------------------------------------------------------ equations

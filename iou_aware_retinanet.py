@@ -42,6 +42,7 @@ from torch import Tensor, nn
 import common
 import engine
 from baselines import retinanet
+from common import Amount, Share
 
 # B images, L levels, K classes, A = 9 anchors per cell, N anchors per image
 # P positive anchors of the whole batch, each with its gt
@@ -56,8 +57,8 @@ class Config(retinanet.Config):
     iou_head: bool = True  # predict IoU (3.1); off: RetinaNet, the baseline
     iou_loss: Literal["bce", "l2", "l1", "smooth_l1"] = "bce"  # loss of the IoU (Eq. 3, Table 2)
     iou_grad: bool = True  # the IoU loss also moves the box, through its target (release)
-    iou_weight: float = 1.0  # weight of the loss of the predicted IoU (Eq. 4)
-    alpha: float = 0.5  # score = p^alpha IoU^(1-alpha) (Eq. 5; release; best in Table 3: 0.4, 0.5)
+    iou_weight: Amount = 1.0  # weight of the loss of the predicted IoU (Eq. 4)
+    alpha: Share = 0.5  # score = p^alpha IoU^(1-alpha) (Eq. 5; release; Table 3's best: 0.4, 0.5)
     product: bool = False  # score = p * IoU instead ("none" in Tables 2 to 4)
 
 

@@ -31,26 +31,26 @@ from torch import Tensor, nn
 import common
 import engine
 import kernels
+from common import Amount, Natural, Share
 from engine.detector import BaseDetector, over_threshold
 
 # B images, R RoIs, K classes, C channels, A anchors per cell, P proposals per image (padded)
-# rois [R, 5]: image index, x1, y1, x2, y2 in pixels of the network's input
-# labels 0..K-1, background K
+# rois [R, 5]: image index, x1, y1, x2, y2 in input pixels; labels 0..K-1, background K
 
 
 @dataclass
 class Config(engine.Config):
     """Faster R-CNN with a feature pyramid and ResNet-50 on COCO."""
 
-    fc_channels: int = 1024  # width of the hidden layers of fully connected heads
-    roi_samples: int = 512  # RoIs per image that train the head
-    roi_positive: float = 0.25  # share of positives among them, at most
-    anchor_scale: float = 8.0  # side of the RPN's anchors in strides of their level
-    proposals_train: int = 2000  # in training: RPN boxes per level before, per image after NMS
-    proposals_test: int = 1000  # the same in testing
-    score_threshold: float = 0.05  # lowest class score that is looked at
-    nms_iou: float = 0.5  # NMS per class suppresses above this IoU
-    max_detections: int = 100  # detections kept per image
+    fc_channels: Natural = 1024  # width of the hidden layers of fully connected heads
+    roi_samples: Natural = 512  # RoIs per image that train the head
+    roi_positive: Share = 0.25  # share of positives among them, at most
+    anchor_scale: Amount = 8.0  # side of the RPN's anchors in strides of their level
+    proposals_train: Natural = 2000  # in training: RPN boxes a level before, an image after NMS
+    proposals_test: Natural = 1000  # the same in testing
+    score_threshold: Share = 0.05  # lowest class score that is looked at
+    nms_iou: Share = 0.5  # NMS per class suppresses above this IoU
+    max_detections: Natural = 100  # detections kept per image
 
 
 # ------------------------------------------------------------------------------ proposals

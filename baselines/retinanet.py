@@ -33,20 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import common
 import engine
 import kernels
-from common import (
-    clip_boxes,
-    decode_boxes,
-    encode_boxes,
-    flatten_levels,
-    inside_image,
-    make_anchors,
-    match,
-    pad_images,
-    pad_targets,
-    shared_count,
-)
+from common import Amount, Natural, Share, Whole
 from engine.detector import BaseDetector
 
 # B images, K classes, L levels, A = 9 anchors per cell, N anchors per image, P positives of a batch
@@ -59,23 +49,23 @@ from engine.detector import BaseDetector
 class Config(engine.Config):
     """RetinaNet with ResNet-50 on COCO."""
 
-    cls_weight: float = 1.0  # weight of the focal loss
-    box_weight: float = 1.0  # weight of the box loss
-    focal_alpha: float = 0.25  # focal loss: weight of the true class
-    focal_gamma: float = 2.0  # focal loss: exponent
-    box_beta: float = 0.11  # smooth L1 is quadratic below (MMDetection)
-    fg_iou: float = 0.5  # anchors are positive from this IoU on
-    bg_iou: float = 0.4  # anchors are negative below this IoU
-    tower_convs: int = 4  # convolutions in each tower
-    tower_groups: int = 0  # groups of a GroupNorm after each of them; 0: no norm
-    anchor_scale: float = 4.0  # anchors' side in strides, times 2^(0, 1/3, 2/3)
-    score_threshold: float = 0.05  # lowest score that is looked at
-    top_scores: int = 1000  # (anchor, class) pairs per level that are decoded, by score
+    cls_weight: Amount = 1.0  # weight of the focal loss
+    box_weight: Amount = 1.0  # weight of the box loss
+    focal_alpha: Share = 0.25  # focal loss: weight of the true class
+    focal_gamma: Amount = 2.0  # focal loss: exponent
+    box_beta: Amount = 0.11  # smooth L1 is quadratic below (MMDetection)
+    fg_iou: Share = 0.5  # anchors are positive from this IoU on
+    bg_iou: Share = 0.4  # anchors are negative below this IoU
+    tower_convs: Natural = 4  # convolutions in each tower
+    tower_groups: Whole = 0  # groups of a GroupNorm after each of them; 0: no norm
+    anchor_scale: Amount = 4.0  # anchors' side in strides, times 2^(0, 1/3, 2/3)
+    score_threshold: Share = 0.05  # lowest score that is looked at
+    top_scores: Natural = 1000  # (anchor, class) pairs per level that are decoded, by score
     all_classes: bool = False  # all classes of so many anchors instead of so many pairs
-    nms_iou: float = 0.5  # NMS per class suppresses above this IoU
-    max_detections: int = 100  # detections kept per image
-    lr: float = 0.01  # learning rate for 16 images a step
-    clip_norm: float = 35.0  # largest gradient norm (MMDetection)
+    nms_iou: Share = 0.5  # NMS per class suppresses above this IoU
+    max_detections: Natural = 100  # detections kept per image
+    lr: Amount = 0.01  # learning rate for 16 images a step
+    clip_norm: Amount = 35.0  # largest gradient norm (MMDetection)
 
 
 # ------------------------------------------------------------------------------ head
@@ -119,8 +109,8 @@ class RetinaTowers(nn.Module):
         box_features = [self.box_tower(f) for f in features]
         logits = [self.cls_logits(self.cls_tower(f)) for f in features]
         deltas = [self.box_deltas(f) for f in box_features]
-        logits = flatten_levels(logits, self.num_classes).float()
-        return logits, flatten_levels(deltas, 4).float(), box_features
+        logits = common.flatten_levels(logits, self.num_classes).float()
+        return logits, common.flatten_levels(deltas, 4).float(), box_features
 
 
 # ------------------------------------------------------------------------------ anchors, matching
@@ -130,7 +120,7 @@ def retina_anchors(features: list[Tensor], strides, scale: float = 4.0):
     """RetinaNet's nine anchors a cell (three octave scales, three ratios): [N, 4], N per level."""
     shapes = [f.shape[-2:] for f in features]
     scales = [scale * 2 ** (octave / 3) for octave in range(3)]
-    anchors = make_anchors(shapes, strides, scales, (0.5, 1.0, 2.0), features[0].device)
+    anchors = common.make_anchors(shapes, strides, scales, (0.5, 1.0, 2.0), features[0].device)
     return anchors, [9 * h * w for h, w in shapes]
 
 
@@ -144,10 +134,10 @@ def match_anchors(
     the one that it overlaps most, or the one whose best anchor it is; both are zeros where an image
     has no gt but crowds.
     """
-    gt_boxes, gt_labels, valid, ignore = pad_targets(targets)
-    inside = inside_image(anchors, sizes)
+    gt_boxes, gt_labels, valid, ignore = common.pad_targets(targets)
+    inside = common.inside_image(anchors, sizes)
     visible = anchors * inside[..., None]  # in the padding: no area, so nobody's best anchor
-    labels, gt, _ = match(visible, gt_boxes, high, low, valid, ignore, low_quality=0.0)
+    labels, gt, _ = common.match(visible, gt_boxes, high, low, valid, ignore, low_quality=0.0)
     labels[~inside] = -1
     gt_boxes = gt_boxes * valid[..., None]  # who meets no gt is given the first, maybe a crowd
     image = torch.arange(len(labels), device=labels.device)[:, None]
@@ -161,7 +151,7 @@ def class_targets(labels: Tensor, gt_labels: Tensor, num_classes: int) -> Tensor
 
 def count_positives(labels: Tensor) -> Tensor:
     """RetinaNet's normaliser: positives of labels [B, N], at least one an image (MMDetection)."""
-    return shared_count((labels == 1).sum(1).clamp(min=1).sum())
+    return common.shared_count((labels == 1).sum(1).clamp(min=1).sum())
 
 
 # ------------------------------------------------------------------------------ losses
@@ -177,7 +167,7 @@ class Positives(NamedTuple):
 
     def boxes(self) -> Tensor:
         """The predicted boxes [P, 4]."""
-        return decode_boxes(self.anchors, self.deltas)
+        return common.decode_boxes(self.anchors, self.deltas)
 
 
 def box_loss(
@@ -191,7 +181,7 @@ def box_loss(
 
     deltas, anchors, gt_boxes [P, 4]. The deltas learned are those that move an anchor onto its gt.
     """
-    gt_deltas = encode_boxes(anchors, gt_boxes)
+    gt_deltas = common.encode_boxes(anchors, gt_boxes)
     total = F.smooth_l1_loss(deltas, gt_deltas, beta=beta, reduction="sum")
     return total / (max(1, len(deltas)) if num_positives is None else num_positives)
 
@@ -284,7 +274,7 @@ class RetinaNet(BaseDetector):
 
     def outputs(self, images: list[Tensor]) -> dict:
         """By their `names` what the head returns; anchors [N, 4], N per_level, sizes [B, 2]."""
-        batch, sizes = pad_images(images)
+        batch, sizes = common.pad_images(images)
         features = self.backbone(batch)
         strides = self.backbone.strides
         anchors, per_level = retina_anchors(features, strides, self.config.anchor_scale)
@@ -308,11 +298,13 @@ class RetinaNet(BaseDetector):
         # An anchor's best score is that of its best class: nothing of [B, N, K] is made here.
         best = logits.amax(-1, keepdim=True).sigmoid()
         best = self.score(best, outputs, (slice(None), slice(None)), config).squeeze(-1)
-        best = torch.where(inside_image(anchors, sizes), best, 0)
+        best = torch.where(common.inside_image(anchors, sizes), best, 0)
         limits = (config.top_scores, config.score_threshold, config.all_classes)
         index, labels, scores = best_predictions(best, score, outputs["per_level"], *limits)
         image, anchor = index
-        boxes = clip_boxes(decode_boxes(anchors[anchor], outputs["deltas"][index]), sizes[image])
+        boxes = common.clip_boxes(
+            common.decode_boxes(anchors[anchor], outputs["deltas"][index]), sizes[image]
+        )
         return dict(boxes=boxes, scores=scores, labels=labels, image=image, anchor=anchor)
 
 

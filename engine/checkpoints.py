@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -18,11 +19,15 @@ from engine.processes import rank_and_world, say
 def save_checkpoint(path: Path, state: dict) -> None:
     """Write so that a crash at any moment leaves the old file or the new one, whole."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch's writer has its own error for a full disk
+        temporary.unlink(missing_ok=True)
+        raise BadInput(f"{path}: cannot write it: {str(e).splitlines()[0]}") from e
     if os.name == "posix":  # elsewhere folders cannot be opened
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # the rename itself
@@ -47,7 +52,10 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def load_weights(model: nn.Module, state: dict, path, categories: list[dict] | None = None) -> None:
-    """Fill the model; BadInput where classes or shapes differ from the checkpoint's."""
+    """Fill the model; BadInput where classes or shapes differ, or weights are not finite."""
+    odd = [k for k, v in state["model"].items() if not torch.as_tensor(v).isfinite().all()]
+    if odd:
+        raise BadInput(f"{path}: {len(odd)} of its tensors are not finite, {odd[0]} first")
     if categories is not None and len(categories) != len(state["categories"]):
         have, want = len(state["categories"]), len(categories)
         raise BadInput(f"{path}: made for {have} classes, the data has {want}")
@@ -99,15 +107,30 @@ def find_script(state: dict, path, method=None):
 
 
 def write_json(path: Path, value) -> None:
-    """A list on one line, a dict indented; makes the folder."""
+    """A list on one line, a dict indented; makes the folder. Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=None if isinstance(value, list) else 2) + "\n")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=None if isinstance(value, list) else 2) + "\n")
+    os.replace(temporary, path)
 
 
-def set_aside(out: Path) -> None:
-    """Rename an earlier run's folder, so that a new one never writes over it."""
-    if rank_and_world()[0] == 0 and (out / "last.pt").exists():
-        numbers = (n for n in range(1, 10**6) if not out.with_name(f"{out.name}-{n}").exists())
-        older = out.with_name(f"{out.name}-{next(numbers)}")
-        out.rename(older)
+def set_aside(folder: Path, file: str = "last.pt") -> None:
+    """Rename the folder of an earlier run, which `file` marks, so that nothing is written over."""
+    if rank_and_world()[0] == 0 and (folder / file).exists():
+        numbers = (
+            n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}-{n}").exists()
+        )
+        older = folder.with_name(f"{folder.name}-{next(numbers)}")
+        folder.rename(older)
         say(f"moved the earlier run to {older}")
+
+
+def check_folder(out: Path) -> None:
+    """BadInput if results cannot be written there; before hours are spent on making them."""
+    try:
+        if Path.cwd().is_relative_to(out.resolve()):
+            raise BadInput(f"--out {out}: the folder that you are in is no place for results")
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except (OSError, RuntimeError) as e:  # RuntimeError: links in a circle
+        raise BadInput(f"--out {out}: cannot write there: {getattr(e, 'strerror', e)}") from e

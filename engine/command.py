@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
 import torch
 
 from common import BadInput
-from engine.checkpoints import load_checkpoint, load_weights
+from engine.checkpoints import check_folder, load_checkpoint, load_weights
 from engine.data import load_data
 from engine.metrics import evaluate, show_metrics
 from engine.predict import predict_files
 from engine.processes import end_processes, say, start_processes
-from engine.settings import LEAST, Config, flag, parse, show_rows, untrained
+from engine.settings import Config, parse, show_rows, untrained
 from engine.train import train
 
 
@@ -33,12 +34,9 @@ def run(
     why a row cannot run; `tiny`: what --preset tiny changes.
     """
     try:
+        if hasattr(signal, "SIGPIPE") and "--help" in (sys.argv if argv is None else argv):
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` is no error
         config = parse(config_class, rows, tiny, name, argv)
-        for key, least in LEAST.items():
-            if getattr(config, key) < least:
-                raise BadInput(f"{flag(key, getattr(config, key))}: {least} is the least")
-        if Path(config.out).exists() and not Path(config.out).is_dir():
-            raise BadInput(f"--out {config.out}: a file has that name")
         if config.rows:
             return show_rows(rows, paper, not_yet)
         if config.row and config.row not in rows:
@@ -47,8 +45,9 @@ def run(
         device = start_processes(config.device)
         torch.manual_seed(config.seed)
         return _run(detector_class, config, device)
-    except (BadInput, FloatingPointError) as e:
-        print(f"error: {e}", file=sys.stderr)
+    except (BadInput, FloatingPointError, OSError) as e:
+        # a loader's worker puts its whole traceback into the message; the reason ends it
+        print(f"error: {str(e).rpartition('BadInput: ')[2].strip()}", file=sys.stderr)
         sys.exit(2)
     finally:
         end_processes()
@@ -61,6 +60,10 @@ def _run(detector_class, config: Config, device: torch.device):
     state = load_checkpoint(config.weights) if config.weights else None
     if not (state or config.train):
         raise BadInput(f"this needs --weights (there is no {out / 'last.pt'})")
+    for path in config.predict:
+        if not Path(path).exists():
+            raise BadInput(f"--predict {path}: no such file or folder")
+    check_folder(out)
     train_data = val_data = None
     if needs_data:
         known = None if config.train else state["categories"]

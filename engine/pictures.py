@@ -62,7 +62,8 @@ def draw_grid(data: Dataset, results: list[dict], score: float, path: Path, coun
         axis.axis("off")
     for i in range(count):
         image, target = data[i]
-        zoom = max(1, 512 // min(image.shape[1:]))  # enlarge small images, so that text fits
+        # enlarge small images, so that text fits, but not thin ones to thousands of pixels
+        zoom = max(1, min(512 // min(image.shape[1:]), 2048 // max(image.shape[1:])))
         image = image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
         mine = [r for r in results if r["image_id"] == target["image_id"] and r["score"] >= score]
         found = xywh_to_xyxy([r["bbox"] for r in mine])

@@ -15,8 +15,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common import UNREADABLE, BadInput, check_image, make_target, read_image, rgb_tensor
-from engine.checkpoints import find_script, load_checkpoint, load_weights, write_json
+from common import BadInput, check_image, make_target, read_image, rgb_tensor
+from engine.checkpoints import (
+    find_script,
+    load_checkpoint,
+    load_weights,
+    set_aside,
+    write_json,
+)
 from engine.data import broken_images, refuse_images
 from engine.metrics import detect, to_coco
 from engine.pictures import draw
@@ -36,7 +42,7 @@ def to_image(source) -> Tensor:
     if isinstance(source, Image.Image):
         try:
             return rgb_tensor(source)
-        except UNREADABLE as e:
+        except Exception as e:  # decoded only now: a decoder may raise anything
             raise BadInput(f"cannot read the image: {e}") from e
     if isinstance(source, np.ndarray):
         if source.ndim != 3 or source.shape[2] != 3:
@@ -94,6 +100,8 @@ def predict_files(model, paths, categories: list[dict], config: Config, device, 
     """
     data = Files(paths, categories)
     names = [c["name"] for c in categories]
+    set_aside(out, "pictures")
+    gather(None)  # the first process has done it
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     results = []
     for target, found in detect(model, data, config, device):
@@ -156,6 +164,9 @@ def load(path: str | Path, device: str = "auto", method=None, **changes) -> Load
     config = script.Config(**saved_settings(script.Config, state))
     # In this process: images are at hand, and other processes would cost more than they read.
     own = dict(weights=str(path), device=str(where), workers=0)
+    unknown = changes.keys() - vars(config).keys()
+    if unknown:
+        raise BadInput(f"{path}: {', '.join(sorted(unknown))}: no such setting")
     config = dataclasses.replace(untrained(config), **{**own, **changes})
     model = script.Detector(config, len(state["categories"]))
     load_weights(model, state, path)

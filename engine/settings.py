@@ -6,13 +6,13 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
 
 import common
-from common import BadInput
+from common import Amount, BadInput, Natural, Range, Share, Whole, read_json
 from engine.checkpoints import load_checkpoint
 
 
@@ -31,28 +31,29 @@ class Config(common.Config):
     resume: bool = False  # go on from OUT/last.pt, if there is one
     out: str = ""  # results folder (default: runs/<script>)
     device: str = "auto"  # auto: cuda if there is one, else cpu
-    workers: int = -1  # loader processes per training process; -1: 2 on a CPU, 4 on a GPU
+    # loader processes per training process; -1: 2 on a CPU, 4 on a GPU
+    workers: Annotated[int, Range(-1, 1000)] = -1
     # Training
-    batch: int = 0  # images per step over all processes; 0: 2 per process
+    batch: Whole = 0  # images per step over all processes; 0: 2 per process
     optimizer: Literal["sgd", "adamw"] = "sgd"  # the papers use SGD
-    lr: float = 0.02  # learning rate at lr_batch images a step; scaled linearly to the batch
-    lr_batch: int = 16  # images a step that lr is meant for
-    momentum: float = 0.9  # momentum of SGD
-    weight_decay: float = 1e-4  # weight decay, of all weights
-    epochs: float = 12.0  # length of training, passes over the data
-    steps: int = 0  # length of training in steps instead
-    drops: tuple[float, ...] = (8 / 12, 11 / 12)  # lr / 10 at these fractions of training
-    warmup: int = 500  # steps of linear warm-up (at most a tenth of training) ...
-    warmup_factor: float = 1 / 3  # ... from this share of the rate; choice: papers do not say
-    clip_norm: float = 0.0  # largest gradient norm; 0: no clipping
+    lr: Amount = 0.02  # learning rate at lr_batch images a step; scaled linearly to the batch
+    lr_batch: Natural = 16  # images a step that lr is meant for
+    momentum: Share = 0.9  # momentum of SGD
+    weight_decay: Amount = 1e-4  # weight decay, of all weights
+    epochs: Amount = 12.0  # length of training, passes over the data
+    steps: Whole = 0  # length of training in steps instead
+    drops: tuple[Share, ...] = (8 / 12, 11 / 12)  # lr / 10 at these fractions of training
+    warmup: Whole = 500  # steps of linear warm-up (at most a tenth of training) ...
+    warmup_factor: Share = 1 / 3  # ... from this share of the rate; choice: papers do not say
+    clip_norm: Amount = 0.0  # largest gradient norm; 0: no clipping
     amp: Literal["auto", "off", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it
     # Testing and book-keeping
-    log_every: int = 20  # steps between lines of the log
-    save_every: int = 1000  # steps between checkpoints
-    eval_every: int = 0  # steps between evaluations; 0: only at the end
-    eval_batch: int = 0  # images per process when testing; 0: as in training
+    log_every: Natural = 20  # steps between lines of the log
+    save_every: Natural = 1000  # steps between checkpoints
+    eval_every: Whole = 0  # steps between evaluations; 0: only at the end
+    eval_batch: Whole = 0  # images per process when testing; 0: as in training
     test_flip: bool = False  # also test on the mirrored image
-    draw_score: float = 0.5  # detections below this score are not drawn
+    draw_score: Amount = 0.5  # detections below this score are not drawn
 
 
 # What `--preset tiny` changes: a small network learns from scratch, in minutes on a CPU.
@@ -95,13 +96,6 @@ FREE = (
 )
 
 
-# The least value of some flags.
-LEAST = dict(num_train=1, num_val=1, image_size=32, log_every=1, save_every=1, max_size=32)
-LEAST |= dict.fromkeys(
-    "batch eval_batch steps epochs seed eval_every warmup clip_norm lr".split(), 0
-)
-
-
 def parse(config_class, rows: dict, tiny: dict, name: str, argv=None) -> Config:
     """Flags over the checkpoint's settings over the row over the preset over the defaults."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -128,9 +122,12 @@ def parse(config_class, rows: dict, tiny: dict, name: str, argv=None) -> Config:
         weights = weights or (str(last) if last.exists() else "")
         source = weights
     else:
-        source = last if asked.resume and last.exists() else None
+        begun = [file for file in (last, last.with_name("config.json")) if file.exists()]
+        source = begun[0] if asked.resume and begun else None
     if source:
-        saved = saved_settings(config_class, load_checkpoint(source))
+        json = str(source).endswith(".json")  # a run that was killed before its first checkpoint
+        state = {"config": read_json(source)} if json else load_checkpoint(source)
+        saved = saved_settings(config_class, state)
         if any(getattr(asked, k) != getattr(config_class(), k) for k in PLACES[:3]):
             saved = {k: v for k, v in saved.items() if k not in PLACES}
         settings |= saved

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common import BadInput, Resized
+from common import BadInput, Resized, read_json
 from engine.checkpoints import (
     load_checkpoint,
     load_weights,
@@ -27,6 +27,7 @@ from engine.data import (
     TrainBatches,
     check_dataset,
     check_labels,
+    fingerprint,
     make_loader,
     per_process_batch,
     to_device,
@@ -62,15 +63,22 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     return torch.optim.SGD(weights, lr=config.lr, momentum=config.momentum, weight_decay=decay)
 
 
-def resume(path: Path, settings: dict, model, optimizer, categories: list[dict]) -> int:
-    """Put a run back to where it was saved; returns the number of steps done."""
-    state = load_checkpoint(path)
-    differ = [k for k, v in settings.items() if k not in FREE and v != state["config"].get(k)]
+def check_settings(path: Path, settings: dict, saved: dict) -> None:
+    """BadInput if a run is not what was saved of it, but for flags that change nothing learned."""
+    differ = [k for k, v in settings.items() if k not in FREE and v != saved.get(k)]
     if differ:
-        old = " ".join(flag(k, state["config"].get(k)) for k in differ)
+        old = " ".join(flag(k, saved.get(k)) for k in differ)
         raise BadInput(f"{path}: cannot resume, the run was made with {old}")
-    if state["categories"] != categories:
+
+
+def resume(path: Path, settings: dict, model, optimizer, data) -> tuple[int, list[Tensor]]:
+    """Put a run back to where it was saved: the steps done, the losses not yet in its log."""
+    state = load_checkpoint(path)
+    check_settings(path, settings, state["config"])
+    if state["categories"] != data.categories:
         raise BadInput(f"{path}: cannot resume, the data's categories are others now")
+    if state.get("data", fingerprint(data)) != fingerprint(data):  # older checkpoints have none
+        raise BadInput(f"{path}: cannot resume, the training images or boxes are others now")
     load_weights(model, state, path)
     optimizer.load_state_dict(state["optimizer"])
     rank, world = rank_and_world()
@@ -81,7 +89,7 @@ def resume(path: Path, settings: dict, model, optimizer, categories: list[dict])
             torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])
     else:
         say(f"{len(state['rng'])} processes before, {world} now: sampling starts anew")
-    return state["step"]
+    return state["step"], list(state.get("window", []))
 
 
 class LossOnly(nn.Module):
@@ -96,18 +104,26 @@ class LossOnly(nn.Module):
 
 
 def take_step(wrapped, optimizer, rate: float, items: list, config: Config, device):
-    """One update of the weights; returns the losses, still on their device, and the image ids."""
+    """One update of the weights; returns the losses and the gradients' norm, still on their device,
+    and the image ids."""
     images, targets = to_device(items, device)
-    with autocast(config.amp, device):
-        losses = wrapped(images, targets)
+    try:
+        with autocast(config.amp, device):
+            losses = wrapped(images, targets)
+    except ValueError as e:
+        if "more than 1 value per channel" not in str(e):
+            raise
+        more = "more images a step (--batch), larger ones (--scales), or --norm gn"
+        raise BadInput(f"batch normalisation of a single cell: it needs {more}") from e
     optimizer.zero_grad(set_to_none=True)
     sum(losses.values()).backward()
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-        if config.clip_norm:
-            nn.utils.clip_grad_norm_(group["params"], config.clip_norm)
+    (group,) = optimizer.param_groups
+    group["lr"] = rate
+    norm = nn.utils.get_total_norm([p.grad for p in group["params"] if p.grad is not None])
+    if config.clip_norm:
+        nn.utils.clip_grads_with_norm_(group["params"], config.clip_norm, norm)
     optimizer.step()
-    return losses, [t["image_id"] for t in targets]
+    return losses, norm, [t["image_id"] for t in targets]
 
 
 @contextlib.contextmanager
@@ -134,11 +150,12 @@ class LossWatch:
     Their copy to the host travels while the next step is launched, and is looked at only then.
     """
 
-    def __init__(self):
-        self.window, self.pending = [], None
+    def __init__(self, window: list[Tensor] = ()):
+        self.window, self.pending = list(window), None
 
-    def add(self, step: int, image_ids: list, losses: dict[str, Tensor]) -> None:
+    def add(self, step: int, image_ids: list, losses: dict[str, Tensor], norm: Tensor) -> None:
         self.check()
+        losses = {**losses, "gradient norm": norm}
         values = torch.stack([v.detach().float() for v in losses.values()])
         copied = torch.cuda.Event() if values.is_cuda else None
         values = values.to("cpu", non_blocking=True)
@@ -161,7 +178,7 @@ class LossWatch:
         self.check()
         means = torch.stack(self.window).mean(0).tolist()
         self.window = []
-        return dict(zip(self.pending[2], means))
+        return dict(zip(self.pending[2][:-1], means))  # without the norm
 
 
 class RunLog:
@@ -187,6 +204,9 @@ class RunLog:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
 
+    def has_metrics(self, step: int) -> bool:
+        return any("AP" in line and line["step"] == step for line in self.lines)
+
     def draw(self) -> None:
         if self.lines and not self.silent:
             draw_curves(self.lines, self.path.with_name("curves.png"))
@@ -207,13 +227,16 @@ def report(step: int, batches, rate: float, means: dict, seconds: float, steps: 
     )
 
 
-def save(path: Path, step: int, model, optimizer, settings: dict, categories: list[dict]) -> None:
+def save(path: Path, step: int, model, optimizer, settings: dict, data, window: list) -> None:
     """All that `resume` and `load` need, of all processes; the first one writes it."""
+    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
+        raise FloatingPointError(f"step {step}: weights are not finite, and are not saved")
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     rng = gather([torch.get_rng_state(), *cuda])
     if rank_and_world()[0] == 0:
         state = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
-        state |= dict(step=step, rng=rng, config=settings, categories=categories)
+        state |= dict(step=step, rng=rng, config=settings, categories=data.categories)
+        state |= dict(data=fingerprint(data), window=torch.stack(window) if window else [])
         save_checkpoint(path, {**state, "method": script_name(model)})
 
 
@@ -236,7 +259,6 @@ def train(model: nn.Module, config: Config, train_data, val_data=None, out="runs
     """
     out, device = Path(out), next(model.parameters()).device
     check_data(model, train_data, val_data)
-    categories = train_data.categories
     rank, world = rank_and_world()
     batch = per_process_batch(config) * world
     batches = TrainBatches(train_data.sizes, batch // world, config.seed)
@@ -249,14 +271,19 @@ def train(model: nn.Module, config: Config, train_data, val_data=None, out="runs
         wrapped = nn.parallel.DistributedDataParallel(wrapped)
     optimizer = make_optimizer(model, config)
     torch.manual_seed(config.seed + rank)  # from here on only sampling draws from it
+    window: list[Tensor] = []
     if config.resume and (out / "last.pt").exists():
-        batches.start = resume(out / "last.pt", settings, model, optimizer, categories)
+        saved = resume(out / "last.pt", settings, model, optimizer, train_data)
+        batches.start, window = saved
         say(f"resumed at step {batches.start}")
+    elif config.resume and (out / "config.json").exists():
+        check_settings(out / "config.json", settings, read_json(out / "config.json"))
+        say(f"{out} has no checkpoint yet: its run starts anew")
     else:
         if config.resume:
             say(f"nothing to resume in {out}: starting anew")
         set_aside(out)
-    log, watch, metrics = RunLog(out, batches.start), LossWatch(), {}
+    log, watch, metrics = RunLog(out, batches.start), LossWatch(window), {}
     if rank == 0:
         write_json(out / "config.json", settings)
     say(
@@ -269,45 +296,51 @@ def train(model: nn.Module, config: Config, train_data, val_data=None, out="runs
     loader = make_loader(Resized(train_data, config, True), config, device, batch_sampler=batches)
     bar = progress(None, "training", batches.total)
     bar.update(batches.start)
+
+    def test(step: int, where=None) -> dict:
+        share_buffers(model)
+        found = evaluate(model, val_data, config, device, where)
+        if not log.has_metrics(step):
+            log.write({"step": step, **found})
+            log.draw()
+        say(f"step {step}: {show_metrics(found)}", bar)
+        return found
+
+    def due(step: int) -> bool:
+        every = config.eval_every if val_data is not None else 0
+        return bool(every) and 0 < step < batches.total and step % every == 0
+
+    if due(batches.start) and not log.has_metrics(batches.start):  # a kill fell into this one
+        metrics = test(batches.start)
     logged, clock = batches.start, time.perf_counter()
     with signals_caught() as caught, contextlib.closing(bar):
         for step, items in enumerate(loader, batches.start + 1):
-            check_labels([target for _, target in items], len(categories))
+            check_labels([target for _, target in items], len(train_data.categories))
             model.train()
             rate = learning_rate(config, step - 1, batches.total, batch)
-            losses, ids = take_step(wrapped, optimizer, rate, items, config, device)
-            watch.add(step, ids, losses)
+            losses, norm, ids = take_step(wrapped, optimizer, rate, items, config, device)
+            watch.add(step, ids, losses, norm)
             bar.update()
             stop = max(gather(caught[0] if caught else 0))
-            done = stop or step == batches.total
-            if done or step % config.log_every == 0:
+            if step == batches.total or step % config.log_every == 0:
                 means, seconds = watch.means(), time.perf_counter() - clock
                 line, text = report(step, batches, rate, means, seconds, step - logged, device)
                 log.write(line)
                 say(text, bar)
                 logged, clock = step, time.perf_counter()
-            if done or step % config.save_every == 0:
+            if stop or step == batches.total or step % config.save_every == 0:
                 watch.check()
-                save(out / "last.pt", step, model, optimizer, settings, categories)
+                save(out / "last.pt", step, model, optimizer, settings, train_data, watch.window)
             if stop:
                 log.draw()
                 say(f"stopped by signal {stop} after step {step}; --resume goes on", bar)
                 sys.exit(128 + stop)
-            due = config.eval_every and step % config.eval_every == 0
-            if val_data is not None and due and not done:
+            if due(step):
                 paused = time.perf_counter()
-                share_buffers(model)
-                metrics = evaluate(model, val_data, config, device)
-                log.write({"step": step, **metrics})
-                log.draw()
-                say(f"step {step}: {show_metrics(metrics)}", bar)
+                metrics = test(step)
                 clock += time.perf_counter() - paused
     if val_data is not None:  # also where a run is resumed that had only this left to do
-        share_buffers(model)
-        metrics = evaluate(model, val_data, config, device, out)
-        if not any("AP" in r and r["step"] == batches.total for r in log.lines):
-            log.write({"step": batches.total, **metrics})
-        say(f"step {batches.total}: {show_metrics(metrics)}")
+        metrics = test(batches.total, out)
     log.draw()
     return metrics
 

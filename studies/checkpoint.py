@@ -18,7 +18,7 @@ import engine
 from common import BadInput
 from engine.data import load_data
 from engine.processes import end_processes, start_processes
-from engine.settings import LEAST, Config, flag, parse, untrained
+from engine.settings import Config, parse, untrained
 
 # the flags that leave out what the paper adds
 BASELINES = {
@@ -61,9 +61,6 @@ def settings_of(name: str, flags: list[str]) -> Config:
     """Settings of a method under `flags`; BadInput where they are no setting."""
     method = method_of(name)
     config = parse(method.Config, method.ROWS, method.TINY, name, flags)
-    for key, least in LEAST.items():
-        if getattr(config, key) < least:
-            raise BadInput(f"{flag(key, getattr(config, key))}: {least} is the least")
     if config.row and config.row not in method.ROWS:
         raise BadInput(f"--row {config.row}: no such row, see --rows")
     return config

@@ -224,7 +224,7 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch, w
         raise OSError("power cut")
 
     monkeypatch.setattr(torch if where == "save" else os, where, crash)
-    with pytest.raises(OSError, match="power cut"):
+    with pytest.raises(common.BadInput, match="cannot write it: power cut"):
         save_checkpoint(path, {"model": {"w": torch.zeros(3)}, "categories": [], "config": {}})
     monkeypatch.undo()
     assert same(load_checkpoint(path)["model"], good["model"])
@@ -263,8 +263,8 @@ def test_class_count_mismatch_is_named(finished, detection_data, capsys):
         (["--eval", "--out", "/nowhere"], "this needs --weights"),
         (["--predict", "a.jpg", "--out", "/nowhere"], "this needs --weights"),
         (["--train", "--data", "/nowhere"], "/nowhere: no data found"),
-        (["--train", "--save-every", "0"], "--save-every 0: 1 is the least"),
-        (["--train", "--batch", "-2"], "--batch -2: 0 is the least"),
+        (["--train", "--save-every", "0"], "--save-every 0: at least 1"),
+        (["--train", "--batch", "-2"], "--batch -2: at least 0"),
         (["--train", "--device", "gpu"], "--device gpu: "),
     ],
 )

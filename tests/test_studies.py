@@ -248,7 +248,7 @@ def test_help(name, capsys):
     ("sweep", "cpm_rcnn --what alpha", "cpm_rcnn has gamma, scores"),
     ("sweep", "cpm_rcnn --weights nowhere.pt", "nowhere.pt: no such file"),
     ("alignment", "d2det --weights IOU", "does not fit this model"),
-    ("alignment", "iou_aware_retinanet --weights IOU --num-val 0", "--num-val 0: 1 is the least"),
+    ("alignment", "iou_aware_retinanet --weights IOU --num-val 0", "--num-val 0: at least 1"),
     ("alignment", "iou_aware_retinanet --weights IOU --data nowhere", "nowhere"),
     ("alignment", "iou_aware_retinanet --weights IOU --train", "neither trains nor predicts"),
     ("alignment", "iou_aware_retinanet --weights IOU --out IOU", "a file has that name"),
