@@ -92,9 +92,8 @@ class Config:
     backbone: str = "resnet50"  # resnet18/34/50/101, resnext101_32x8d, resnext101_64x4d
     backbone_weights: str = "imagenet"  # imagenet, none, random (to time), or torchvision's .pth
     norm: Literal["auto", "frozen_bn", "bn", "gn"] = "auto"  # auto: frozen_bn, or gn from scratch
-    frozen_stages: Annotated[int, Range(0, 5)] = (
-        2  # stem and first stages kept fixed when starting from weights
-    )
+    # stem and first stages kept fixed when starting from weights
+    frozen_stages: Annotated[int, Range(0, 5)] = 2
     fpn_channels: Natural = 256  # width of the pyramid
 
     def __post_init__(self):

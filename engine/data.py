@@ -28,12 +28,18 @@ def check_dataset(data, what: str, scored: bool = False) -> None:
     members = ["__len__", "__getitem__", "sizes", "categories", *(["coco"] if scored else [])]
     wrong = [f"has no {name}" for name in members if not hasattr(data, name)]
     if not wrong:
-        count, shape = len(data), np.shape(data.sizes)
+        count = len(data)
+        try:
+            shape = np.asarray(data.sizes, float).shape
+        except (TypeError, ValueError):
+            shape = ("something else",)
         if shape != (count, 2) or not count:
             wrong.append(f"sizes is {list(shape)}, not (h, w) of each of its {count} images")
-        known = [c.keys() if isinstance(c, dict) else () for c in data.categories]
-        if not known or not all({"id", "name"} <= set(keys) for keys in known):
-            wrong.append("categories are not dicts of id and name, one a class")
+        classes = data.categories if isinstance(data.categories, (list, tuple)) else ()
+        if not classes or not all(
+            isinstance(c, dict) and {"id", "name"} <= set(c) for c in classes
+        ):
+            wrong.append("categories are not a list of dicts of id and name, one a class")
     for i in range(0 if wrong else min(4, count)):
         wrong += [f"item {i}: {problem}" for problem in item_problems(data, i)]
     if wrong:
@@ -55,22 +61,35 @@ def item_problems(data, index: int) -> list[str]:
         return [f"is not (image, target): {e}"]
     if lacks:
         return [f"its target has no {', '.join(sorted(lacks))}"]
-    boxes, labels, ignore = (torch.as_tensor(target[k]) for k in ("boxes", "labels", "ignore"))
-    h, w = map(int, data.sizes[index])
+    tensors = {k: target[k] for k in ("boxes", "labels", "ignore")}
+    odd = [k for k, v in tensors.items() if not isinstance(v, Tensor)]
+    if odd:
+        return [f"{', '.join(odd)}: not a tensor"]
+    boxes, labels, ignore = tensors.values()
+    G, (h, w) = len(labels) if labels.ndim else -1, map(int, data.sizes[index])
+    size = target["size"]
     says = f"sizes says {h}x{w} (h x w)"
-    order = boxes.ndim == 2 and (boxes[:, 2:] >= boxes[:, :2]).all()
-    return [
+    found = [
         problem
         for good, problem in (
-            (boxes.shape == (len(labels), 4), f"boxes are {list(boxes.shape)}, not [G, 4]"),
-            (order, "boxes are not (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2"),
+            (boxes.shape == (G, 4), f"boxes are {list(boxes.shape)}, not [G, 4]"),
             (labels.dtype == torch.long and labels.ndim == 1, "labels are not [G] of torch.long"),
-            (ignore.dtype == torch.bool and ignore.ndim == 1, "ignore is not [G] of torch.bool"),
+            (
+                ignore.dtype == torch.bool and ignore.shape == (G,),
+                "ignore is not [G] of torch.bool",
+            ),
             (image.shape[1:] == (h, w), f"is {image.shape[1]}x{image.shape[2]} px, {says}"),
-            (tuple(target["size"]) == (h, w), f"size is {tuple(target['size'])}, {says}"),
+            (isinstance(size, (tuple, list)) and tuple(size) == (h, w), f"size is {size}, {says}"),
+            (
+                isinstance(target["image_id"], (int, str)),
+                "image_id is neither a number nor a string",
+            ),
         )
         if not good
-    ] + label_problems(labels, len(data.categories))
+    ]
+    if boxes.shape == (G, 4) and not (boxes[:, 2:] >= boxes[:, :2]).all():
+        found.append("boxes are not (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2")
+    return found + label_problems(labels, len(data.categories))
 
 
 def label_problems(labels: Tensor, num_classes: int) -> list[str]:

@@ -23,8 +23,11 @@ from engine.settings import Config
 
 
 @torch.no_grad()
-def detect(model: nn.Module, data: Dataset, config: Config, device: torch.device | str):
-    """Yield (target, detections in the original image's pixels) for this process's images.
+def detect(
+    model: nn.Module, data: Dataset, config: Config, device: torch.device | str, shared: bool = True
+):
+    """Yield (target, detections in the original image's pixels) for this process's images: its share
+    of them or, not `shared`, all.
 
     With several test scales, or the mirrored image too, the candidates of all are merged before
     the last NMS. Every image is seen exactly once over all processes, in order of aspect: a batch
@@ -32,7 +35,7 @@ def detect(model: nn.Module, data: Dataset, config: Config, device: torch.device
     """
     model.eval()
     device = torch.device(device)
-    rank, world = rank_and_world()
+    rank, world = rank_and_world() if shared else (0, 1)
     sizes = np.asarray(data.sizes)
     aspect = sizes[:, 1] / sizes[:, 0]
     mine = sorted(range(rank, len(data), world), key=aspect.__getitem__)

@@ -146,7 +146,7 @@ class LoadedDetector:
         many = isinstance(images, (list, tuple))
         names, found = [c["name"] for c in self.categories], {}
         data = Images(list(images) if many else [images])
-        for target, d in detect(self.model, data, self.config, self.device):
+        for target, d in detect(self.model, data, self.config, self.device, shared=False):
             called = [names[label] for label in d["labels"].tolist()]
             found[target["image_id"]] = Detections(d["boxes"], d["scores"], d["labels"], called)
         return [found[i] for i in range(len(data))] if many else found[0]

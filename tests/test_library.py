@@ -232,6 +232,14 @@ def test_all_that_a_data_set_lacks_is_said_at_once(tmp_path):
         (dict(target=dict(labels=torch.tensor([0.0]))), "labels are not .* torch.long"),
         (dict(target=dict(boxes=torch.tensor([[30.0, 10, 20, 20]]))), r"not \(x1, y1, x2, y2\)"),
         (dict(target=dict(boxes=torch.zeros(2, 4))), r"boxes are \[2, 4\], not \[G, 4\]"),
+        (dict(target=dict(boxes=torch.zeros(1, 5))), r"boxes are \[1, 5\], not \[G, 4\]"),
+        (dict(target=dict(boxes=np.zeros((1, 4)))), "boxes: not a tensor"),
+        (dict(target=dict(labels=torch.tensor(0))), "labels are not .* torch.long"),
+        (dict(target=dict(labels=[0])), "labels: not a tensor"),
+        (dict(target=dict(ignore=np.array([False]))), "ignore: not a tensor"),
+        (dict(target=dict(ignore=torch.tensor([False, True]))), "ignore is not .* torch.bool"),
+        (dict(target=dict(size=32)), "size is 32, sizes says 40x60"),
+        (dict(target=dict(image_id=torch.tensor(0))), "image_id is neither"),
         (dict(image=torch.rand(3, 40, 60)), "item 0: images are uint8 tensors"),
         (dict(image=torch.zeros(3, 60, 40, dtype=torch.uint8)), "is 60x40 px, sizes says 40x60"),
     ],
@@ -239,6 +247,19 @@ def test_all_that_a_data_set_lacks_is_said_at_once(tmp_path):
 def test_wrong_items_are_refused_before_training(broken, message):
     with pytest.raises(BadInput, match=message):
         check_dataset(Own(**broken), "training")
+
+
+def test_wrong_members_are_refused_before_training():
+    for name, value in (
+        ("sizes", [(40, 60), (40,)]),
+        ("sizes", None),
+        ("categories", None),
+        ("categories", ["a"]),
+    ):
+        data = Own()
+        setattr(data, name, value)
+        with pytest.raises(BadInput, match=f"{name} (is|are)"):
+            check_dataset(data, "training")
 
 
 def test_a_label_that_is_wrong_later_stops_training_with_its_image(tmp_path):
