@@ -13,7 +13,7 @@ from engine.checkpoints import check_folder, load_checkpoint, load_weights
 from engine.data import load_data
 from engine.metrics import evaluate, show_metrics
 from engine.predict import predict_files
-from engine.processes import end_processes, say, start_processes
+from engine.processes import end_processes, say, start_processes, warn_of_busy_cores
 from engine.settings import Config, parse, show_rows, untrained
 from engine.train import train
 
@@ -43,6 +43,7 @@ def run(
             reason = not_yet.get(config.row, "no such row, see --rows")
             raise BadInput(f"--row {config.row}: {reason}")
         device = start_processes(config.device)
+        warn_of_busy_cores(device)
         torch.manual_seed(config.seed)
         return _run(detector_class, config, device)
     except (BadInput, FloatingPointError, OSError) as e:

@@ -69,6 +69,19 @@ def start_processes(name: str) -> torch.device:
     return device
 
 
+def warn_of_busy_cores(device: torch.device) -> None:
+    """OpenMP's threads wait for each other by spinning, which other programs' cores make long."""
+    own = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS"} & os.environ.keys()
+    if device.type == "cuda" or own or torch.get_num_threads() == 1 or sys.platform != "linux":
+        return
+    load, cores = os.getloadavg()[0], os.cpu_count()
+    if load > 0.5 * cores:
+        say(
+            f"other programs kept {load:.1f} of {cores} cores busy in the last minute; if they still do, "
+            "OMP_WAIT_POLICY=passive in the environment makes this up to three times as fast"
+        )
+
+
 def share_buffers(model: nn.Module) -> None:
     """Give every process the first one's BN statistics, as DDP does only when a step begins."""
     if dist.is_initialized():
