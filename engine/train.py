@@ -71,8 +71,21 @@ def check_settings(path: Path, settings: dict, saved: dict) -> None:
         raise BadInput(f"{path}: cannot resume, the run was made with {old}")
 
 
-def resume(path: Path, settings: dict, model, optimizer, data) -> tuple[int, list[Tensor]]:
-    """Put a run back to where it was saved: the steps done, the losses not yet in its log."""
+def begin(out: Path, again: bool, settings: dict, model, optimizer, data) -> tuple[int, list]:
+    """Take up the run in `out` if `again`, or make room for a new one.
+
+    Returns the number of steps done and the losses that are not yet in the log.
+    """
+    path, known = out / "last.pt", out / "config.json"
+    if not (again and path.exists()):
+        if again and known.exists():
+            check_settings(known, settings, read_json(known))
+            say(f"{out} has no checkpoint yet: its run starts anew")
+        else:
+            if again:
+                say(f"nothing to resume in {out}: starting anew")
+            set_aside(out)
+        return 0, []
     state = load_checkpoint(path)
     check_settings(path, settings, state["config"])
     if state["categories"] != data.categories:
@@ -89,6 +102,7 @@ def resume(path: Path, settings: dict, model, optimizer, data) -> tuple[int, lis
             torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])
     else:
         say(f"{len(state['rng'])} processes before, {world} now: sampling starts anew")
+    say(f"resumed at step {state['step']}")
     return state["step"], list(state.get("window", []))
 
 
@@ -271,27 +285,17 @@ def train(model: nn.Module, config: Config, train_data, val_data=None, out="runs
         wrapped = nn.parallel.DistributedDataParallel(wrapped)
     optimizer = make_optimizer(model, config)
     torch.manual_seed(config.seed + rank)  # from here on only sampling draws from it
-    window: list[Tensor] = []
-    if config.resume and (out / "last.pt").exists():
-        saved = resume(out / "last.pt", settings, model, optimizer, train_data)
-        batches.start, window = saved
-        say(f"resumed at step {batches.start}")
-    elif config.resume and (out / "config.json").exists():
-        check_settings(out / "config.json", settings, read_json(out / "config.json"))
-        say(f"{out} has no checkpoint yet: its run starts anew")
-    else:
-        if config.resume:
-            say(f"nothing to resume in {out}: starting anew")
-        set_aside(out)
+    batches.start, window = begin(out, config.resume, settings, model, optimizer, train_data)
     log, watch, metrics = RunLog(out, batches.start), LossWatch(window), {}
     if rank == 0:
         write_json(out / "config.json", settings)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
     say(
         f"{batches.total} steps of {batch} images ({world} x {batch // world}), "
         f"{batches.total / batches.per_epoch:.3g} epochs of {len(train_data)}; learning rate "
         f"{config.lr} x {batch}/{config.lr_batch} = {config.lr * batch / config.lr_batch:.4g}; "
         f"{config.backbone} at {' '.join(map(str, config.scales))} px, "
-        f"{describe(model)} on {device}"
+        f"{millions:.1f} M parameters, torch {torch.__version__} on {device}"
     )
     loader = make_loader(Resized(train_data, config, True), config, device, batch_sampler=batches)
     bar = progress(None, "training", batches.total)
@@ -310,7 +314,7 @@ def train(model: nn.Module, config: Config, train_data, val_data=None, out="runs
         every = config.eval_every if val_data is not None else 0
         return bool(every) and 0 < step < batches.total and step % every == 0
 
-    if due(batches.start) and not log.has_metrics(batches.start):  # a kill fell into this one
+    if due(batches.start) and not gather(log.has_metrics(batches.start))[0]:  # a kill fell into it
         metrics = test(batches.start)
     logged, clock = batches.start, time.perf_counter()
     with signals_caught() as caught, contextlib.closing(bar):
@@ -343,8 +347,3 @@ def train(model: nn.Module, config: Config, train_data, val_data=None, out="runs
         metrics = test(batches.total, out)
     log.draw()
     return metrics
-
-
-def describe(model: nn.Module) -> str:
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    return f"{millions:.1f} M parameters, torch {torch.__version__}"

@@ -53,9 +53,11 @@ def edit(folder: Path, change, split: str = "train") -> None:
     path.write_text(json.dumps(whole))
 
 
-def command(*argv, kill_at: str = "", number=signal.SIGKILL, **options):
+def command(*argv, kill_at: str = "", number=signal.SIGKILL, processes: int = 1, **options):
     """A script in a process of its own: its code and its output. Killed where a line starts so."""
-    line = [sys.executable, str(ROOT / "d2det.py"), *TINY_RUN, *map(str, argv)]
+    torchrun = f"-m torch.distributed.run --standalone --nproc_per_node {processes}".split()
+    start = [sys.executable, *(torchrun if processes > 1 else [])]
+    line = [*start, str(ROOT / "d2det.py"), *TINY_RUN, *map(str, argv)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(
         line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
@@ -258,6 +260,15 @@ def test_log_and_evaluations_are_those_of_an_unbroken_run(whole, tmp_path, kill_
     assert metrics == whole[1] and log(tmp_path / "r") == log(whole[0])
     mine, theirs = (load_checkpoint(f / "last.pt") for f in (tmp_path / "r", whole[0]))
     assert all(torch.equal(mine["model"][k], theirs["model"][k]) for k in theirs["model"])
+
+
+def test_two_processes_agree_on_an_evaluation_that_is_owed(tmp_path):
+    flags = ["--train", "--out", tmp_path / "r", "--steps", "60"]
+    command(*flags, processes=2, kill_at="step 4/", number=signal.SIGTERM)
+    done = load_checkpoint(tmp_path / "r" / "last.pt")["step"]
+    assert 4 <= done < 60
+    code, text = command(*flags, "--resume", "--eval-every", str(done), processes=2)
+    assert code == 0 and f"step {done}: AP" in text, text
 
 
 def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(whole, tmp_path, monkeypatch):
