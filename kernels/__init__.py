@@ -1,7 +1,7 @@
 """Detection ops with a plain torch reference, a Triton implementation and a benchmark each.
 
-Every file here also works when copied alone, and the folder wherever it is copied: it needs torch,
-and uses triton and torchvision where they are installed. `python -m kernels.bench`, which needs
+Every file here also works when copied alone, and the folder wherever it is copied: it needs torch
+and numpy, and uses triton and torchvision where they are installed. `python -m kernels.bench`, which needs
 torchvision, checks and times all of them.
 """
 
