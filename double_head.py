@@ -30,7 +30,6 @@ our own where neither decides. The release is built on maskrcnn-benchmark.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -293,9 +292,7 @@ class Detector(faster_rcnn.TwoStage):
     def check(self) -> None:
         """Raises BadInput for settings that make no detector."""
         config, pairs = self.config, list(self.loss_weights.values())
-        if not (0 <= config.lambda_fc <= 1 and 0 <= config.lambda_conv <= 1):
-            raise common.BadInput("--lambda-fc and --lambda-conv are between 0 and 1")
-        if not 0 < config.conv_scale < math.inf:
+        if not config.conv_scale > 0:
             raise common.BadInput(f"--conv-scale {config.conv_scale}: RoIs need a size above 0")
         if not (any(c for c, _ in pairs) and any(b for _, b in pairs)):
             raise common.BadInput("with these lambdas and omegas no head has one of the tasks")

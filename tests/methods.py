@@ -145,10 +145,10 @@ def check_all_classes(method):
         assert best[0] == best[1]
 
 
-def overfit(model, item, steps: int):
+def overfit(model, item, steps: int, good=None):
     """Trains a model on one item of a data set. Its image and target, and what is found in it.
 
-    Whatever else chance decides, the loss falls to less than half of what it was.
+    Ends before `steps` where what is found is `good(found)`. Whatever else chance decides, the loss falls to less than half of what it was.
     """
     images, targets = to_device([item], "cpu")
     optimizer, totals = torch.optim.AdamW(model.parameters()), []
@@ -161,6 +161,10 @@ def overfit(model, item, steps: int):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 10)
         optimizer.step()
         totals.append(total.item())
+        if good and i >= 80 and i % 20 == 0:
+            if good(model.eval().predict(images)[0]):
+                break
+            model.train()
     assert sum(totals[-5:]) / 5 < 0.5 * totals[0], totals
     (found,) = model.eval().predict(images)
     return images, targets[0], found

@@ -395,7 +395,7 @@ def test_flag_changes_the_run(known, flag):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(lambda_fc=1.5), "between 0 and 1"),
+        (dict(lambda_fc=1.5), "lambda-fc 1.5: at most 1"),
         (dict(num_blocks=4), "odd with non-local"),
         (dict(conv_channels=30), "multiple of 4"),
         (dict(conv_channels=28), "non-local block of 4 groups needs a multiple of 8"),
