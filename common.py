@@ -119,13 +119,13 @@ def misfit(value, hint) -> str:
     >>> misfit(2.0, Share), misfit((800, -1), Sides), misfit(float("nan"), float)
     ('at most 1', 'at least 1', 'not finite')
     """
-    kind, (low, *high) = hint, (-math.inf, math.inf)
+    kind, (low, high) = hint, (-math.inf, math.inf)
     if get_origin(hint) is Annotated:
-        kind, (low, *high) = get_args(hint)[0], hint.__metadata__[0]
+        kind, (low, high) = get_args(hint)[0], hint.__metadata__[0]
     if get_origin(kind) is Literal:
         choices = get_args(kind)
         return "" if value in choices else f"one of {', '.join(map(str, choices))}"
-    size = value
+    size, unit = value, ""
     if get_origin(kind) is tuple:
         if not isinstance(value, tuple):
             return "not a list"
@@ -137,13 +137,11 @@ def misfit(value, hint) -> str:
         return f"not {kind.__name__}"
     elif kind not in (int, float):
         return ""
-    else:
-        unit = ""
-        if not math.isfinite(value):
-            return "not finite"
+    elif not math.isfinite(value):
+        return "not finite"
     if size < low:
         return f"at least {low:g}{unit}"
-    return f"at most {high[0]:g}{unit}" if size > high[0] else ""
+    return f"at most {high:g}{unit}" if size > high else ""
 
 
 # ------------------------------------------------------------------------------ boxes

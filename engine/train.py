@@ -71,10 +71,10 @@ def check_settings(path: Path, settings: dict, saved: dict) -> None:
         raise BadInput(f"{path}: cannot resume, the run was made with {old}")
 
 
-def begin(out: Path, again: bool, settings: dict, model, optimizer, data) -> tuple[int, list]:
+def begin(out: Path, again: bool, settings: dict, model, optimizer, about) -> tuple[int, list]:
     """Take up the run in `out` if `again`, or make room for a new one.
 
-    Returns the number of steps done and the losses that are not yet in the log.
+    `about`: the data's categories and fingerprint. Returns the steps done, the losses not yet logged.
     """
     path, known = out / "last.pt", out / "config.json"
     if not (again and path.exists()):
@@ -88,9 +88,9 @@ def begin(out: Path, again: bool, settings: dict, model, optimizer, data) -> tup
         return 0, []
     state = load_checkpoint(path)
     check_settings(path, settings, state["config"])
-    if state["categories"] != data.categories:
+    if state["categories"] != about["categories"]:
         raise BadInput(f"{path}: cannot resume, the data's categories are others now")
-    if state.get("data", fingerprint(data)) != fingerprint(data):  # older checkpoints have none
+    if state.get("data", about["data"]) != about["data"]:  # older checkpoints have none
         raise BadInput(f"{path}: cannot resume, the training images or boxes are others now")
     load_weights(model, state, path)
     optimizer.load_state_dict(state["optimizer"])
@@ -241,7 +241,7 @@ def report(step: int, batches, rate: float, means: dict, seconds: float, steps: 
     )
 
 
-def save(path: Path, step: int, model, optimizer, settings: dict, data, window: list) -> None:
+def save(path: Path, step: int, model, optimizer, settings: dict, about, window: list) -> None:
     """All that `resume` and `load` need, of all processes; the first one writes it."""
     if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
         raise FloatingPointError(f"step {step}: weights are not finite, and are not saved")
@@ -249,9 +249,9 @@ def save(path: Path, step: int, model, optimizer, settings: dict, data, window: 
     rng = gather([torch.get_rng_state(), *cuda])
     if rank_and_world()[0] == 0:
         state = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
-        state |= dict(step=step, rng=rng, config=settings, categories=data.categories)
-        state |= dict(data=fingerprint(data), window=torch.stack(window) if window else [])
-        save_checkpoint(path, {**state, "method": script_name(model)})
+        state |= dict(step=step, rng=rng, config=settings, method=script_name(model))
+        state |= dict(about, window=torch.stack(window) if window else [])
+        save_checkpoint(path, state)
 
 
 def check_data(model: nn.Module, train_data, val_data) -> None:
@@ -285,7 +285,8 @@ def train(model: nn.Module, config: Config, train_data, val_data=None, out="runs
         wrapped = nn.parallel.DistributedDataParallel(wrapped)
     optimizer = make_optimizer(model, config)
     torch.manual_seed(config.seed + rank)  # from here on only sampling draws from it
-    batches.start, window = begin(out, config.resume, settings, model, optimizer, train_data)
+    about = dict(categories=train_data.categories, data=fingerprint(train_data))
+    batches.start, window = begin(out, config.resume, settings, model, optimizer, about)
     log, watch, metrics = RunLog(out, batches.start), LossWatch(window), {}
     if rank == 0:
         write_json(out / "config.json", settings)
@@ -334,7 +335,7 @@ def train(model: nn.Module, config: Config, train_data, val_data=None, out="runs
                 logged, clock = step, time.perf_counter()
             if stop or step == batches.total or step % config.save_every == 0:
                 watch.check()
-                save(out / "last.pt", step, model, optimizer, settings, train_data, watch.window)
+                save(out / "last.pt", step, model, optimizer, settings, about, watch.window)
             if stop:
                 log.draw()
                 say(f"stopped by signal {stop} after step {step}; --resume goes on", bar)

@@ -53,7 +53,7 @@ def edit(folder: Path, change, split: str = "train") -> None:
     path.write_text(json.dumps(whole))
 
 
-def command(*argv, kill_at: str = "", number=signal.SIGKILL, processes: int = 1, **options):
+def command(*argv, kill_at: str = "", number=signal.SIGKILL, processes: int = 1):
     """A script in a process of its own: its code and its output. Killed where a line starts so."""
     torchrun = f"-m torch.distributed.run --standalone --nproc_per_node {processes}".split()
     start = [sys.executable, *(torchrun if processes > 1 else [])]
@@ -61,7 +61,7 @@ def command(*argv, kill_at: str = "", number=signal.SIGKILL, processes: int = 1,
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(
         line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-        start_new_session=True, **options,
+        start_new_session=True,
     )  # fmt: skip
     text = ""
     if kill_at:
