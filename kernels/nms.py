@@ -4,18 +4,14 @@ Contract, the same for every function here:
 
 - `boxes` [N, 4] are xyxy, `scores` [N] floating, `groups` [N] integers (image x class, any values)
   or None, one group. Boxes of different groups never meet, exactly: no coordinate is shifted.
-  N = 0 gives an empty result.
 - A score that is not finite marks a row that is not there: it is never kept and suppresses nothing.
-  So a buffer of fixed size is padded with scores of -inf. A box with a NaN or infinite coordinate
-  overlaps nothing.
+  So a fixed buffer is padded with scores of -inf. A box that is not finite overlaps nothing.
 - All is computed in the boxes' dtype, half precision in float32. IoU = inter / (area + area -
   inter), each operation rounded on its own, as torchvision does on a CPU (on a GPU torchvision, which
-  `nms` of one group uses there, may fuse two of them into one rounding). A box is suppressed where
-  IoU > iou_threshold, strictly; IoU equal to the threshold, and 0 / 0 of two boxes without area,
-  suppress nothing.
-- The higher score goes first; among equal scores the lower index.
-- Results are in descending order of the final score, ties by lower index. No gradient flows through
-  any: inputs that require one are detached.
+  `nms` of one group uses there, may fuse two). A box is suppressed where IoU > iou_threshold; equal
+  to it, or 0 / 0 of two boxes without area, suppresses nothing.
+- The higher score goes first, of equals the lower index; results are in this order of their final
+  scores. No gradient flows through any.
 - ValueError for other shapes or dtypes, mixed devices, or an `impl` ("auto", "triton", "torch", for
   greedy NMS "torchvision") that cannot run here.
 
@@ -56,15 +52,11 @@ def pairwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
     return inter / ((x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - inter)
 
 
-def _take(boxes, at):
-    return boxes.gather(1, at[..., None].expand(-1, -1, 4))  # [G, 1, 4]
-
-
 def _lockstep(boxes, scores, groups, step):
     """Repeats `step` on the best remaining box of all groups at once.
 
-    `step(boxes [G, M, 4], live [G, M], best [G, 1])` returns whom it keeps [G, 1], the score to
-    report [G, 1] and the scores that remain [G, M]; the best box itself is taken out here.
+    `step(boxes [G, M, 4], live [G, M], best [G, 1], IoU with the best [G, M])` returns whom it keeps
+    [G, 1], the score to report [G, 1] and the scores that remain [G, M]; the best is taken out here.
     Returns the reported scores [N], -inf for boxes that are not kept.
     """
     out = torch.full_like(scores, -torch.inf)
@@ -89,27 +81,19 @@ def _lockstep(boxes, scores, groups, step):
                 part, live, best, index = part[active], live[active], best[active], index[active]
             if not len(live):
                 break
-            keep, score, live = step(part, live, best)
+            iou = pairwise_iou(part.gather(1, best[..., None].expand(-1, -1, 4)), part)
+            keep, score, live = step(part, live, best, iou)
             live.scatter_(1, best, -torch.inf)
             out[index.gather(1, keep)] = score
     return out
 
 
-def nms_reference(boxes, scores, groups, iou_threshold, *_):
-    """Greedy NMS: the score of the kept boxes [N], -inf for the others."""
+def nms_reference(boxes, scores, groups, iou_threshold, method, sigma, score_threshold):
+    """Greedy or soft-NMS: the (lowered) score of the kept boxes [N], -inf for the others."""
 
-    def step(boxes, live, best):
-        iou = pairwise_iou(_take(boxes, best), boxes)  # [G, M]
-        return best, live.gather(1, best), live.masked_fill(iou > iou_threshold, -torch.inf)
-
-    return _lockstep(boxes, scores, groups, step)
-
-
-def soft_nms_reference(boxes, scores, groups, iou_threshold, method, sigma, score_threshold):
-    """Soft-NMS: the lowered score of the kept boxes [N], -inf for the others."""
-
-    def step(boxes, live, best):
-        iou = pairwise_iou(_take(boxes, best), boxes)  # [G, M]
+    def step(_, live, best, iou):
+        if method == "greedy":
+            return best, live.gather(1, best), live.masked_fill(iou > iou_threshold, -torch.inf)
         if method == "linear":
             decay = torch.where(iou > iou_threshold, 1 - iou, 1)
         else:
@@ -117,14 +101,16 @@ def soft_nms_reference(boxes, scores, groups, iou_threshold, method, sigma, scor
         lowered = live * decay
         return best, live.gather(1, best), lowered.where(lowered >= score_threshold, -torch.inf)
 
-    return _lockstep(boxes, scores.where(scores >= score_threshold, -torch.inf), groups, step)
+    if method != "greedy":
+        scores = scores.where(scores >= score_threshold, -torch.inf)
+    return _lockstep(boxes, scores, groups, step)
 
 
-def cl_nms_reference(boxes, scores, groups, iou_threshold, method="cl", *_):
+def cl_nms_reference(boxes, scores, groups, iou_threshold, method, *_):
     """CL-NMS: the selection score p + d of the kept boxes [N], -inf for the others."""
 
-    def step(boxes, live, best):
-        member = (pairwise_iou(_take(boxes, best), boxes) > iou_threshold) & (live > -torch.inf)
+    def step(boxes, live, best, iou):
+        member = (iou > iou_threshold) & (live > -torch.inf)
         member.scatter_(1, best, True)  # [G, M]
         # In float64, rounded at the end: boxes placed symmetrically tie whatever the order of sums.
         p, (x1, y1, x2, y2) = live.double(), boxes.double().unbind(-1)
@@ -257,12 +243,9 @@ def _nms_kernel(boxes, live, order, starts, out, N, iou_threshold, kept_boxes, B
             new = alive * (1 - tl.max(over * kept[:, None], 0))
             changed = tl.max(new ^ kept, 0)
             kept = new
-        slot = start + num_kept + tl.cumsum(kept, 0) - 1
-        row = kept_boxes + slot.to(tl.int64) * 4
-        tl.store(row, box[0], kept > 0)
-        tl.store(row + 1, box[1], kept > 0)
-        tl.store(row + 2, box[2], kept > 0)
-        tl.store(row + 3, box[3], kept > 0)
+        row = kept_boxes + (start + num_kept + tl.cumsum(kept, 0) - 1).to(tl.int64) * 4
+        for side in tl.static_range(4):
+            tl.store(row + side, box[side], kept > 0)
         tl.store(out + tl.load(order + at, at < end, 0), score, kept > 0)
         num_kept += tl.sum(kept, 0)
         tl.debug_barrier()  # the next tile's threads read what these have stored
@@ -385,7 +368,7 @@ def _triton_select(boxes, scores, groups, iou_threshold, method, sigma, score_th
     """Sorts by group, then runs the kernel: scores to report [N]. Never waits for the device."""
     N, device = scores.shape[0], boxes.device
     if N >= 2**29:
-        raise ValueError(f"{N} boxes are too many: rows are counted in 32 bits")
+        raise ValueError(f"{N} boxes are too many: 32 bits count rows")
     # masked_fill, not where: a scalar given to `where` may be copied to the device, which waits.
     live = scores.masked_fill(~scores.isfinite(), -torch.inf)
     if method in SOFT:
@@ -393,15 +376,12 @@ def _triton_select(boxes, scores, groups, iou_threshold, method, sigma, score_th
     order = torch.arange(N, device=device)
     if method == "greedy":
         order = torch.argsort(live, descending=True, stable=True)
-    number = torch.arange(N + 1, device=device)
-    if groups is None:
-        starts = (number > 0).int() * N
-    else:
+    rank = torch.zeros_like(order)  # number of each row's group, from 0 up
+    if groups is not None:
         order = order[torch.argsort(groups[order], stable=True)]
         groups = groups[order]
-        rank = torch.zeros_like(groups)  # [N] number of each row's group, from 0 up
         rank[1:] = (groups[1:] != groups[:-1]).cumsum(0)
-        starts = torch.searchsorted(rank, number, out_int32=True)
+    starts = torch.searchsorted(rank, torch.arange(N + 1, device=device), out_int32=True)
     boxes, live, out = boxes[order], live[order], torch.full_like(scores, -torch.inf)
     if method == "greedy":
         kernel, more, launch = _nms_kernel, (torch.empty_like(boxes),), _GREEDY_LAUNCH
@@ -424,34 +404,29 @@ INTERPRETED = triton is not None and not isinstance(_nms_kernel, triton.JITFunct
 def _torchvision_nms(boxes, scores, groups, iou_threshold):
     """Kept indices, best first, by torchvision's compiled op: one call a group, some 25 us on a CPU.
 
-    torchvision's own batched_nms shifts the groups of small inputs apart in float32, which is
-    several times faster for a few hundred boxes but not exact; and it searches large inputs once
-    for each group, which is slower.
+    torchvision's batched_nms shifts the groups of small inputs apart in float32: faster, not exact.
     """
     boxes, scores, iou_threshold = _exact(boxes, scores, iou_threshold)
-    there = None
-    if not math.isfinite(scores.dot(scores)):  # one short call; an overflow does no harm
+    if not math.isfinite(scores.dot(scores)):  # one short call; finite scores may overflow it
         there = scores.isfinite().nonzero()[:, 0]
-        boxes, scores = boxes[there], scores[there]
-        groups = None if groups is None else groups[there]
+        if there.shape[0] < scores.shape[0]:
+            groups = None if groups is None else groups[there]
+            return there[_torchvision_nms(boxes[there], scores[there], groups, iou_threshold)]
     if groups is None or scores.shape[0] == 0:
-        keep = torch.ops.torchvision.nms(boxes, scores, iou_threshold)
-    else:
-        groups, order = torch.sort(groups, stable=True)
-        sizes = groups.unique_consecutive(return_counts=True)[1].tolist()
-        start, kept = 0, []
-        for size, *part in zip(sizes, boxes[order].split(sizes), scores[order].split(sizes)):
-            kept.append(torch.ops.torchvision.nms(*part, iou_threshold) + start)
-            start += size
-        keep = order[torch.cat(kept)].sort()[0]
-        keep = keep[torch.argsort(scores[keep], descending=True, stable=True)]
-    return keep if there is None else there[keep]
+        return torch.ops.torchvision.nms(boxes, scores, iou_threshold)
+    groups, order = torch.sort(groups, stable=True)
+    sizes = groups.unique_consecutive(return_counts=True)[1].tolist()
+    start, kept = 0, []
+    for size, *part in zip(sizes, boxes[order].split(sizes), scores[order].split(sizes)):
+        kept.append(torch.ops.torchvision.nms(*part, iou_threshold) + start)
+        start += size
+    keep = order[torch.cat(kept)].sort()[0]
+    return keep[torch.argsort(scores[keep], descending=True, stable=True)]
 
 
 # --- operators ------------------------------------------------------------------------------------
 
 SOFT = ("linear", "gaussian")
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def _exact(boxes, scores, threshold: float):
@@ -473,18 +448,16 @@ def _backend(boxes, scores, groups, iou_threshold, method, impl, padded):
     given = {"boxes": boxes, "scores": scores} | ({} if groups is None else {"groups": groups})
     N = scores.shape[0] if scores.dim() else 0
     right = boxes.is_floating_point() and scores.is_floating_point()
-    right &= groups is None or groups.dtype in _INTEGERS
+    right &= groups is None or not groups.is_floating_point()
     right &= len({t.device for t in given.values()}) == 1
     if not right or any(t.shape != ((N, 4) if t is boxes else (N,)) for t in given.values()):
         found = ", ".join(f"{k} {[*t.shape]} {t.dtype} {t.device}" for k, t in given.items())
-        raise ValueError(
-            "boxes [N, 4] and scores [N] must be floating, groups [N] integers, all on one device, "
-            f"not {found}"
-        )
+        wanted = "boxes [N, 4] and scores [N] must be floating, groups [N] integers, on one device"
+        raise ValueError(f"{wanted}, not {found}")
     if not 0 <= iou_threshold <= 1:
         raise ValueError(f"iou_threshold must be in [0, 1], not {iou_threshold}")
     theirs = torchvision is not None and method == "greedy"
-    ours = triton is not None and boxes.dtype != torch.float64
+    ours = triton is not None and boxes.dtype != torch.float64 and (boxes.is_cuda or INTERPRETED)
     if impl == "auto":
         # choice: one group keeps a single Triton program busy, where torchvision spreads it over
         # the GPU; but torchvision waits for the GPU, which a padded function must not.
@@ -492,12 +465,10 @@ def _backend(boxes, scores, groups, iou_threshold, method, impl, padded):
         if boxes.is_cuda and ours and not (theirs and groups is None):
             return "triton"
         return "torchvision" if theirs else "torch"
-    ours = ours and (boxes.is_cuda or INTERPRETED)
     if not {"torch": True, "triton": ours, "torchvision": theirs}.get(impl):
-        raise ValueError(
-            f"impl={impl!r} is not auto, torch, torchvision (greedy NMS) or triton (no float64; CUDA, "
-            f"or TRITON_INTERPRET=1 from the start), or is not installed; boxes are on {boxes.device}"
-        )
+        known = "auto, torch, torchvision (greedy NMS) or triton (no float64; CUDA, or "
+        known += "TRITON_INTERPRET=1 from the start), or is not installed"
+        raise ValueError(f"impl={impl!r} is not {known}; boxes are on {boxes.device}")
     return impl
 
 
@@ -515,10 +486,8 @@ def _padded(
     elif impl == "torchvision":
         keep = _torchvision_nms(boxes, scores, groups, iou_threshold)
         reported = torch.full_like(scores, -torch.inf).scatter_(0, keep, scores[keep])
-    elif method == "greedy":
-        reported = nms_reference(boxes, scores, groups, *options)
     else:
-        reference = soft_nms_reference if method in SOFT else cl_nms_reference
+        reference = cl_nms_reference if method in ("cl", "cl_literal") else nms_reference
         reported = reference(boxes, scores, groups, *options)
     kept = reported > -torch.inf
     # choice: CL-NMS orders by p, its final score; p + d only selects within a cluster.
@@ -566,10 +535,7 @@ def _run(boxes, scores, groups, iou_threshold, method, impl, sigma=1.0, floor=0.
 
 
 def nms(boxes, scores, iou_threshold: float, impl="auto") -> Tensor:
-    """Greedy NMS of one group: kept indices int64, best first. The module's docstring says more.
-
-    Shapes: boxes [N, 4], scores [N] -> [count].
-    """
+    """Greedy NMS of one group: boxes [N, 4], scores [N] -> kept indices [count], best first."""
     return batched_nms(boxes, scores, None, iou_threshold, impl)
 
 
@@ -593,74 +559,41 @@ def nms_padded(boxes, scores, groups, iou_threshold: float, impl="auto") -> tupl
     return keep, count
 
 
-def soft_nms(
-    boxes,
-    scores,
-    groups,
-    iou_threshold: float = 0.5,
-    sigma: float = 0.5,
-    method: str = "linear",
-    score_threshold: float = 1e-3,
-    impl="auto",
-) -> tuple[Tensor, Tensor]:
-    """Soft-NMS within each group: kept indices and lowered scores, the highest of these first.
+def soft_nms_padded(
+    boxes, scores, groups, iou_threshold: float = 0.5, sigma: float = 0.5, method: str = "linear",
+    score_threshold: float = 1e-3, impl="auto",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Soft-NMS of fixed shape: indices [N], then -1; lowered scores [N], then 0; their count [].
 
-    The best remaining box is kept with its present score; every other s of its group becomes
+    Within each group the best remaining box is kept with its present score; every other s becomes
     s * (1 - IoU) where IoU > iou_threshold ("linear") or s * exp(-IoU^2 / sigma) ("gaussian").
     A box is dropped once its score is below score_threshold.
-    Shapes: boxes [N, 4], scores [N], groups [N] or None -> [count] int64, [count].
+    Shapes: boxes [N, 4], scores [N], groups [N] or None.
     """
-    more = _soft_options(iou_threshold, sigma, method, score_threshold, impl)
-    return _cut(*_run(boxes, scores, groups, *more))
-
-
-def soft_nms_padded(
-    boxes,
-    scores,
-    groups,
-    iou_threshold: float = 0.5,
-    sigma: float = 0.5,
-    method: str = "linear",
-    score_threshold: float = 1e-3,
-    impl="auto",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """soft_nms of fixed shape: indices [N], then -1; scores [N], then 0; and their count []."""
-    more = _soft_options(iou_threshold, sigma, method, score_threshold, impl)
-    return _run(boxes, scores, groups, *more)
-
-
-def _soft_options(iou_threshold, sigma, method, score_threshold, impl) -> tuple:
     if method not in SOFT:
         raise ValueError(f"method must be linear or gaussian, not {method!r}")
     if not (sigma > 0 and -math.inf < score_threshold < math.inf):
         raise ValueError(f"{sigma=} must be positive, {score_threshold=} finite")
-    return iou_threshold, method, impl, sigma, score_threshold
+    return _run(boxes, scores, groups, iou_threshold, method, impl, sigma, score_threshold)
 
 
-def cl_nms(
-    boxes,
-    scores,
-    groups,
-    iou_threshold: float,
-    impl="auto",
-    literal: bool = False,
-    return_selection: bool = False,
-) -> tuple[Tensor, ...]:
-    """CL-NMS within each group: kept indices and their own p, `scores[keep]`, highest p first.
-
-    With return_selection also p + d of each, which selected it and is no score of the box: it
-    reaches 2.
-    Shapes: boxes [N, 4], scores [N] of probabilities, groups [N] or None -> [count] each.
-    """
-    method = "cl_literal" if literal else "cl"
-    keep, selection = _cut(*_run(boxes, scores, groups, iou_threshold, method, impl))
-    kept = keep, scores.detach()[keep]
-    return (*kept, selection) if return_selection else kept
+def soft_nms(boxes, scores, groups, *options, **named) -> tuple[Tensor, Tensor]:
+    """soft_nms_padded, with its options, cut at the count: indices and lowered scores [count]."""
+    return _cut(*soft_nms_padded(boxes, scores, groups, *options, **named))
 
 
 def cl_nms_padded(
     boxes, scores, groups, iou_threshold: float, impl="auto", literal: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """cl_nms of fixed shape: indices [N], then -1; p + d [N], then 0; and their count []."""
-    method = "cl_literal" if literal else "cl"
-    return _run(boxes, scores, groups, iou_threshold, method, impl, padded=True)
+    """CL-NMS of fixed shape: indices [N], highest p first, then -1; p + d [N], then 0; count [].
+
+    p + d selected a box in its cluster; it is no score of the box and reaches 2.
+    Shapes: boxes [N, 4], scores [N] of probabilities, groups [N] or None.
+    """
+    return _run(boxes, scores, groups, iou_threshold, "cl_literal" if literal else "cl", impl)
+
+
+def cl_nms(boxes, scores, groups, *options, **named) -> tuple[Tensor, Tensor]:
+    """cl_nms_padded, with its options, cut at the count: indices and own p [count]."""
+    keep, _ = _cut(*cl_nms_padded(boxes, scores, groups, *options, **named))
+    return keep, scores.detach()[keep]

@@ -1,6 +1,7 @@
 """What the tests of several methods share: common checks, and one-stage models and runs."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -20,6 +21,12 @@ RUN = """--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 
  --save-every 2 --device cpu --score-threshold 0.005 --draw-score 0.01""".split()
 REAL = """--preset tiny --steps 2 --scales 96 --test-scales 96 --max-size 160 --batch 2 --workers 0
  --tower-convs 1 --tower-groups 4 --fpn-channels 16 --score-threshold 0.2""".split()
+
+
+def torchrun(processes: int) -> list[str]:
+    """How a command line begins that runs on so many processes of this machine."""
+    many = f"-m torch.distributed.run --standalone --nproc_per_node {processes}".split()
+    return [sys.executable, *(many if processes > 1 else [])]
 
 
 def make(method, **changes):

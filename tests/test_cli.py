@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from methods import torchrun
 
 import common
 import cpm_rcnn
@@ -415,19 +416,12 @@ def test_two_processes_have_the_gradients_of_one_with_both_images(tmp_path, name
 
 
 def test_torchrun_trains_and_evaluates(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
     for i in range(3):
         image = common.SyntheticDetection(3, 64)[i][0].permute(1, 2, 0).numpy()
         (tmp_path / "in").mkdir(exist_ok=True)
         common.Image.fromarray(image).save(tmp_path / "in" / f"{i}.png")
-    command += [str(ROOT / "d2det.py"), *TINY_RUN, "--train", "--out", str(tmp_path / "r")]
+    command = [*torchrun(2), str(ROOT / "d2det.py"), *TINY_RUN]
+    command += ["--train", "--out", str(tmp_path / "r")]
     command += ["--predict", str(tmp_path / "in")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

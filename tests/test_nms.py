@@ -8,7 +8,7 @@ import struct
 import pytest
 import torch
 
-from kernels.nms import batched_nms, cl_nms, nms, soft_nms
+from kernels.nms import batched_nms, cl_nms, cl_nms_padded, nms, soft_nms
 
 torchvision = pytest.importorskip("torchvision")
 module = importlib.import_module("kernels.nms")  # `kernels.nms` itself is the function
@@ -104,9 +104,11 @@ def actual(method, boxes, scores, groups, threshold, impl):
     if method in ("linear", "gaussian"):
         keep, new = soft_nms(*args, threshold, method=method, impl=impl)
     else:
-        options = {"literal": method == "cl_literal", "return_selection": True}
-        keep, p, new = cl_nms(*args, threshold, impl=impl, **options)
-        assert torch.equal(p, args[1][keep])
+        options = {"literal": method == "cl_literal", "impl": impl}
+        padded, new, count = cl_nms_padded(*args, threshold, **options)
+        keep, p = cl_nms(*args, threshold, **options)
+        assert torch.equal(keep, padded[:count]) and torch.equal(p, args[1][keep])
+        new = new[:count]
     return keep.tolist(), new.tolist()
 
 
@@ -180,8 +182,9 @@ def test_worked_by_hand():
     assert keep.tolist() == [3, 0, 1]  # then 0.7 * (1/3) * 0 is dropped
     torch.testing.assert_close(new, torch.tensor([0.95, 0.9, 0.8 / 3]))
     diagonal = math.hypot(12, 10)
-    keep, p, new = cl_nms(boxes, scores, groups, 0.5, return_selection=True)
+    keep, p = cl_nms(boxes, scores, groups, 0.5)
     assert keep.tolist() == [3, 0] and p.tolist() == scores[keep].tolist()
+    new = cl_nms_padded(boxes, scores, groups, 0.5)[1][:2]
     torch.testing.assert_close(new, torch.tensor([1.95, 0.9 + 1 - 1.25 / diagonal]))
     keep, new = cl_nms(boxes, torch.tensor([0.82, 0.8, 0.79, 0.95]), groups, 0.5)
     assert keep.tolist() == [3, 1]  # near the others' centre beats a slightly higher p

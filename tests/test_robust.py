@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from methods import torchrun
 from PIL import Image
 from test_cli import ROOT, TINY_RUN, run
 
@@ -55,9 +56,7 @@ def edit(folder: Path, change, split: str = "train") -> None:
 
 def command(*argv, kill_at: str = "", number=signal.SIGKILL, processes: int = 1):
     """A script in a process of its own: its code and its output. Killed where a line starts so."""
-    torchrun = f"-m torch.distributed.run --standalone --nproc_per_node {processes}".split()
-    start = [sys.executable, *(torchrun if processes > 1 else [])]
-    line = [*start, str(ROOT / "d2det.py"), *TINY_RUN, *map(str, argv)]
+    line = [*torchrun(processes), str(ROOT / "d2det.py"), *TINY_RUN, *map(str, argv)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(
         line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,

@@ -7,12 +7,11 @@ import json
 import math
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from methods import REAL, RUN, make, sure
+from methods import REAL, RUN, make, sure, torchrun
 
 import common
 import cpm_rcnn
@@ -268,20 +267,12 @@ def test_bad_input_ends_with_a_reason(trained, name, argv, message, capsys):
 
 def test_two_processes_find_what_one_finds(trained, tmp_path):
     folder, _ = trained("dc_loss_clnms")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
     for name in ("sweep", "alignment"):
         argv = ["dc_loss_clnms", "--weights", f"{folder}/last.pt", "--out"]
         module = importlib.import_module(f"studies.{name}")
         module.main([*argv, f"{tmp_path}/one"])
         done = subprocess.run(
-            [*command, "-m", f"studies.{name}", *argv, f"{tmp_path}/two"],
+            [*torchrun(2), "-m", f"studies.{name}", *argv, f"{tmp_path}/two"],
             capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
