@@ -31,6 +31,7 @@ import os
 import xml.etree.ElementTree as ET
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -44,6 +45,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
+from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
 from torchvision.transforms import v2
@@ -89,7 +91,7 @@ class Config:
     flip: Share = 0.5  # probability of a horizontal flip in training
     seed: Whole = 0  # of weights, order, augmentation, sampling and synthetic images
     # Backbone
-    backbone: str = "resnet50"  # resnet18/34/50/101, resnext101_32x8d, resnext101_64x4d
+    backbone: str = "resnet50"  # resnet18/34/50/101, resnext101_32x8d, resnext101_64x4d, small
     backbone_weights: str = "imagenet"  # imagenet, none, random (to time), or torchvision's .pth
     norm: Literal["auto", "frozen_bn", "bn", "gn"] = "auto"  # auto: frozen_bn, or gn from scratch
     # stem and first stages kept fixed when starting from weights
@@ -357,7 +359,6 @@ class SyntheticDetection(Dataset):
     large thirds (32/3 to 288 px, as far as the image is that large). Objects occlude each other
     (at least half stays visible), a third has a twin right beside it, and unlabelled fragments of
     shapes lie around. Boxes and masks are those of the visible part; `visible` [G] is its share.
-    An item is (image uint8 [3, size, size], target), as described at the top of this file.
     """
 
     def __init__(self, num_images: int = 2000, size: int = 128, seed: int = 0, masks: bool = False):
@@ -521,14 +522,9 @@ class FolderDetection(Dataset):
         self.files = np.array([str(self.image_dir / i["file_name"]) for i in coco["images"]])
         self._flatten(coco.get("annotations", []))  # a test set has none
         if categories is not None and categories != self.categories:
-            odd = [
-                c
-                for c in self.categories + categories
-                if (c in self.categories) != (c in categories)
-            ]
-            raise BadInput(
-                f"{source}: unknown or missing category, compared with the model's: {odd[:5]}"
-            )
+            both = self.categories + categories
+            odd = [c for c in both if both.count(c) == 1][:5]
+            raise BadInput(f"{source}: not the model's categories, unknown or missing: {odd}")
 
     def _flatten(self, annotations: list[dict]) -> None:
         row = {image_id: i for i, image_id in enumerate(self.image_ids)}
@@ -560,13 +556,8 @@ class FolderDetection(Dataset):
 
     def __getitem__(self, index: int):
         part = slice(self._first[index], self._first[index + 1])
-        target = make_target(
-            self._boxes[part],
-            self._labels[part],
-            self._ignore[part],
-            self.image_ids[index],
-            self.sizes[index].tolist(),
-        )
+        parts = (values[part] for values in (self._boxes, self._labels, self._ignore))
+        target = make_target(*parts, self.image_ids[index], self.sizes[index].tolist())
         return read_image(self.files[index]), target
 
     def fingerprint(self) -> str:
@@ -722,9 +713,8 @@ def read_voc(split_file: Path, categories: list[dict] | None = None) -> dict:
                 raise
             except (ET.ParseError, TypeError, ValueError, AttributeError) as e:
                 raise BadInput(f"{path}: broken VOC annotation: {e}") from e
-            file = f"{root / 'JPEGImages' / stem}.jpg"
             size = dict(zip(("height", "width"), size))
-            images.append({"id": stem, "file_name": file, **size})
+            images.append({"id": stem, "file_name": f"{root / 'JPEGImages' / stem}.jpg", **size})
     categories = categories or [{"id": i, "name": n} for i, n in enumerate(sorted(names), 1)]
     ids = {c["name"]: c["id"] for c in categories}
     annotations = []
@@ -768,9 +758,8 @@ def load_data(config: Config, train: bool = True, val: bool = True, categories=N
         folders = {s: f if f.is_dir() else root / f"{s}2017" for s, f in folders.items()}
         read = read_json
     else:
-        roots = [
-            r for r in (root, root / "VOC2007", root / "VOC2012") if (r / "JPEGImages").is_dir()
-        ]
+        places = root, root / "VOC2007", root / "VOC2012"
+        roots = [place for place in places if (place / "JPEGImages").is_dir()]
         if not roots:
             looked = "annotations/instances_*2017.json (COCO) nor JPEGImages/ (VOC)"
             raise BadInput(f"{root}: no data found: neither {looked} in that folder")
@@ -925,6 +914,21 @@ def make_norm(kind: str):
     return {"frozen_bn": FrozenBatchNorm2d, "bn": nn.BatchNorm2d, "gn": group}[kind]
 
 
+class SmallResNet(ResNet):
+    """ResNet-18 with one block a stage instead of two, half as wide: it learns on a CPU."""
+
+    def __init__(self, weights, norm_layer):
+        if weights:
+            raise ValueError("nobody has trained it on ImageNet")
+        super().__init__(BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
+        self.inplanes = 32
+        self.conv1, self.bn1 = nn.Conv2d(3, 32, 7, 2, 3, bias=False), norm_layer(32)
+        for i in range(4):
+            stage = self._make_layer(BasicBlock, 32 * 2**i, 1, stride=2 if i else 1)
+            setattr(self, f"layer{i + 1}", stage)
+        self.fc = nn.Linear(256, 1000)
+
+
 class ResNetFPN(nn.Module):
     """torchvision's ResNet or ResNeXt under a feature pyramid: [B, 3, H, W] -> 5 maps [B, C, .., ..].
 
@@ -947,13 +951,10 @@ class ResNetFPN(nn.Module):
         super().__init__()
         scratch = weights == "none"
         norm = ("gn" if scratch else "frozen_bn") if norm == "auto" else norm
+        known = "IMAGENET1K_V1" if weights == "imagenet" else None  # the papers'; V2 detects alike
         try:
-            net = torchvision.models.get_model(
-                name,
-                # V1: the recipe behind the papers' weights. V2 classifies better, detects alike.
-                weights="IMAGENET1K_V1" if weights == "imagenet" else None,
-                norm_layer=make_norm(norm),
-            )
+            make = SmallResNet if name == "small" else partial(torchvision.models.get_model, name)
+            net = make(weights=known, norm_layer=make_norm(norm))
             if weights not in ("imagenet", "none", "random"):
                 state = torch.load(weights, map_location="cpu", weights_only=True)
                 net.load_state_dict(state)
@@ -967,8 +968,7 @@ class ResNetFPN(nn.Module):
         self.frozen = 0 if scratch else frozen_stages
         for part in [self.stem, *self.stages][: self.frozen]:
             part.requires_grad_(False)
-        width = net.fc.in_features // 8
-        channels = [width, 2 * width, 4 * width, 8 * width]
+        channels = [net.fc.in_features // 2**i for i in (3, 2, 1, 0)]
         self.first = 1 if extra == "conv" else 0
         self.strides = tuple(2 ** (i + 2 + self.first) for i in range(5))
         self.fpn = FeaturePyramidNetwork(
@@ -977,6 +977,11 @@ class ResNetFPN(nn.Module):
             ConvP6P7(channels[-1], out_channels) if extra == "conv" else LastLevelMaxPool(),
             norm_layer=make_norm(norm) if scratch else None,
         )
+        if (
+            scratch
+        ):  # choice: what comes from above begins faint, so that fine maps learn from the start
+            for block in list(self.fpn.inner_blocks)[1:]:
+                nn.init.constant_(block[1].weight, 0.2)
         self.to(memory_format=torch.channels_last)
 
     def train(self, mode: bool = True):

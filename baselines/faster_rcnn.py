@@ -46,6 +46,7 @@ class Config(engine.Config):
     roi_samples: Natural = 512  # RoIs per image that train the head
     roi_positive: Share = 0.25  # share of positives among them, at most
     anchor_scale: Amount = 8.0  # side of the RPN's anchors in strides of their level
+    rpn_samples: Natural = 256  # anchors per image that train the RPN
     proposals_train: Natural = 2000  # in training: RPN boxes a level before, an image after NMS
     proposals_test: Natural = 1000  # the same in testing
     score_threshold: Share = 0.05  # lowest class score that is looked at
@@ -64,9 +65,9 @@ def take(boxes: Tensor, index: Tensor) -> Tensor:
 class RPN(nn.Module):
     """Region proposal network: which anchors lie on an object, and where that is.
 
-    One 3x3 convolution, shared by the levels, then A objectness logits and 4A deltas per cell.
-    NMS sees the best `pre_nms` boxes of each level and leaves the best `post_nms` of each image (in
-    training, in testing). `proposals` and `loss` take what `forward` returns as `output`.
+    Its convolutions are the same for all levels. NMS sees the best `pre_nms` boxes of each level and
+    leaves the best `post_nms` of each image (in training, in testing). `proposals` and `loss` take
+    what `forward` returns as `output`.
     """
 
     def __init__(
@@ -125,8 +126,7 @@ class RPN(nn.Module):
         scores = F.pad(scores, (0, 1), value=-torch.inf)  # index -1 is this last entry
         survivors = torch.full_like(scores, -torch.inf)
         survivors[keep] = scores[keep]
-        most = min(self.post_nms[not training], M)
-        best, index = survivors[:-1].view(B, M).topk(most, dim=1)
+        best, index = survivors[:-1].view(B, M).topk(min(self.post_nms[not training], M), 1)
         valid = best > -torch.inf
         return take(boxes, index) * valid[..., None], valid
 
@@ -245,8 +245,8 @@ class TwoStage(BaseDetector):
     def __init__(self, config: Config, num_classes: int):
         super().__init__(config, num_classes)
         most = (config.proposals_train, config.proposals_test)
-        scale = config.anchor_scale
-        self.rpn = RPN(config.fpn_channels, scale=scale, pre_nms=most, post_nms=most)
+        options = dict(scale=config.anchor_scale, num_samples=config.rpn_samples)
+        self.rpn = RPN(config.fpn_channels, pre_nms=most, post_nms=most, **options)
         self.strides = self.backbone.strides[:4]  # RoIs are pooled from P2..P5
 
     def training_rois(self, images: list[Tensor], targets: list[dict]):
@@ -330,12 +330,12 @@ ROWS: dict[str, dict] = {}
 PAPER: dict[str, dict] = {}
 NOT_YET: dict[str, str] = {}
 
-# What the tiny presets of all two-stage detectors share.
 TINY = dict(
     engine.TINY,
     fc_channels=256,
     anchor_scale=4.0,  # small objects: images are 128 px wide
-    roi_samples=24,
+    rpn_samples=64,
+    roi_samples=16,
     roi_positive=0.5,
     proposals_train=200,
     proposals_test=100,

@@ -43,6 +43,7 @@ class Config(common.Config):
     epochs: Amount = 12.0  # length of training, passes over the data
     steps: Whole = 0  # length of training in steps instead
     drops: tuple[Share, ...] = (8 / 12, 11 / 12)  # lr / 10 at these fractions of training
+    cosine: bool = False  # lr falls along half a cosine to 0 instead
     warmup: Whole = 500  # steps of linear warm-up (at most a tenth of training) ...
     warmup_factor: Share = 1 / 3  # ... from this share of the rate; choice: papers do not say
     clip_norm: Amount = 0.0  # largest gradient norm; 0: no clipping
@@ -58,9 +59,9 @@ class Config(common.Config):
 
 # What `--preset tiny` changes: a small network learns from scratch, in minutes on a CPU.
 TINY = dict(
-    backbone="resnet18",
+    backbone="small",
     backbone_weights="none",
-    fpn_channels=48,
+    fpn_channels=32,
     norm="bn",
     image_size=128,
     scales=(128,),
@@ -71,10 +72,11 @@ TINY = dict(
     lr=2e-3,
     weight_decay=0.05,
     clip_norm=10.0,
-    epochs=1.0,
-    drops=(0.8, 0.95),
+    epochs=2.0,
+    cosine=True,
+    warmup=50,
     save_every=200,
-    eval_every=250,
+    eval_every=500,
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import sys
@@ -47,19 +48,22 @@ from engine.settings import FREE, Config, flag
 
 
 def learning_rate(config: Config, step: int, total: int, batch: int) -> float:
-    """Linear scaling rule, linear warm-up from warmup_factor, division by ten at each drop."""
+    """Linear scaling rule and warm-up from warmup_factor; then a tenth at each drop, or a cosine."""
     base = config.lr * batch / config.lr_batch
     warmup = min(config.warmup, total // 10)
     share = min(1.0, step / warmup) if warmup else 1.0
     warm = config.warmup_factor + (1 - config.warmup_factor) * share
-    return base * warm * 0.1 ** sum(step >= round(drop * total) for drop in config.drops)
+    steps_down = 0.1 ** sum(step >= round(drop * total) for drop in config.drops)
+    return (
+        base * warm * ((1 + math.cos(math.pi * step / total)) / 2 if config.cosine else steps_down)
+    )
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     weights = [p for p in model.parameters() if p.requires_grad]
     decay = config.weight_decay
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(weights, lr=config.lr, weight_decay=decay)
+        return torch.optim.AdamW(weights, lr=config.lr, weight_decay=decay, fused=True)
     return torch.optim.SGD(weights, lr=config.lr, momentum=config.momentum, weight_decay=decay)
 
 
@@ -118,8 +122,7 @@ class LossOnly(nn.Module):
 
 
 def take_step(wrapped, optimizer, rate: float, items: list, config: Config, device):
-    """One update of the weights; returns the losses and the gradients' norm, still on their device,
-    and the image ids."""
+    """One update of the weights -> losses and the gradients' norm, on their device; image ids."""
     images, targets = to_device(items, device)
     try:
         with autocast(config.amp, device):
@@ -159,10 +162,7 @@ def signals_caught():
 
 
 class LossWatch:
-    """The losses since the last line of the log, read without making the GPU wait.
-
-    Their copy to the host travels while the next step is launched, and is looked at only then.
-    """
+    """The losses since the log's last line: they travel to the host while the next step is launched."""
 
     def __init__(self, window: list[Tensor] = ()):
         self.window, self.pending = list(window), None

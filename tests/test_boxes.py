@@ -159,6 +159,9 @@ def test_learning_rate_schedule():
     assert rate(60_000) == rate(79_999) == pytest.approx(0.002)
     assert rate(80_000) == pytest.approx(0.0002)
     assert rate(500, batch=4) == pytest.approx(0.005)
+    config.cosine = True
+    assert rate(0) == pytest.approx(0.02 / 3) and rate(89_999) < 1e-9
+    assert rate(30_000) == pytest.approx(0.015) and rate(45_000) == pytest.approx(0.01)
 
 
 def make_rpn(**options):
@@ -223,7 +226,10 @@ def test_frozen_stages_keep_weights_and_statistics():
     assert frozen == {k for k in frozen if k.startswith(("stem", "stages.0"))} != set()
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnext101_32x8d"])
+NAMES = ["small", "resnet18", "resnet34", "resnet50", "resnext101_32x8d"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("extra,first", [("pool", 4), ("conv", 8)])
 def test_backbone_levels(name, extra, first):
     if name == "resnext101_32x8d" and extra == "pool":
@@ -244,8 +250,27 @@ def test_backbone_loads_and_freezes_weights(tmp_path):
     assert not any(p.requires_grad for p in body.stem.parameters())
     assert {n[0] for n, p in body.stages.named_parameters() if p.requires_grad} == {"1", "2", "3"}
     assert trained and isinstance(body.stem[1], torchvision.ops.FrozenBatchNorm2d)
+    with pytest.raises(common.BadInput, match="small, weights imagenet: .*nobody has trained it"):
+        common.ResNetFPN("small", 16)
     with pytest.raises(common.BadInput, match="resnet34"):
         common.ResNetFPN("resnet34", 16, weights=str(tmp_path / "r18.pth"))
+
+
+def test_small_backbone_is_half_of_resnet18():
+    """Of each stage the first block remains, with half the channels; the pyramid is the same."""
+    net, whole = common.SmallResNet(None, torch.nn.BatchNorm2d), torchvision.models.resnet18()
+    theirs = {k: v for k, v in whole.state_dict().items() if k[6:9] != ".1."}
+    assert net.state_dict().keys() == theirs.keys()
+    for name, value in net.state_dict().items():
+        half = [s if s in (1, 3, 7, 1000) else s // 2 for s in theirs[name].shape]
+        assert list(value.shape) == half, name
+
+
+def test_coarse_maps_begin_faint_from_scratch():
+    norms = lambda weights: [  # noqa: E731
+        block[1].weight for block in common.ResNetFPN("small", 8, weights=weights).fpn.inner_blocks
+    ]
+    assert [w.unique().tolist() for w in norms("none")] == [[1.0], *[[pytest.approx(0.2)]] * 3]
 
 
 def test_p7_follows_p6_without_relu():

@@ -21,7 +21,7 @@ BASE = dict(
     steps=3, batch=2, workers=0, fpn_channels=8, conv_channels=8, num_convs=2, groups=2, fc_channels=8,
     norm="gn", optimizer="sgd", lr=0.1, clip_norm=0.0, proposals_train=30, proposals_test=20,
     reg_test=15, score_threshold=0.05, draw_score=0.01, log_every=1, save_every=10, eval_every=0,
-    device="cpu", roi_samples=16, roi_positive=0.5, weight_decay=1e-4, flip=0.5,
+    device="cpu", roi_samples=16, roi_positive=0.5, weight_decay=1e-4, flip=0.5, cosine=False,
 )  # fmt: skip
 
 # What else decides what to do is tested where it is done: flag -> the test's name.
@@ -49,19 +49,19 @@ CHANGED = dict(
     num_train=5, num_val=3, image_size=40, scales=(32,), test_scales=(32,), max_size=32, flip=1.0,
     test_flip=True, workers=1, backbone="resnet34", backbone_weights="FILE", norm="bn",
     frozen_stages=0, fpn_channels=16, batch=4, optimizer="adamw", lr=0.05, lr_batch=8, momentum=0.5,
-    weight_decay=0.1, epochs=2.0, steps=2, drops=(0.4,), warmup=2, warmup_factor=0.5, clip_norm=0.01,
+    weight_decay=0.1, epochs=2.0, steps=2, drops=(0.4,), cosine=True, warmup=2, warmup_factor=0.5, clip_norm=0.01,
     amp="bf16", seed=1, log_every=2, save_every=1, eval_every=1, eval_batch=1, draw_score=0.2,
     dlr=False, drp=False, overlap=False, weighting=False, conv_channels=16, num_convs=1, groups=4,
     fc_channels=16, offset_bias=0.3, drp_per_level=False, gamma=0.5, overlap_margin=0.0, reg_cells="all", cls_weight=1.0,
     reg_weight=1.0, overlap_weight=2.0, jitter=0.0, reg_rois=1, roi_samples=8, roi_positive=0.1,
-    anchor_scale=2.0, proposals_train=10, proposals_test=5, score_threshold=0.13, nms_iou=0.2,
+    anchor_scale=2.0, rpn_samples=4, proposals_train=10, proposals_test=5, score_threshold=0.13, nms_iou=0.2,
     reg_test=3, drp_samples=1, shared=True, soft_nms=False, soft_nms_iou=0.1, soft_nms_score=0.09, max_detections=2,
 )  # fmt: skip
 
 # Flags that act only together with another one.
 GIVEN = {
-    "frozen_stages": dict(backbone_weights="FILE", norm="auto"),
-    "backbone_weights": dict(norm="auto"),
+    "frozen_stages": dict(backbone="resnet18", backbone_weights="FILE", norm="auto"),
+    "backbone_weights": dict(backbone="resnet18", norm="auto"),
     "epochs": dict(steps=0),
     "shared": dict(dlr=False),
 }
@@ -135,12 +135,12 @@ def test_flag_changes_the_run(work, known, flag):
 
 def test_row_and_preset_set_what_flags_override():
     asked = lambda *argv: parse(d2det.Config, d2det.ROWS, d2det.TINY, "d2det", argv)  # noqa: E731
-    assert asked("--train").backbone == "resnet18" or torch.cuda.is_available()
+    assert asked("--train").backbone == "small" or torch.cuda.is_available()
     paper = asked("--train", "--preset", "paper")
     assert (paper.backbone, paper.scales, paper.epochs) == ("resnet50", (800,), 24)
     assert asked("--train", "--data", "x").backbone == "resnet50"  # real data: the paper's settings
     tiny = asked("--train", "--data", "x", "--preset", "tiny", "--row", "table2.dlr")
-    assert tiny.backbone == "resnet18" and not tiny.drp and tiny.dlr
+    assert tiny.backbone == "small" and not tiny.drp and tiny.dlr
     assert asked("--train", "--row", "table2.dlr", "--drp").drp
     assert asked("--train", "--preset", "paper", "--lr", "0.5").lr == 0.5
 

@@ -11,16 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods import REAL, RUN, make, sure, torchrun
+from methods import REAL, RUN, batch, make, sure, torchrun
 
 import common
 import cpm_rcnn
+import dc_loss_clnms as dc_loss
 import double_head
 import iou_aware_retinanet as iou_aware
 from baselines import retinanet
-from studies import alignment, checkpoint, sections, sweep
+from studies import alignment, assignment, checkpoint, sections, sweep
 
-NAMES = ("sweep", "alignment", "sections", "bench", "compare", "cost")
+NAMES = ("sweep", "alignment", "assignment", "sections", "bench", "compare", "cost")
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = """--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 12 --num-val 4
  --batch 2 --steps 2 --workers 0 --fpn-channels 8 --norm gn --device cpu""".split()
@@ -278,6 +279,33 @@ def test_two_processes_find_what_one_finds(trained, tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
     for name in ("sweep_nms", "alignment"):
         assert read(tmp_path, "one", f"{name}.json") == read(tmp_path, "two", f"{name}.json")
+
+
+def test_assignment_tells_what_the_iac_score_adds(trained):
+    """Against labels made one rule at a time; boxes that are their gts have IoU 1."""
+    model = sure(make(dc_loss, iac_threshold=0.3)).eval()
+    (images, targets), out = batch(4), model.outputs(batch(4)[0])
+    plain = retinanet.RetinaNet.assign(model, out, targets)[0]
+    labels, gt_boxes, _ = model.assign(out, targets)
+    new = (labels == 1) & (plain != 1)
+    found = assignment.positives(model, images, targets)
+    numbers = assignment.summarise(found)
+    assert numbers["added"]["anchors"] == int(new.sum()) > 0
+    assert numbers["by IoU"]["anchors"] == int((plain == 1).sum()) > 0
+    assert numbers["more"] == pytest.approx(int(new.sum()) / int((plain == 1).sum()))
+    ignored = ((plain == -1) & new).sum() / new.sum()
+    assert numbers["added"]["else ignored"] == pytest.approx(ignored.item())
+    assert found["p"][found["added"]].min() > 0.3 ** (1 / 0.75)  # its overlap is at most 1
+    out["deltas"] = common.encode_boxes(out["anchors"].expand_as(gt_boxes), gt_boxes)
+    model.outputs = lambda _: out
+    iou = assignment.positives(model, images, targets)["iou"]
+    assert (iou > 0.999).float().mean() > 0.9  # not all: decoding bounds how much a box may shrink
+    model.config.iac = False
+    assert assignment.summarise(assignment.positives(model, images, targets))["more"] > 0
+    written = assignment.main(["--weights", f"{trained('dc_loss_clnms')[0]}/last.pt"])
+    assert written["images"] == 4 and written == read(
+        trained("dc_loss_clnms")[0], "studies", "assignment.json"
+    )
 
 
 @pytest.mark.parametrize("name", ["bccd", "coco_tiny"])

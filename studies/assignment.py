@@ -1,0 +1,80 @@
+"""Which anchors does the IAC score make positive? Of DC loss's section 2.2, over validation images.
+
+    python -m studies.assignment dc_loss_clnms --weights CKPT
+
+Anchors that RetinaNet's rule makes positive (IoU over 0.5) beside those that the IAC score adds: how
+many, how sure the classifier already is of them (p of the gt's class), how well their predicted boxes
+fit the gt (IoU), and which share of the added ones RetinaNet would have ignored (IoU 0.4 to 0.5).
+OUT/assignment.json. A model that was trained without the score is asked what the score would add.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+import common
+from baselines import retinanet
+from common import Resized
+from dc_loss_clnms import Detector
+from engine.checkpoints import write_json
+from engine.data import to_device
+from engine.processes import progress, say
+from studies.checkpoint import Options as CheckpointOptions
+from studies.checkpoint import open_study, read_options, reported
+
+
+@dataclass
+class Options(CheckpointOptions):
+    method: Annotated[Literal["dc_loss_clnms"], tyro.conf.Positional] = "dc_loss_clnms"
+
+
+@torch.no_grad()
+def positives(model: Detector, images: list, targets: list[dict]) -> dict[str, torch.Tensor]:
+    """The P positive anchors of a batch: `added` [P] by the IAC score, `ignored` [P] without it, `p`
+    [P] of the gt's class, `iou` [P] of the predicted box with the gt."""
+    config, out = model.config, model.outputs(images)
+    plain, _, _ = retinanet.RetinaNet.assign(model, out, targets)
+    model.config = replace(config, iac=True)
+    labels, gt_boxes, gt_labels = model.assign(out, targets)
+    model.config = config
+    at = (labels == 1).nonzero(as_tuple=True)
+    boxes = common.decode_boxes(out["anchors"][at[1]], out["deltas"][at])
+    p = out["cls_logits"][at].sigmoid().gather(1, gt_labels[at][:, None])[:, 0]
+    iou = common.aligned_iou(boxes, gt_boxes[at])
+    return dict(added=plain[at] != 1, ignored=plain[at] == -1, p=p, iou=iou)
+
+
+def summarise(found: dict[str, torch.Tensor]) -> dict:
+    """Numbers of `positives`: of those by IoU, of those added, and how many more these are."""
+    added, numbers = found["added"], {}
+    for name, part in (("by IoU", ~added), ("added", added)):
+        means = {k: found[k][part].mean().item() if part.any() else None for k in ("p", "iou")}
+        numbers[name] = dict(anchors=int(part.sum()), **means)
+    share = found["ignored"][added].float().mean().item() if added.any() else None
+    numbers["added"]["else ignored"] = share
+    return numbers | {"more": int(added.sum()) / max(1, int((~added).sum()))}
+
+
+def main(argv=None) -> dict:
+    with reported():
+        study = open_study(*read_options("assignment", Options, __doc__, argv))
+        model, data = study.model.eval(), Resized(study.data, study.config, False)
+        parts = []
+        for i in progress(range(len(data)), "looking", len(data)):
+            parts.append(positives(model, *to_device([data[i]], study.device)))
+        found = {k: torch.cat([p[k] for p in parts]).cpu() for k in parts[0]}
+        numbers = dict(images=len(data)) | summarise(found)
+        write_json(study.out / "assignment.json", numbers)
+        for name in ("by IoU", "added"):
+            shown = " ".join(f"{k} {v}" for k, v in numbers[name].items())
+            say(f"{name:7}: {shown}")
+        say(f"{numbers['more']:.1%} more positives; results: {study.out}/assignment.json")
+        return numbers
+
+
+if __name__ == "__main__":
+    main()
