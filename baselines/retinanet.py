@@ -330,7 +330,7 @@ TINY = dict(
     tower_convs=2,
     tower_groups=8,
     anchor_scale=3.0,
-    epochs=2.0,  # one-stage detectors learn slowly from nothing
+    epochs=4.0,  # one-stage detectors learn slowly from nothing
 )
 
 

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import math
 import multiprocessing
+import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
@@ -219,7 +220,9 @@ def fingerprint(data) -> str:
 
 def make_loader(data: Dataset, config: Config, device: torch.device, **sampling) -> DataLoader:
     """Batches as lists of (image, target), read by `config.workers` processes."""
-    workers = config.workers if config.workers >= 0 else {"cuda": 4}.get(device.type, 2)
+    workers = config.workers
+    if workers < 0:  # on a CPU they take cores from the training
+        workers = 4 if device.type == "cuda" else 1 + ((os.cpu_count() or 1) > 2)
     return DataLoader(
         data,
         num_workers=workers,

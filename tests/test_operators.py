@@ -1,0 +1,173 @@
+"""The kernels as operators of torch: opcheck, compiled over many sizes, empty, and copied alone."""
+
+import importlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from kernels import (
+    batched_nms,
+    cl_nms,
+    decode_dense_offsets,
+    deform_roi_pool,
+    focal_loss,
+    roi_align,
+    soft_nms,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNELS = Path(__file__).resolve().parent.parent / "kernels"
+STRIDES = [4, 8]
+nms, pooling, focal, dense = (
+    importlib.import_module(f"kernels.{name}")
+    for name in ("nms", "roi_align", "focal_loss", "dense_decode")
+)
+
+
+def boxes_of(count: int) -> torch.Tensor:
+    torch.manual_seed(count)
+    corner = torch.rand(count, 2) * 40
+    return torch.cat([corner, corner + 4 + torch.rand(count, 2) * 30], 1).to(DEVICE)
+
+
+def maps(**options) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(1, 1, 64 // s, 64 // s, device=DEVICE, **options) for s in STRIDES]
+
+
+def everything(features, boxes, scores, labels, offsets, overlap):
+    """All public operators on N boxes, one after another, as a detector chains them."""
+    keep = batched_nms(boxes, scores, labels, 0.5)
+    rois = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], 1)
+    return (
+        roi_align(features, rois[keep], 1, STRIDES, sampling_ratio=1, impl="triton"),
+        decode_dense_offsets(boxes, offsets, overlap),
+        focal_loss(offsets.flatten(1), labels),
+        *soft_nms(boxes, scores, labels),
+        *cl_nms(boxes, scores, labels, 0.5),
+    )
+
+
+def inputs(count: int) -> tuple:
+    boxes, labels = boxes_of(count), torch.arange(count, device=DEVICE) % 3
+    offsets, overlap = (torch.randn(count, k, 2, 2, device=DEVICE) for k in (4, 1))
+    return maps(), boxes, torch.rand(count, device=DEVICE), labels, offsets, overlap
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_operators_keep_torchs_rules(impl):
+    """Schema, fake results, and gradients under a compiler with dynamic sizes, of every operator."""
+    features, boxes, scores, labels, offsets, overlap = inputs(3)
+    rois = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], 1)
+    last = [f.contiguous(memory_format=torch.channels_last).requires_grad_() for f in features]
+    moved = offsets[:, :2, :1, :1].clone().requires_grad_()
+    padded = nms._padded(boxes, scores, labels, 0.5, "cl", 0.5, 0.0, impl)
+    geometry = (rois, moved, 1, STRIDES, 1, 0.1, True)
+    calls = [
+        (nms._padded_op, (boxes, scores, labels, 0.5, "greedy", 0.5, 0.0, impl)),
+        (nms._padded_op, (boxes, scores, None, 0.5, "linear", 0.5, 1e-3, impl)),
+        (nms._cut, padded),
+        (focal._focal, (offsets.flatten(1).requires_grad_(), labels, 0.25, 2.0, True, impl)),
+        (dense._decode_op, (boxes, offsets, overlap, None, -1.0, -1.0, impl)),
+    ]
+    if impl == "triton":  # in torch, pooling is no operator
+        grad = torch.randn(3, 1, 1, 1, device=DEVICE)
+        free = [f.detach() for f in last]
+        backward = ([True, True], grad, free, rois, moved.detach(), *geometry[2:])
+        calls += [(pooling._pool, (last, *geometry)), (pooling._pool_backward, backward)]
+    for operator, arguments in calls:
+        tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+        if operator is not focal._focal:  # this would differentiate the slope too, which raises
+            tests.append("test_aot_dispatch_dynamic")
+        torch.library.opcheck(operator, arguments, test_utils=tests)
+
+
+def test_twenty_sizes_are_compiled_once():
+    """Nothing depends on the number of boxes: after a second size, which makes it a symbol, no more."""
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(everything, fullgraph=True, backend=counter)
+    for count in (7, 9):
+        compiled(*inputs(count))
+    frames = counter.frame_count
+    assert 1 <= frames <= 2
+    for count in range(3, 23):
+        found = compiled(*inputs(count))
+        if count % 9 == 0:
+            for out, wanted in zip(found, everything(*inputs(count)), strict=True):
+                torch.testing.assert_close(out, wanted, equal_nan=True)
+    assert counter.frame_count == frames
+
+
+def test_no_boxes_under_inductor():
+    torch._dynamo.reset()
+    compiled = torch.compile(everything, fullgraph=True)
+    for count in (0, 6):
+        for out, wanted in zip(compiled(*inputs(count)), everything(*inputs(count)), strict=True):
+            torch.testing.assert_close(out, wanted, equal_nan=True)
+
+
+def test_functional_gradient_of_pooling():
+    """torch.func.grad is what backward gives, in plain torch; of operators torch has none."""
+    features, boxes, _, _, offsets, _ = inputs(4)
+    rois = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], 1)
+
+    def total(first):
+        maps = [first, features[1]]
+        pooled = deform_roi_pool(maps, rois, offsets[:, :2], 2, STRIDES, impl="torch")
+        return pooled.square().sum()
+
+    wanted = features[0].clone().requires_grad_()
+    total(wanted).backward()
+    assert wanted.grad.abs().max() > 0
+    torch.testing.assert_close(torch.func.grad(total)(features[0]), wanted.grad)
+
+
+ALONE = """
+import importlib, sys
+import torch
+
+def alone(name):
+    sys.path.insert(0, name)  # a folder that holds this one file
+    module = importlib.import_module(name)
+    sys.path.remove(name)
+    return sys.modules.pop(name)
+
+pooling, nms, focal, dense = map(alone, ("roi_align", "nms", "focal_loss", "dense_decode"))
+boxes = torch.tensor([[2.0, 3, 20, 30], [2, 3, 21, 30], [30, 30, 60, 50]])
+rois = torch.cat([torch.zeros(3, 1), boxes], 1)
+scores, groups = torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 0, 1])
+for impl in sys.argv[1:]:
+    features = [torch.rand(1, 4, 16, 16).requires_grad_()]
+    offsets = torch.zeros(3, 2, 2, 2).requires_grad_()
+    out = pooling.roi_align(features, rois, 2, [4], impl=impl).sum()
+    out = out + pooling.deform_roi_pool(features, rois, offsets, 2, [4], impl=impl).sum()
+    out.backward()
+    assert features[0].grad.abs().sum() > 0 and offsets.grad.abs().sum() > 0
+    logits = torch.zeros(3, 2).requires_grad_()
+    focal.focal_loss(logits, torch.tensor([0, 1, 2]), impl=impl).sum().backward()
+    assert logits.grad.abs().sum() > 0
+    assert nms.batched_nms(boxes, scores, groups, 0.5, impl=impl).tolist() == [0, 2]
+    assert len(nms.soft_nms(boxes, scores, groups, impl=impl)[0]) == 3
+    assert len(nms.cl_nms(boxes, scores, groups, 0.5, impl=impl)[0]) == 2
+    cells = torch.full((3, 4, 2, 2), 0.5), torch.ones(3, 1, 2, 2)
+    mean = dense.decode_dense_offsets(boxes, *cells, impl=impl)
+    assert torch.allclose(mean, boxes)
+print("whole")
+"""
+
+
+def test_each_kernel_file_works_when_copied_alone(tmp_path):
+    """Forward and backward; neither the package nor another of the files can be imported."""
+    for name in ("roi_align", "nms", "focal_loss", "dense_decode"):
+        (tmp_path / name).mkdir()
+        shutil.copy(KERNELS / f"{name}.py", tmp_path / name)
+    (tmp_path / "program.py").write_text(ALONE)
+    line = [sys.executable, "program.py", "torch", *(["triton"] if DEVICE == "cpu" else [])]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == "whole", done.stderr[-2000:]
