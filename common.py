@@ -31,7 +31,6 @@ import os
 import xml.etree.ElementTree as ET
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -524,7 +523,7 @@ class FolderDetection(Dataset):
         if categories is not None and categories != self.categories:
             both = self.categories + categories
             odd = [c for c in both if both.count(c) == 1][:5]
-            raise BadInput(f"{source}: not the model's categories, unknown or missing: {odd}")
+            raise BadInput(f"{source}: unknown or missing category beside the model's: {odd}")
 
     def _flatten(self, annotations: list[dict]) -> None:
         row = {image_id: i for i, image_id in enumerate(self.image_ids)}
@@ -914,19 +913,20 @@ def make_norm(kind: str):
     return {"frozen_bn": FrozenBatchNorm2d, "bn": nn.BatchNorm2d, "gn": group}[kind]
 
 
-class SmallResNet(ResNet):
-    """ResNet-18 with one block a stage instead of two, half as wide: it learns on a CPU."""
-
-    def __init__(self, weights, norm_layer):
-        if weights:
-            raise ValueError("nobody has trained it on ImageNet")
-        super().__init__(BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
-        self.inplanes = 32
-        self.conv1, self.bn1 = nn.Conv2d(3, 32, 7, 2, 3, bias=False), norm_layer(32)
-        for i in range(4):
-            stage = self._make_layer(BasicBlock, 32 * 2**i, 1, stride=2 if i else 1)
-            setattr(self, f"layer{i + 1}", stage)
-        self.fc = nn.Linear(256, 1000)
+def make_resnet(name: str, weights: str | None, norm_layer) -> ResNet:
+    """torchvision's network of that name. "small": ResNet-18, one block a stage, half as wide."""
+    if name != "small":
+        return torchvision.models.get_model(name, weights=weights, norm_layer=norm_layer)
+    if weights:
+        raise ValueError("nobody has trained it on ImageNet")
+    net = ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
+    net.inplanes = 32
+    net.conv1, net.bn1 = nn.Conv2d(3, 32, 7, 2, 3, bias=False), norm_layer(32)
+    for i in range(4):
+        stage = net._make_layer(BasicBlock, 32 * 2**i, 1, stride=2 if i else 1)
+        setattr(net, f"layer{i + 1}", stage)
+    net.fc = nn.Linear(256, 1000)
+    return net
 
 
 class ResNetFPN(nn.Module):
@@ -953,8 +953,7 @@ class ResNetFPN(nn.Module):
         norm = ("gn" if scratch else "frozen_bn") if norm == "auto" else norm
         known = "IMAGENET1K_V1" if weights == "imagenet" else None  # the papers'; V2 detects alike
         try:
-            make = SmallResNet if name == "small" else partial(torchvision.models.get_model, name)
-            net = make(weights=known, norm_layer=make_norm(norm))
+            net = make_resnet(name, known, make_norm(norm))
             if weights not in ("imagenet", "none", "random"):
                 state = torch.load(weights, map_location="cpu", weights_only=True)
                 net.load_state_dict(state)

@@ -17,14 +17,13 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import torchvision
 import tyro
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from baselines.retinanet import RetinaNet
-from common import BadInput, SyntheticDetection, clip_boxes, make_norm
+from common import BadInput, SyntheticDetection, clip_boxes, make_norm, make_resnet
 from engine.checkpoints import write_json
 from engine.data import to_device
 from engine.processes import (
@@ -52,7 +51,7 @@ def torchvision_detector(kind: str, config: Config, num_classes: int, **options)
 
     scratch, width = config.backbone_weights == "none", config.fpn_channels
     norm = make_norm({"auto": "gn" if scratch else "frozen_bn"}.get(config.norm, config.norm))
-    net = torchvision.models.get_model(config.backbone, weights=None, norm_layer=norm)
+    net = make_resnet(config.backbone, None, norm)
     stem = nn.ModuleList([net.conv1, net.bn1])
     for part in [stem, net.layer1, net.layer2, net.layer3, net.layer4][: config.frozen_stages]:
         part.requires_grad_(scratch)

@@ -258,7 +258,10 @@ def test_backbone_loads_and_freezes_weights(tmp_path):
 
 def test_small_backbone_is_half_of_resnet18():
     """Of each stage the first block remains, with half the channels; the pyramid is the same."""
-    net, whole = common.SmallResNet(None, torch.nn.BatchNorm2d), torchvision.models.resnet18()
+    net, whole = (
+        common.make_resnet("small", None, torch.nn.BatchNorm2d),
+        torchvision.models.resnet18(),
+    )
     theirs = {k: v for k, v in whole.state_dict().items() if k[6:9] != ".1."}
     assert net.state_dict().keys() == theirs.keys()
     for name, value in net.state_dict().items():

@@ -372,7 +372,7 @@ def test_one_image_can_be_overfitted():
 CHANGED = dict(
     heads="double_fc", lambda_fc=0.5, lambda_conv=0.5, omega_fc=1.0, omega_conv=1.0, fusion="max",
     alone="fc", fc_channels=16, conv_channels=16, num_blocks=3, non_local=False, conv_scale=1.0,
-    non_local_softmax=True, roi_samples=8, roi_positive=0.1, anchor_scale=2.0, proposals_train=10, proposals_test=5,
+    non_local_softmax=True, roi_samples=8, roi_positive=0.1, anchor_scale=2.0, rpn_samples=4, proposals_train=10, proposals_test=5,
     score_threshold=0.9, nms_iou=0.2, max_detections=3,
 )  # fmt: skip
 
