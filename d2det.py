@@ -486,7 +486,7 @@ TINY = dict(
     num_convs=4,
     groups=8,
     offset_bias=0.5,  # a narrow head that starts at empty boxes may close its ReLU for good
-    reg_weight=4.0,  # choice: boxes have 875 steps to learn in; from one seed (docs/results.md)
+    reg_weight=4.0,  # choice: boxes have few steps to learn in; from one seed (docs/results.md)
     reg_rois=64,
     reg_test=50,
 )
