@@ -976,9 +976,8 @@ class ResNetFPN(nn.Module):
             ConvP6P7(channels[-1], out_channels) if extra == "conv" else LastLevelMaxPool(),
             norm_layer=make_norm(norm) if scratch else None,
         )
-        if (
-            scratch
-        ):  # choice: what comes from above begins faint, so that fine maps learn from the start
+        # choice: what comes from coarser maps begins faint, so that fine maps learn from the start
+        if scratch:
             for block in list(self.fpn.inner_blocks)[1:]:
                 nn.init.constant_(block[1].weight, 0.2)
         self.to(memory_format=torch.channels_last)

@@ -43,7 +43,7 @@ class Config(common.Config):
     epochs: Amount = 12.0  # length of training, passes over the data
     steps: Whole = 0  # length of training in steps instead
     drops: tuple[Share, ...] = (8 / 12, 11 / 12)  # lr / 10 at these fractions of training
-    cosine: bool = False  # lr falls along half a cosine to 0 instead
+    cosine: bool = False  # lr falls along half a cosine to 0 instead; drops are not used then
     warmup: Whole = 500  # steps of linear warm-up (at most a tenth of training) ...
     warmup_factor: Share = 1 / 3  # ... from this share of the rate; choice: papers do not say
     clip_norm: Amount = 0.0  # largest gradient norm; 0: no clipping

@@ -53,10 +53,10 @@ def learning_rate(config: Config, step: int, total: int, batch: int) -> float:
     warmup = min(config.warmup, total // 10)
     share = min(1.0, step / warmup) if warmup else 1.0
     warm = config.warmup_factor + (1 - config.warmup_factor) * share
-    steps_down = 0.1 ** sum(step >= round(drop * total) for drop in config.drops)
-    return (
-        base * warm * ((1 + math.cos(math.pi * step / total)) / 2 if config.cosine else steps_down)
-    )
+    fall = 0.1 ** sum(step >= round(drop * total) for drop in config.drops)
+    if config.cosine:
+        fall = (1 + math.cos(math.pi * step / total)) / 2
+    return base * warm * fall
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -162,7 +162,7 @@ def signals_caught():
 
 
 class LossWatch:
-    """The losses since the log's last line: they travel to the host while the next step is launched."""
+    """The losses since the log's last line; each travels to the host during the next step."""
 
     def __init__(self, window: list[Tensor] = ()):
         self.window, self.pending = list(window), None
