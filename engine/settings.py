@@ -12,8 +12,9 @@ import torch
 import tyro
 
 import common
-from common import Amount, BadInput, Natural, Range, Share, Whole, read_json
+from common import Amount, Natural, Range, Share, Whole
 from engine.checkpoints import load_checkpoint
+from formats import BadInput, read_json
 
 
 @dataclass

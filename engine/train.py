@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common import BadInput, Resized, read_json
+from common import Resized
 from engine.checkpoints import (
     load_checkpoint,
     load_weights,
@@ -45,6 +45,7 @@ from engine.processes import (
     share_buffers,
 )
 from engine.settings import FREE, Config, flag
+from formats import BadInput, read_json
 
 
 def learning_rate(config: Config, step: int, total: int, batch: int) -> float:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOORS = dict(kernels=1, common=2, engine=3, baselines=4, studies=6)  # a method script is 5
-METHODS = 5
+FLOORS = dict(kernels=1, formats=1, common=2, engine=3, baselines=4, studies=6)
+METHODS = 5  # the scripts
 
 
 def modules() -> dict[str, Path]:
