@@ -308,7 +308,8 @@ def train(model: nn.Module, config: Config, train_data, val_data=None, out="runs
         found = evaluate(model, val_data, config, device, where)
         if not log.has_metrics(step):
             log.write({"step": step, **found})
-            log.draw()
+            if where is None:  # at the end they are drawn in any case
+                log.draw()
         say(f"step {step}: {show_metrics(found)}", bar)
         return found
 

@@ -378,41 +378,45 @@ def test_losses_under_bf16_are_float32_and_close(name):
         assert model.eval().predict(images)[0]["boxes"].dtype == torch.float32
 
 
-def ddp_process(rank, port, out, name):
+def ddp_process(rank, port, out):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    torch.manual_seed(rank)  # DDP sends the first process's weights
-    model = ddp_model(name)
-    wrapped = torch.nn.parallel.DistributedDataParallel(LossOnly(model))
-    images, targets = ddp_items()
-    sum(wrapped(images[rank : rank + 1], targets[rank : rank + 1]).values()).backward()
-    for buffer in model.buffers():  # as after steps that each process took on its own images
-        buffer += rank
-    share_buffers(model)
-    assert all(b.eq(0).all() for n, b in model.named_buffers() if n.endswith("running_mean"))
-    data, config = common.SyntheticDetection(5, 64), model.config
-    seen = [t["image_id"] for t, _ in detect(model, data, config, torch.device("cpu"))]
-    metrics = evaluate(model, data, config)
-    gradients = {n: p.grad for n, p in model.named_parameters()}
-    torch.save({"gradients": gradients, "seen": seen, "AP": metrics["AP"]}, f"{out}/{rank}.pt")
+    for name in DDP:
+        torch.manual_seed(rank)  # DDP sends the first process's weights
+        model = ddp_model(name)
+        wrapped = torch.nn.parallel.DistributedDataParallel(LossOnly(model))
+        images, targets = ddp_items()
+        sum(wrapped(images[rank : rank + 1], targets[rank : rank + 1]).values()).backward()
+        for buffer in model.buffers():  # as after steps that each process took on its own images
+            buffer += rank
+        share_buffers(model)
+        assert all(b.eq(0).all() for n, b in model.named_buffers() if n.endswith("running_mean"))
+        data, config = common.SyntheticDetection(5, 64), model.config
+        seen = [t["image_id"] for t, _ in detect(model, data, config, torch.device("cpu"))]
+        metrics = evaluate(model, data, config)
+        gradients = {n: p.grad for n, p in model.named_parameters()}
+        found = {"gradients": gradients, "seen": seen, "AP": metrics["AP"]}
+        torch.save(found, f"{out}/{name}{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", list(DDP))
-def test_two_processes_have_the_gradients_of_one_with_both_images(tmp_path, name):
-    mp.spawn(ddp_process, (29500 + os.getpid() % 2000, str(tmp_path), name), nprocs=2)
-    one, two = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
-    torch.manual_seed(0)
-    model = ddp_model(name)
-    sum(model.loss(*ddp_items()).values()).backward()
-    largest = max(p.grad.abs().max().item() for p in model.parameters())
-    assert all(torch.equal(one["gradients"][n], two["gradients"][n]) for n in one["gradients"])
-    for n, p in model.named_parameters():
-        difference = (one["gradients"][n] - p.grad).abs().max().item()
-        assert difference < 1e-4 * max(p.grad.abs().max().item(), 1e-3 * largest), n
-    assert sorted(one["seen"] + two["seen"]) == [0, 1, 2, 3, 4]
-    assert one["AP"] == two["AP"] and one["AP"] == one["AP"]
+def test_two_processes_have_the_gradients_of_one_with_both_images(tmp_path):
+    mp.spawn(ddp_process, (29500 + os.getpid() % 2000, str(tmp_path)), nprocs=2)
+    for name in DDP:
+        one, two = (torch.load(tmp_path / f"{name}{r}.pt") for r in range(2))
+        torch.manual_seed(0)
+        model = ddp_model(name)
+        sum(model.loss(*ddp_items()).values()).backward()
+        largest = max(p.grad.abs().max().item() for p in model.parameters())
+        mine, theirs = one["gradients"], two["gradients"]
+        assert all(torch.equal(mine[n], theirs[n]) for n in mine), name
+        for n, p in model.named_parameters():
+            difference = (mine[n] - p.grad).abs().max().item()
+            limit = 1e-4 * max(p.grad.abs().max().item(), 1e-3 * largest)
+            assert difference < limit, (name, n)
+        assert sorted(one["seen"] + two["seen"]) == [0, 1, 2, 3, 4], name
+        assert one["AP"] == two["AP"] and one["AP"] == one["AP"], name
 
 
 def test_torchrun_trains_and_evaluates(tmp_path):

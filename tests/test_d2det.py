@@ -304,7 +304,7 @@ def test_predictions_are_the_same_with_every_implementation(source, impl, reques
     if impl == "triton" and not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")):
         pytest.skip("no GPU and no interpreter")
     device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
-    model = make(score_threshold=0.05, proposals_test=30, reg_test=20).eval().to(device)
+    model = make(score_threshold=0.05, proposals_test=12, reg_test=8).eval().to(device)
     for pool in model.drp:  # bins that move, samples that weigh
         torch.nn.init.normal_(pool.fc[-1].weight, std=0.5)
         torch.nn.init.normal_(pool.pool.conv.weight, std=0.1)
@@ -316,7 +316,7 @@ def test_predictions_are_the_same_with_every_implementation(source, impl, reques
     else:
         image = batch(1)[0][0]
     (want,) = model.predict([image.to(device)])
-    assert len(want["boxes"]) > 10
+    assert len(want["boxes"]) > 4
     names = "roi_align deform_roi_pool decode_dense_offsets batched_nms soft_nms"
     for name in names.split():
         monkeypatch.setattr(kernels, name, functools.partial(getattr(kernels, name), impl=impl))

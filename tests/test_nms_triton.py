@@ -1,7 +1,6 @@
 """NMS on Triton against torch, compiled for GPUs, of fixed shape, in a graph; on real images."""
 
 import importlib
-import itertools
 
 import pytest
 import torch
@@ -26,8 +25,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # its 
 @pytest.mark.parametrize("method", METHODS)
 def test_triton_against_torch(method):
     """Many small groups in one call."""
-    for kind, threshold in itertools.product((0, 1, 2), (0.25, 0.5)):
-        cases = [random_case(seed, 8, kind) for seed in range(12)]
+    for kind, threshold in ((0, 0.5), (1, 0.25), (2, 0.5)):
+        cases = [random_case(seed, 8, kind) for seed in range(6)]
         boxes, scores = (torch.cat([case[i] for case in cases]) for i in (0, 1))
         groups = torch.cat([case[2] + 7 * i for i, case in enumerate(cases)])
         case = boxes, scores, groups, threshold

@@ -194,15 +194,14 @@ def test_degenerate_input():
     boxes += [[0, 900, 0, 990, 50], [-1, 0, 0, 50, 50], [2, 0, 0, 50, 50], [0, nan, 0, 9, 9]]
     boxes += [[nan, 0, 0, 9, 9], [0, 0, 0, inf, 9], [0, -3, -3, 3, 3]]
     rois = torch.tensor(boxes, device=DEVICE)
-    for image in ((72, 104), (1, 1)):  # the second gives maps of size 1
-        maps = make_maps(C=1, image=image)
-        shift = torch.randn(len(rois), 2, 2, 2, device=DEVICE).requires_grad_()
-        for offsets, deform in ((None, False), (shift, True)):
-            options = {"size": 2, "deform": deform}
-            truth = exact(maps, rois, offsets, **options)
-            check(run("triton", maps, rois, offsets, **options), truth)
-            check(run("torch", maps, rois, offsets, **options), truth)
-            assert not truth[0][2:9].any() and all(t.isfinite().all() for t in truth)
+    shift = torch.randn(len(rois), 2, 2, 2, device=DEVICE).requires_grad_()
+    cases = ((72, 104), shift), ((72, 104), None), ((1, 1), shift)  # the last has maps of size 1
+    for image, offsets in cases:
+        maps, options = make_maps(C=1, image=image), {"size": 2, "deform": offsets is not None}
+        truth = exact(maps, rois, offsets, **options)
+        check(run("triton", maps, rois, offsets, **options), truth)
+        check(run("torch", maps, rois, offsets, **options), truth)
+        assert not truth[0][2:9].any() and all(t.isfinite().all() for t in truth)
     # A deformable bin without a sample inside is zero; with some, their mean: the last box reaches
     # over the corner, so that its first row and column lie outside and half of its middle ones.
     ones = [torch.ones_like(f) for f in make_maps()]
@@ -381,7 +380,8 @@ def argument(name, dtype):  # type, and is it known to be a multiple of 16?
     return "fp32" if name == "gamma" else "i32", name == "C"
 
 KERNELS = {"pool": {"grad": None}, "pool backward": {}, "taps": {}, "gather": {}}
-for dtype, (name, tiles) in itertools.product(("fp32", "bf16"), KERNELS.items()):
+KINDS = ((80, "fp32"), (90, "fp32"), (90, "bf16"))
+for (capability, dtype), (name, tiles) in itertools.product(KINDS, KERNELS.items()):
     kernel = getattr(module, f"_{name.split()[0]}_kernel")
     tile = module._tile(1, 256, 7)[1]
     warps = {"taps": 2, "gather": 1}.get(name, tile["num_warps"])
@@ -397,7 +397,7 @@ for dtype, (name, tiles) in itertools.product(("fp32", "bf16"), KERNELS.items())
             paths = [(i, j) for j in range(4)] if p == "maps" else [(i,)]
             attributes |= {path: ALIGNED for path in paths}
     source = ASTSource(kernel, signature, constants, attributes)
-    target = GPUTarget("cuda", int(sys.argv[3]), 32)
+    target = GPUTarget("cuda", capability, 32)
     binary = triton.compile(source, target=target, options={"num_warps": warps})
     with open(sys.argv[2], "wb") as file:
         file.write(binary.asm["cubin"])
@@ -411,16 +411,12 @@ for dtype, (name, tiles) in itertools.product(("fp32", "bf16"), KERNELS.items())
 def test_compiles_for_gpus(tmp_path):
     """For sm_80 and sm_90, without spills, and with 16-byte accesses."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    root, pipes = str(Path(module.__file__).parents[1]), {"stdout": -1, "stderr": -1, "text": True}
-    runs = []
-    for capability in ("80", "90"):
-        command = [sys.executable, "-c", COMPILE, root, str(tmp_path / capability), capability]
-        runs.append(subprocess.Popen(command, env=environment, **pipes))
-    for process in runs:
-        output, errors = process.communicate()
-        assert process.returncode == 0, errors
-        lines = [line.split() for line in output.splitlines()]
-        assert len(lines) == 8
-        for name, dtype, no_spills, vectors in lines:
-            assert no_spills == "True", (name, dtype)
-            assert vectors == "True" or name == "taps", (name, dtype)
+    root = str(Path(module.__file__).parents[1])
+    command = [sys.executable, "-c", COMPILE, root, str(tmp_path / "cubin")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 12
+    for name, dtype, no_spills, vectors in lines:
+        assert no_spills == "True", (name, dtype)
+        assert vectors == "True" or name == "taps", (name, dtype)

@@ -1,6 +1,7 @@
 """Double-Head's Section 3: windows, sums and boxes by hand, and whole studies."""
 
 import dataclasses
+import functools
 import json
 
 import pytest
@@ -33,6 +34,13 @@ def sure(model):
     for layer in [*model.cls.values(), *model.box.values()]:
         torch.nn.init.normal_(layer.weight, std=1)
     return model
+
+
+@pytest.fixture
+def few_windows(monkeypatch):
+    """625 windows of an object, not 14,641."""
+    few = functools.partial(windows.sliding_windows, steps=5)
+    monkeypatch.setattr(sections, "sliding_windows", few)
 
 
 def test_sliding_windows():
@@ -151,7 +159,7 @@ def test_proposals_and_final_boxes_by_hand():
     assert len(kept) == 5 and kept[0] == [0, 0, 20, 20] and [160, 160, 20, 20] in kept
 
 
-def test_the_program(tmp_path, capsys):
+def test_the_program(tmp_path, capsys, few_windows):
     """Two runs, the second drawn beside the first; what is refused."""
     fc, both = tmp_path / "fc", tmp_path / "both"
     method.main([*RUN, "--train", "--row", "table1.fc", "--out", str(fc)])
@@ -169,7 +177,7 @@ def test_the_program(tmp_path, capsys):
     assert set(found["final"]) == {"fc", "conv", "model"} and found["metrics"] == metrics
     for head in ("fc", "conv"):
         counts = found["windows"][head]["all objects"]["count"]
-        assert 5_000 < sum(counts) <= found["windows_made"] == 14641
+        assert 200 < sum(counts) <= found["windows_made"] == 625
         groups = [found["windows"][head][g]["count"] for g in windows.SIZES]
         assert counts == [sum(n) for n in zip(*groups)] and sum(groups[2]) == 0  # images of 64 px
     matrix = torch.tensor(found["weight_correlation"]["fc"])
@@ -185,7 +193,7 @@ def test_the_program(tmp_path, capsys):
     assert "made with other objects" in capsys.readouterr().err
 
 
-def test_a_vanilla_and_a_single_head(tmp_path):
+def test_a_vanilla_and_a_single_head(tmp_path, few_windows):
     data, cpu = common.SyntheticDetection(2, 64), torch.device("cpu")
     one = sure(make(lambda_fc=0.8, lambda_conv=1.0, fc_channels=16)).eval()
     found = sections.sections(one, data, one.config, cpu, tmp_path, objects=1)

@@ -268,15 +268,20 @@ def test_bad_input_ends_with_a_reason(trained, name, argv, message, capsys):
 
 def test_two_processes_find_what_one_finds(trained, tmp_path):
     folder, _ = trained("dc_loss_clnms")
-    for name in ("sweep", "alignment"):
-        argv = ["dc_loss_clnms", "--weights", f"{folder}/last.pt", "--out"]
-        module = importlib.import_module(f"studies.{name}")
+    argv = ["dc_loss_clnms", "--weights", f"{folder}/last.pt", "--out"]
+    for module in (sweep, alignment):
         module.main([*argv, f"{tmp_path}/one"])
-        done = subprocess.run(
-            [*torchrun(2), "-m", f"studies.{name}", *argv, f"{tmp_path}/two"],
-            capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
+    both = tmp_path / "both.py"
+    both.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from studies import alignment, sweep\n"
+        "sweep.main(sys.argv[1:]), alignment.main(sys.argv[1:])\n"
+    )
+    done = subprocess.run(
+        [*torchrun(2), str(both), *argv, f"{tmp_path}/two"],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
     for name in ("sweep_nms", "alignment"):
         assert read(tmp_path, "one", f"{name}.json") == read(tmp_path, "two", f"{name}.json")
 
