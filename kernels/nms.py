@@ -156,32 +156,39 @@ def jit(*sizes: str):
 def _load_boxes(boxes, at, mask):
     """Rows `at` of boxes [N, 4] as a tuple; a masked row is a point at the origin."""
     row = boxes + at.to(tl.int64) * 4
-    x1 = tl.load(row, mask, 0.0)
-    y1 = tl.load(row + 1, mask, 0.0)
-    x2 = tl.load(row + 2, mask, 0.0)
-    y2 = tl.load(row + 3, mask, 0.0)
-    return x1, y1, x2, y2
+    x1, y1 = tl.load(row, mask, 0.0), tl.load(row + 1, mask, 0.0)
+    return x1, y1, tl.load(row + 2, mask, 0.0), tl.load(row + 3, mask, 0.0)
 
 
 @jit()
-def _iou(box, other):
+def _inter_and_union(box, other):
     x1, y1, x2, y2 = box
     u1, v1, u2, v2 = other
     width = tl.maximum(tl.minimum(x2, u2) - tl.maximum(x1, u1), 0.0)
     height = tl.maximum(tl.minimum(y2, v2) - tl.maximum(y1, v1), 0.0)
     inter = width * height
-    # div_rn because `/` is two ulp off in float32.
-    return tl.div_rn(inter, (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - inter)
+    return inter, (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - inter
 
 
 @jit()
-def _over(box, other, iou_threshold):
-    """IoU > threshold for every pair: rows are `other`, columns are `box`."""
-    x1, y1, x2, y2 = box
-    u1, v1, u2, v2 = other
-    columns = x1[None, :], y1[None, :], x2[None, :], y2[None, :]
-    rows = u1[:, None], v1[:, None], u2[:, None], v2[:, None]
-    return _iou(columns, rows) > iou_threshold
+def _iou(box, other):
+    inter, union = _inter_and_union(box, other)
+    return tl.div_rn(inter, union)  # `/` is two ulp off in float32
+
+
+@jit()
+def _over(box, other, threshold, half_ulp, ODD: tl.constexpr):
+    """IoU > threshold t for every pair, rows `box`, columns `other`: `_iou`'s answer, no division.
+
+    inter / union rounds to more than t where it exceeds t + half_ulp, the middle between t and the
+    next float, and on that middle if t is odd. So is inter - t union > half_ulp union: wherever the
+    two sides are near each other, the fma is exact, and so is the product with a power of two.
+    """
+    rows = box[0][:, None], box[1][:, None], box[2][:, None], box[3][:, None]
+    columns = other[0][None, :], other[1][None, :], other[2][None, :], other[3][None, :]
+    inter, union = _inter_and_union(rows, columns)
+    rest, bound = tl.fma(-threshold, union, inter), half_ulp * union
+    return ((rest >= bound) if ODD else (rest > bound)) & (inter > 0) & (union >= 0)
 
 
 @jit()
@@ -209,7 +216,10 @@ def _cluster(boxes, live, at, end, best, reference, iou_threshold):
 
 
 @jit("N")
-def _nms_kernel(boxes, live, order, starts, out, N, iou_threshold, kept_boxes, BLOCK: tl.constexpr):
+def _nms_kernel(
+    boxes, live, order, starts, out, N, iou_threshold, kept_boxes, half_ulp,
+    ODD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Greedy. boxes [N, 4] and live [N], the scores, by group, then by descending score; -inf where a
     row is not there. kept_boxes [N, 4] is scratch: what a group has kept, from its first row on."""
     lane = tl.arange(0, BLOCK)
@@ -223,24 +233,23 @@ def _nms_kernel(boxes, live, order, starts, out, N, iou_threshold, kept_boxes, B
         # Rows that are not there come last in a group: the first tile of them ends it.
         end = tl.where(tl.max(score, 0) > -float("inf"), end, tile)
         box = _load_boxes(boxes, at, at < end)
-        hits = tl.zeros([BLOCK, BLOCK], tl.int1)  # row: an earlier box, column: mine
+        hits = tl.zeros([BLOCK, BLOCK], tl.int1)  # row: mine, column: an earlier box
         first = start * 0
         while first < num_kept:
-            known = first + lane < num_kept
-            earlier = _load_boxes(kept_boxes, start + first + lane, known)
-            hits = hits | (_over(box, earlier, iou_threshold) & known[:, None])
+            # Behind the last one kept are points at the origin, which overlap nothing.
+            earlier = _load_boxes(kept_boxes, start + first + lane, first + lane < num_kept)
+            hits = hits | _over(box, earlier, iou_threshold, half_ulp, ODD)
             first += BLOCK
-        hit = tl.max(hits.to(tl.int32), 0)  # once: across warps it costs a barrier
+        hit = tl.max(hits.to(tl.int32), 1)  # once: across warps it costs a barrier
         alive = ((score > -float("inf")) & (hit == 0)).to(tl.int32)
-        # Within the tile: kept = alive and not hit by an earlier kept box. Iterated from
-        # kept = alive, box k is settled after k + 1 rounds at the latest, so the fixed
-        # point is the greedy result; a few rounds do in practice.
-        over = _over(box, _load_boxes(boxes, at, at < end), iou_threshold)
-        over = (over & (lane[:, None] < lane[None, :])).to(tl.int32)
+        # Within the tile: kept = alive and not hit by an earlier kept box. Iterated from kept = alive,
+        # box k is settled after k + 1 rounds: the fixed point is the greedy result, a few rounds do.
+        over = _over(box, _load_boxes(boxes, at, at < end), iou_threshold, half_ulp, ODD)
+        over = (over & (lane[None, :] < lane[:, None])).to(tl.int32)
         kept = alive
         changed = tl.max(alive, 0)
         while changed > 0:
-            new = alive * (1 - tl.max(over * kept[:, None], 0))
+            new = alive * (1 - tl.max(over * kept[None, :], 1))
             changed = tl.max(new ^ kept, 0)
             kept = new
         row = kept_boxes + (start + num_kept + tl.cumsum(kept, 0) - 1).to(tl.int64) * 4
@@ -304,13 +313,9 @@ def _cl_nms_kernel(
     while more > 0:
         # First pass: weighted centre and enclosing box of the cluster of `best`.
         cluster = best, _load_boxes(boxes, best, best < N), iou_threshold
-        total = tl.zeros([BLOCK], tl.float64)
-        sum_x = tl.zeros([BLOCK], tl.float64)
-        sum_y = tl.zeros([BLOCK], tl.float64)
-        low_x = tl.full([BLOCK], float("inf"), tl.float32)
-        low_y = tl.full([BLOCK], float("inf"), tl.float32)
-        high_x = tl.full([BLOCK], -float("inf"), tl.float32)
-        high_y = tl.full([BLOCK], -float("inf"), tl.float32)
+        zero, inf = tl.zeros([BLOCK], tl.float64), tl.full([BLOCK], float("inf"), tl.float32)
+        total, sum_x, sum_y = zero, zero, zero
+        low_x, low_y, high_x, high_y = inf, inf, -inf, -inf
         tile = start
         while tile < end:
             at = tile + lane
@@ -326,17 +331,13 @@ def _cl_nms_kernel(
             high_y = tl.where(member & (y2 > high_y), y2, high_y)
             tile += BLOCK
         total = tl.sum(total, 0)
-        centre_x = tl.sum(sum_x, 0) / total
-        centre_y = tl.sum(sum_y, 0) / total
+        centre_x, centre_y = tl.sum(sum_x, 0) / total, tl.sum(sum_y, 0) / total
         width = tl.max(high_x, 0).to(tl.float64) - tl.min(low_x, 0)
         height = tl.max(high_y, 0).to(tl.float64) - tl.min(low_y, 0)
         diagonal = tl.sqrt(width * width + height * height)
-        measurable = (diagonal > 0) & (diagonal < float("inf"))
         # Second pass: whom to keep; the cluster leaves; the next reference.
-        top = tl.full([BLOCK], -float("inf"), tl.float32)
-        top_at = tl.zeros([BLOCK], tl.int32)
-        choice = tl.full([BLOCK], -float("inf"), tl.float32)
-        choice_at = tl.zeros([BLOCK], tl.int32)
+        nobody = tl.zeros([BLOCK], tl.int32)
+        top, top_at, choice, choice_at = -inf, nobody, -inf, nobody
         tile = start
         while tile < end:
             at = tile + lane
@@ -345,11 +346,9 @@ def _cl_nms_kernel(
             off_x = (x1.to(tl.float64) + x2) / 2 - centre_x
             off_y = (y1.to(tl.float64) + y2) / 2 - centre_y
             distance = tl.sqrt(off_x * off_x + off_y * off_y) / diagonal
-            distance = tl.where(measurable, distance, 0.0)
-            if not LITERAL:
-                distance = 1 - distance
-            select = (p.to(tl.float64) + distance).to(tl.float32)
-            select = tl.where(member, select, -float("inf"))
+            distance = tl.where((diagonal > 0) & (diagonal < float("inf")), distance, 0.0)
+            d = distance if LITERAL else 1 - distance
+            select = tl.where(member, (p.to(tl.float64) + d).to(tl.float32), -float("inf"))
             choice_at = tl.where(select > choice, at, choice_at)
             choice = tl.maximum(select, choice)
             p = tl.where(member, -float("inf"), p)
@@ -384,7 +383,9 @@ def _triton_select(boxes, scores, groups, iou_threshold, method, sigma, score_th
     starts = torch.searchsorted(rank, torch.arange(N + 1, device=device), out_int32=True)
     boxes, live, out = boxes[order], live[order], torch.full_like(scores, -torch.inf)
     if method == "greedy":
-        kernel, more, launch = _nms_kernel, (torch.empty_like(boxes),), _GREEDY_LAUNCH
+        t = np.float32(iou_threshold)
+        more = (torch.empty_like(boxes), float(np.spacing(t)) / 2, bool(t.view(np.int32) & 1))
+        kernel, launch = _nms_kernel, _GREEDY_LAUNCH
     elif method in SOFT:
         more = (sigma, score_threshold, method == "gaussian")
         kernel, launch = _soft_nms_kernel, _SOFT_LAUNCH
