@@ -41,8 +41,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
-from torchvision.models.resnet import BasicBlock, ResNet
-from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.ops import DeformConv2d, FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
 from torchvision.transforms import v2
 
@@ -89,8 +89,9 @@ class Config:
     flip: Share = 0.5  # probability of a horizontal flip in training
     seed: Whole = 0  # of weights, order, augmentation, sampling and synthetic images
     # Backbone
-    backbone: str = "resnet50"  # resnet18/34/50/101, resnext101_32x8d, resnext101_64x4d, small
+    backbone: str = "resnet50"  # resnet18/34/50/101, resnext101_32x4d/_32x8d/_64x4d, small
     backbone_weights: str = "imagenet"  # imagenet, none, random (to time), or torchvision's .pth
+    dcn: Literal["none", "v1", "v2"] = "none"  # deformable 3x3 convolutions in C3 to C5; v2: masked
     norm: Literal["auto", "frozen_bn", "bn", "gn"] = "auto"  # auto: frozen_bn, or gn from scratch
     # stem and first stages kept fixed when starting from weights
     frozen_stages: Annotated[int, Range(0, 5)] = 2
@@ -800,6 +801,11 @@ def make_norm(kind: str):
 
 def make_resnet(name: str, weights: str | None, norm_layer) -> ResNet:
     """torchvision's network of that name. "small": ResNet-18, one block a stage, half as wide."""
+    if name == "resnext101_32x4d":
+        if weights:
+            raise ValueError("torchvision has no weights of it, others publish them")
+        options = dict(groups=32, width_per_group=4)
+        return ResNet(Bottleneck, [3, 4, 23, 3], norm_layer=norm_layer, **options)
     if name != "small":
         return torchvision.models.get_model(name, weights=weights, norm_layer=norm_layer)
     if weights:
@@ -814,6 +820,48 @@ def make_resnet(name: str, weights: str | None, norm_layer) -> ResNet:
     return net
 
 
+class DeformableConv(DeformConv2d):
+    """A convolution that sees from its input where each of its taps should look (DCN).
+
+    [B, C, H, W] -> [B, C', H', W']. Takes the place of `conv`, with its weight and groups. A second
+    convolution, `conv_offset`, gives each output place an offset for each tap, in px of its input:
+    y, x of the first tap, y, x of the next, row by row. Outside the map are zeros. `modulated`
+    (DCNv2): behind the offsets, each tap's share in (0, 1). `conv_offset` starts at zero: so v1
+    starts as `conv`, and v2, whose shares are then 0.5, as half of it (release).
+    Stays float32 under autocast: offsets are positions, and a CPU's deform_conv2d knows no bf16.
+
+    >>> conv, x = nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False), torch.ones(1, 4, 8, 8)
+    >>> torch.allclose(DeformableConv(conv)(x), conv(x) / 2, atol=1e-6)
+    True
+    """
+
+    def __init__(self, conv: nn.Conv2d, modulated: bool = True):
+        place = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+        super().__init__(conv.in_channels, conv.out_channels, *place, groups=conv.groups)
+        self.weight, self.bias = conv.weight, conv.bias
+        self.taps = math.prod(conv.kernel_size)
+        self.conv_offset = nn.Conv2d(conv.in_channels, (2 + modulated) * self.taps, *place)
+        nn.init.zeros_(self.conv_offset.weight)
+        nn.init.zeros_(self.conv_offset.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(self.weight.dtype)
+            offsets, mask = self.conv_offset(x).tensor_split([2 * self.taps], dim=1)
+            return super().forward(x, offsets, mask.sigmoid() if mask.shape[1] else None)
+
+
+def make_deformable(net: ResNet, dcn: str) -> None:
+    """The 3x3 convolutions of all bottlenecks in C3 to C5, made deformable in place (release).
+
+    dcn: "v1", "v2" or "none". Raises BadInput for basic blocks, as the releases' framework does.
+    """
+    for block in [*net.layer2, *net.layer3, *net.layer4] if dcn != "none" else []:
+        if not isinstance(block, Bottleneck):
+            raise BadInput(f"--dcn {dcn}: needs bottlenecks, as resnet50 and larger networks have")
+        block.conv2 = DeformableConv(block.conv2, dcn == "v2")
+
+
 class ResNetFPN(nn.Module):
     """torchvision's ResNet or ResNeXt under a feature pyramid: [B, 3, H, W] -> 5 maps [B, C, .., ..].
 
@@ -821,7 +869,8 @@ class ResNetFPN(nn.Module):
     extra="conv": P3..P7, strides 8..128, P6 and P7 by convolution (RetinaNet).
     With weights the stem and the first stages are frozen, and with norm="auto" all BN is; from
     scratch ("none") nothing is, and norm="auto" means GroupNorm, in the pyramid too. "random" is
-    like "imagenet" in all but the values. Raises BadInput if the weights cannot be had.
+    like "imagenet" in all but the values. `dcn`: see `make_deformable`. Raises BadInput if the
+    weights cannot be had.
     """
 
     def __init__(
@@ -832,6 +881,7 @@ class ResNetFPN(nn.Module):
         weights: str = "imagenet",
         norm: str = "auto",
         frozen_stages: int = 2,
+        dcn: str = "none",
     ):
         super().__init__()
         scratch = weights == "none"
@@ -841,12 +891,13 @@ class ResNetFPN(nn.Module):
             net = make_resnet(name, known, make_norm(norm))
             if weights not in ("imagenet", "none", "random"):
                 state = torch.load(weights, map_location="cpu", weights_only=True)
-                net.load_state_dict(state)
+                net.load_state_dict({**net.fc.state_dict(prefix="fc."), **state})  # fc: not used
         except Exception as e:  # a download fails in many ways, a file in as many
             why = f"{name}, weights {weights}: {type(e).__name__}: {e}"
             if weights not in ("none", "random"):
                 why += "\n--backbone-weights takes a downloaded .pth file, or none: from scratch"
             raise BadInput(why) from e
+        make_deformable(net, dcn)  # after loading: classifiers' weights have no offsets
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
         self.stages = nn.ModuleList([net.layer1, net.layer2, net.layer3, net.layer4])
         self.frozen = 0 if scratch else frozen_stages

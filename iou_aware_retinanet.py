@@ -228,8 +228,8 @@ class Detector(retinanet.RetinaNet):
 #   L2, L1 and smooth L1 losses of the IoU: no formula | - | of sigmoid(logit) - IoU; the square
 #       without 1/2.
 #   Where scores are fused: "subsequent NMS and AP" | before top 1000 and threshold | release.
-#   Table 1's X-101: ResNeXt-101-32x8d | 32x4d, the baseline too | 32x8d: torchvision has no weights
-#       of 32x4d.
+#   Table 1's X-101: ResNeXt-101-32x8d | 32x4d, the baseline too | 32x8d, of which torchvision has
+#       weights; `--backbone resnext101_32x4d --backbone-weights FILE` is the release.
 #   Boxes that enter NMS: - | all classes of a level's best 1000 anchors | its best 1000 (anchor,
 #       class) pairs; `--all-classes` is the release. At alpha = 0 an anchor's classes all tie, and
 #       it matters.
@@ -246,7 +246,7 @@ class Detector(retinanet.RetinaNet):
 ALPHAS = tuple(round(1 - i / 10, 1) for i in range(11))  # Table 3
 _SMALL = dict(scales=(600,), test_scales=(600,), max_size=1000)  # the ablations' image scale
 _VOC = _SMALL  # 12 epochs, drops after 8 and 11, rate 0.0075 for 12 images (release): as on COCO
-# x101 is what the paper prints; the release's config, and the baseline's, is ResNeXt-101-32x4d
+# choice: x101 is what the paper prints and what a row can start from without a file of one's own
 _BACKBONES = {"r50": "resnet50", "r101": "resnet101", "x101": "resnext101_32x8d"}
 
 # One training, several rows:

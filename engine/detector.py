@@ -61,6 +61,7 @@ class BaseDetector(nn.Module):
             weights=config.backbone_weights,
             norm=config.norm,
             frozen_stages=config.frozen_stages,
+            dcn=config.dcn,
         )
 
     def predict(self, images: list[Tensor]) -> list[dict]:

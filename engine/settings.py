@@ -144,7 +144,7 @@ def check_row(config: Config, rows: dict, tiny: dict, row: str, source) -> None:
     """BadInput if a checkpoint's settings are not those that make a row this row, no other."""
     default = type(config)()
     switches = {k for row in rows.values() for k in row} - Config.__dataclass_fields__.keys()
-    wanted = {k: getattr(default, k) for k in switches | {"backbone"}}
+    wanted = {k: getattr(default, k) for k in switches | {"backbone", "dcn"}}
     wanted = {k: v for k, v in wanted.items() if isinstance(v, (bool, int, str))}
     wanted |= {k: v for k, v in rows[row].items() if k not in SCHEDULE}
     free = tiny.keys() - rows[row].keys()  # these may be the tiny preset's as well

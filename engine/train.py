@@ -70,21 +70,22 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 def check_settings(path: Path, settings: dict, saved: dict) -> None:
     """BadInput if a run is not what was saved of it, but for flags that change nothing learned."""
-    differ = [k for k, v in settings.items() if k not in FREE and v != saved.get(k)]
+    differ = [k for k, v in settings.items() if k not in FREE and flag(k, v) != flag(k, saved[k])]
     if differ:
-        old = " ".join(flag(k, saved.get(k)) for k in differ)
+        old = " ".join(flag(k, saved[k]) for k in differ)
         raise BadInput(f"{path}: cannot resume, the run was made with {old}")
 
 
-def begin(out: Path, again: bool, settings: dict, model, optimizer, about) -> tuple[int, list]:
-    """Take up the run in `out` if `again`, or make room for a new one.
+def begin(out: Path, config: Config, settings, model, optimizer, about) -> tuple[int, list]:
+    """Take up the run in `out` if config.resume, or make room for a new one.
 
     `about`: the data's categories and fingerprint. Returns the steps done, the losses not yet logged.
     """
-    path, known = out / "last.pt", out / "config.json"
+    path, known, again = out / "last.pt", out / "config.json", config.resume
+    defaults = dataclasses.asdict(type(config)())  # of what an older run did not know yet
     if not (again and path.exists()):
         if again and known.exists():
-            check_settings(known, settings, read_json(known))
+            check_settings(known, settings, defaults | read_json(known))
             say(f"{out} has no checkpoint yet: its run starts anew")
         else:
             if again:
@@ -92,7 +93,7 @@ def begin(out: Path, again: bool, settings: dict, model, optimizer, about) -> tu
             set_aside(out)
         return 0, []
     state = load_checkpoint(path)
-    check_settings(path, settings, state["config"])
+    check_settings(path, settings, defaults | state["config"])
     if state["categories"] != about["categories"]:
         raise BadInput(f"{path}: cannot resume, the data's categories are others now")
     if state.get("data", about["data"]) != about["data"]:  # older checkpoints have none
@@ -287,7 +288,7 @@ def train(model: nn.Module, config: Config, train_data, val_data=None, out="runs
     optimizer = make_optimizer(model, config)
     torch.manual_seed(config.seed + rank)  # from here on only sampling draws from it
     about = dict(categories=train_data.categories, data=fingerprint(train_data))
-    batches.start, window = begin(out, config.resume, settings, model, optimizer, about)
+    batches.start, window = begin(out, config, settings, model, optimizer, about)
     log, watch, metrics = RunLog(out, batches.start), LossWatch(window), {}
     if rank == 0:
         write_json(out / "config.json", settings)

@@ -19,11 +19,17 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from baselines.retinanet import RetinaNet
-from common import BadInput, SyntheticDetection, clip_boxes, make_norm, make_resnet
+from common import (
+    BadInput,
+    SyntheticDetection,
+    clip_boxes,
+    make_deformable,
+    make_norm,
+    make_resnet,
+)
 from engine.checkpoints import write_json
 from engine.data import to_device
 from engine.processes import (
@@ -37,13 +43,14 @@ from engine.processes import (
 )
 from engine.settings import Config, untrained
 from studies.checkpoint import METHODS, method_of, read_options, reported, settings_of
+from studies.cost import flop_counter
 
 
 def torchvision_detector(kind: str, config: Config, num_classes: int, **options) -> nn.Module:
     """torchvision's Faster R-CNN (kind "two_stage") or RetinaNet ("one_stage") of the same size.
 
-    Same ResNet, norm, frozen stages, pyramid width and image sizes as `config` asks of ours; the
-    rest is torchvision's own. `options` go to its FasterRCNN or RetinaNet.
+    Same ResNet, deformable or not, norm, frozen stages, pyramid width and image sizes as `config`
+    asks of ours; the rest is torchvision's own. `options` go to its FasterRCNN or RetinaNet.
     """
     from torchvision.models.detection import FasterRCNN, RetinaNet
     from torchvision.models.detection.backbone_utils import BackboneWithFPN
@@ -52,6 +59,7 @@ def torchvision_detector(kind: str, config: Config, num_classes: int, **options)
     scratch, width = config.backbone_weights == "none", config.fpn_channels
     norm = make_norm({"auto": "gn" if scratch else "frozen_bn"}.get(config.norm, config.norm))
     net = make_resnet(config.backbone, None, norm)
+    make_deformable(net, config.dcn)
     stem = nn.ModuleList([net.conv1, net.bn1])
     for part in [stem, net.layer1, net.layer2, net.layer3, net.layer4][: config.frozen_stages]:
         part.requires_grad_(scratch)
@@ -112,7 +120,7 @@ def bench(model, config: Config, num_classes: int, device, repeat: int = 5) -> l
 def measure(net: nn.Module, work, config: Config, device, count: bool) -> tuple[float, float, int]:
     """Seconds, multiply-adds (if counted) and peak bytes of a loss and its gradient, or of `work`."""
     reset_peak_memory(device)
-    counter = FlopCounterMode(display=False) if count else contextlib.nullcontext()
+    counter = flop_counter() if count else contextlib.nullcontext()
     start = time.perf_counter()
     with counter, autocast(config.amp, device):
         if net.training:

@@ -5,7 +5,8 @@
 
 A prediction is counted with a score threshold of 0 and random weights: as many boxes go through
 each head as the method lets through. Convolutions and matrix products count, as PyTorch's counter
-sees them; pooling, NMS and elementwise operations do not. Prints a table, writes OUT/cost.json.
+sees them, a deformable convolution as the plain one of its size; pooling, NMS and elementwise
+operations do not. Prints a table, writes OUT/cost.json.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from common import BadInput
 from engine.checkpoints import write_json
@@ -38,13 +39,27 @@ class CostOptions:
     out: str = "runs/cost"  # results folder
 
 
+def flop_counter() -> FlopCounterMode:
+    """PyTorch's counter of operations, made to know deformable convolutions."""
+
+    def forward(x, weight, *others, out_shape, **options):  # all of them shapes
+        return conv_flop_count(x, weight, out_shape)
+
+    def backward(out, x, weight, *others, **options):
+        return 2 * conv_flop_count(x, weight, out)
+
+    ops = torch.ops.torchvision
+    known = {ops.deform_conv2d: forward, ops._deform_conv2d_backward: backward}
+    return FlopCounterMode(display=False, custom_mapping=known)
+
+
 def cost(name: str, flags: list[str], size: tuple[int, int]) -> tuple[float, float]:
     """Millions of parameters and 10^9 multiply-adds of a prediction, under these flags."""
     config = settings_of(name, ["--preset", "paper", *flags])
     config = replace(untrained(config), score_threshold=0.0)
     torch.manual_seed(0)
     model = method_of(name).Detector(config, 80).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter() as counter:
         model.predict([torch.randint(0, 256, (3, *size), dtype=torch.uint8)])
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     return parameters, counter.get_total_flops() / 2e9

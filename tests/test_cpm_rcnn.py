@@ -237,7 +237,7 @@ def test_each_point_has_its_own_channels_behind_the_trunk():
 
 @pytest.mark.parametrize("row", [*method.ROWS])
 def test_every_row_builds_and_trains(row):
-    keep = ("backbone", "scales", "test_scales", "max_size")  # sizes stay small here
+    keep = ("backbone", "dcn", "scales", "test_scales", "max_size")  # sizes stay small here
     changes = {k: v for k, v in method.ROWS[row].items() if k not in keep}
     model, (images, targets) = sure(make(**changes)), batch(1, 64)
     losses = model.loss(images, targets)
@@ -380,6 +380,7 @@ MEANING = {  # (ratios, IoUs) of the stages, ISM, RSM, stage tested, backbone
     "table5.same_test3": (((2.0, 2.0, 2.0), CMM[1]), False, False, 3, "resnet50"),
     "table6.l2": (((2.0,), (0.5,)), True, False, 0, "resnet50"),
     "table7.x101": (CMM, True, True, 0, "resnext101_64x4d"),
+    "table7.x101_dcn_ms": (CMM, True, True, 0, "resnext101_64x4d"),
 }
 
 
@@ -396,7 +397,7 @@ def test_rows_are_the_papers_experiments(row):
 
 def test_longest_sides_of_the_multi_scale_row():
     """An image of 1 : 3 in every view: 2000 px at scale 1200, 1333 at 800, as in the release."""
-    c = dataclasses.replace(Config(), **method.ROWS["extra.x101_multiscale"])
+    c = dataclasses.replace(Config(), **method.ROWS["table7.x101_dcn_ms_test"])
     assert c.test_flip and c.soft_nms and (c.merge_iou, c.soft_nms_score) == (0.5, 1e-4)
     empty = dict(boxes=torch.zeros(0, 4), size=(8, 24))
     data = [(torch.zeros(3, 8, 24, dtype=torch.uint8), empty)]

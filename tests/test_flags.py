@@ -36,6 +36,7 @@ ELSEWHERE = {
     "row": "test_row_and_preset_set_what_flags_override",
     "preset": "test_row_and_preset_set_what_flags_override",
     "device": "test_device_is_obeyed",
+    "dcn": "test_d2det_trains_deformed",
     "data": "test_voc_layout",
     "train_json": "test_coco_explicit_paths",
     "train_images": "test_coco_explicit_paths",
