@@ -28,6 +28,7 @@ import hashlib
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -46,7 +47,7 @@ from torchvision.ops import DeformConv2d, FeaturePyramidNetwork, FrozenBatchNorm
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
 from torchvision.transforms import v2
 
-from formats import BadInput, check_coco, read_json, read_voc
+from formats import BadInput, check_coco, find_uavdt, read_json, read_uavdt, read_voc
 
 
 class Range(NamedTuple):
@@ -73,13 +74,14 @@ class Config:
     """
 
     # Data
-    data: str = "synthetic"  # folder in COCO or Pascal VOC layout, or "synthetic"
+    data: str = "synthetic"  # folder in COCO, Pascal VOC or UAVDT layout, or "synthetic"
     train_json: str = ""  # COCO annotations to train on, given explicitly ...
     train_images: str = ""  # ... and their image folder
     val_json: str = ""  # COCO annotations to evaluate on ...
     val_images: str = ""  # ... and their image folder
-    train_split: str = ""  # VOC: ImageSets/Main/<split>.txt (default: trainval if test is tested)
-    val_split: str = ""  # VOC: split to evaluate on (default: test, else val)
+    # VOC: ImageSets/Main/<split>.txt (default: trainval if test is tested); UAVDT: M_attr/<split>/
+    train_split: str = ""
+    val_split: str = ""  # VOC, UAVDT: split to evaluate on (default: test, VOC without one: val)
     num_train: Natural = 7000  # synthetic images per epoch
     num_val: Natural = 200  # synthetic images to evaluate on
     image_size: Side = 512  # synthetic images' side in px
@@ -493,7 +495,7 @@ def make_target(boxes, labels, ignore, image_id, size) -> dict:
 
 
 class FolderDetection(Dataset):
-    """Image files with COCO annotations (VOC's are turned into these); the annotations are checked.
+    """Image files with COCO annotations (others become these); the annotations are checked.
 
     A file without "annotations", as of COCO's test sets, is a set in which nothing can be scored.
     Boxes that are broken (not finite, of zero or negative size, outside the image) are dropped and
@@ -613,10 +615,10 @@ def rgb_tensor(image: Image.Image) -> Tensor:
 def load_data(config: Config, train: bool = True, val: bool = True, categories=None):
     """(training set, validation set) of config.data; None for one that is not asked for.
 
-    Synthetic, COCO (annotations/instances_*2017.json or explicit paths) or VOC (JPEGImages/, also
-    VOC2007/ and VOC2012/ below: both train, the first one tests). The training set's categories,
-    or those given (a checkpoint's), are the ones that the validation set must have. Raises BadInput,
-    also for a set without images and a training set without boxes.
+    Synthetic, COCO (annotations/instances_*2017.json or explicit paths), VOC (JPEGImages/, also
+    VOC2007/ and VOC2012/ below: both train, the first one tests) or UAVDT (`find_uavdt`). The
+    training set's categories, or those given (a checkpoint's), are the ones that the validation set
+    must have. Raises BadInput, also for a set without images and a training set without boxes.
     """
     explicit = config.train_json or config.val_json
     if not explicit and (config.train_images or config.val_images):
@@ -629,6 +631,8 @@ def load_data(config: Config, train: bool = True, val: bool = True, categories=N
             make(config.num_val, config.image_size, 2**31) if val else None,
         )
     root = Path(config.data)
+    places = root, root / "VOC2007", root / "VOC2012"
+    roots = [place for place in places if (place / "JPEGImages").is_dir()]
     if explicit:
         paths = {"train": config.train_json, "val": config.val_json}
         folders = {"train": config.train_images, "val": config.val_images}
@@ -642,12 +646,7 @@ def load_data(config: Config, train: bool = True, val: bool = True, categories=N
         folders = {s: root / "images" / f"{s}2017" for s in ("train", "val")}
         folders = {s: f if f.is_dir() else root / f"{s}2017" for s, f in folders.items()}
         read = read_json
-    else:
-        places = root, root / "VOC2007", root / "VOC2012"
-        roots = [place for place in places if (place / "JPEGImages").is_dir()]
-        if not roots:
-            looked = "annotations/instances_*2017.json (COCO) nor JPEGImages/ (VOC)"
-            raise BadInput(f"{root}: no data found: neither {looked} in that folder")
+    elif roots:
         lists = lambda r, split: r / "ImageSets" / "Main" / f"{split}.txt"  # noqa: E731
         tests = config.val_split or ("test" if lists(roots[0], "test").exists() else "val")
         whole = tests == "test" and lists(roots[0], "trainval").exists()  # else val would train
@@ -655,6 +654,14 @@ def load_data(config: Config, train: bool = True, val: bool = True, categories=N
         train_lists = os.pathsep.join(str(lists(r, trains)) for r in roots)
         paths = {"train": train_lists, "val": str(lists(roots[0], tests))}
         folders, read = {"train": "", "val": ""}, read_voc
+    elif uavdt := find_uavdt(root):
+        frames, truth, attributes = uavdt
+        splits = {"train": config.train_split or "train", "val": config.val_split or "test"}
+        paths = {s: attributes / split for s, split in splits.items()}
+        folders, read = dict.fromkeys(paths, frames), partial(read_uavdt, frames, truth)
+    else:
+        looked = "annotations/instances_*2017.json (COCO) nor JPEGImages/ (VOC) nor M_attr/ (UAVDT)"
+        raise BadInput(f"{root}: no data found: neither {looked} in that folder")
 
     def load(split: str, known):
         data = FolderDetection(paths[split], folders[split], read, known)

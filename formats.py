@@ -1,4 +1,4 @@
-"""Annotation formats: COCO's JSON and Pascal VOC's XML, both as a COCO dictionary, checked.
+"""Annotation formats: COCO's JSON, VOC's XML and UAVDT's text, all as a COCO dictionary, checked.
 
 A COCO dictionary has images (id, file_name, height, width), categories (id, name) and, if anything
 is known of them, annotations (image_id, category_id, bbox as x, y, w, h, iscrowd ...).
@@ -12,6 +12,10 @@ import os
 import xml.etree.ElementTree as ET
 from collections import Counter
 from pathlib import Path
+
+from PIL import Image
+
+UAVDT = {"description": "UAVDT"}  # `info` of a COCO dictionary: by it the metrics know the data set
 
 
 class BadInput(ValueError):
@@ -74,6 +78,93 @@ def read_voc(split_file: Path, categories: list[dict] | None = None) -> dict:
         known = {"id": len(annotations) + 1, "image_id": image_id, "category_id": ids[name]}
         annotations.append({**known, **box, "iscrowd": 0, "difficult": difficult})
     return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def find_uavdt(root: Path) -> list[Path] | None:
+    """UAVDT's folders of frames, ground truth and lists in `root`; None if none of them is there.
+
+    Looked for are Mxxxx/ (UAV-benchmark-M.zip), GT/Mxxxx_gt_whole.txt (UAV-benchmark-MOTD_v1.0.zip)
+    and M_attr/<split>/Mxxxx_attr.txt (M_attr.zip), each in `root`, in its folders, and in theirs:
+    an archive may be unpacked with or without a folder around it. BadInput if only some are there.
+    """
+    number, found = "M[0-9][0-9][0-9][0-9]", {}
+    for mark in (number, f"GT/{number}_gt_whole.txt", f"M_attr/*/{number}*_attr.txt"):
+        places = (p for depth in ("", "*/", "*/*/") for p in sorted(root.glob(depth + mark)))
+        if place := next(places, None):
+            found[mark] = place.parents[mark.count("/")]
+        else:
+            found[mark] = None
+    lacks = [mark.replace(number, "Mxxxx") for mark, folder in found.items() if not folder]
+    if len(lacks) == len(found):
+        return None
+    if lacks:
+        raise BadInput(f"{root}: UAVDT is not whole: no {', no '.join(lacks)}")
+    frames, truth, lists = found.values()
+    return [frames, truth / "GT", lists / "M_attr"]
+
+
+def read_uavdt(frames: Path, truth: Path, split: Path, categories=None) -> dict:
+    """COCO dictionary of the sequences that the folder `split` lists in files Mxxxx_attr.txt.
+
+    Images are the files frames/Mxxxx/img000001.jpg and so on, their ids "Mxxxx/img000001". The
+    frames of a sequence have one size, taken from the first; that the others have it is for the
+    check of all images. A row of truth/Mxxxx_gt_whole.txt is an object: frame (from 1), target,
+    left, top, width, height, out of view, occlusion, category. Cars (1), trucks (2) and buses (3)
+    are one class, as for the official detection evaluator. A row of Mxxxx_gt_ignore.txt is a
+    rectangle to ignore, here a crowd. A frame without rows is an image without objects.
+    `categories` are compared by the caller. BadInput names a broken row by file and line.
+    """
+    images, annotations = [], []
+    # strip: the release has an "M0701 _attr.txt"
+    listed = {path.name.removesuffix("_attr.txt").strip() for path in split.glob("M*_attr.txt")}
+    if not listed:
+        raise BadInput(f"{split}: no Mxxxx_attr.txt that lists a sequence")
+    for sequence in sorted(listed):
+        folder = frames / sequence
+        stems = sorted(path.stem for path in folder.glob("img*.jpg"))
+        ids = {int(stem[3:]): f"{sequence}/{stem}" for stem in stems if stem[3:].isdecimal()}
+        if not ids:
+            raise BadInput(f"{folder}: no frames img000001.jpg ..., but {split} lists {sequence}")
+        first = frames / f"{next(iter(ids.values()))}.jpg"
+        try:
+            with Image.open(first, formats=["JPEG"]) as image:
+                size = dict(zip(("width", "height"), image.size))
+        except Exception as e:  # a decoder may raise anything
+            raise BadInput(f"{first}: cannot read the image: {e}") from e
+        images += [{"id": i, "file_name": f"{i}.jpg", **size} for i in ids.values()]
+        for iscrowd, kind in enumerate(("whole", "ignore")):
+            name = f"{sequence}_gt_{kind}.txt"
+            path = truth / name
+            try:
+                lines = path.read_text().splitlines()
+            except (OSError, UnicodeDecodeError) as e:
+                raise BadInput(f"{path}: {getattr(e, 'strerror', e)}") from None
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    frame, _, x, y, w, h, _, _, category = map(int, line.split(","))
+                except ValueError:
+                    wrong = f"not nine whole numbers: {line[:80]}"
+                    raise BadInput(f"{path}, line {number}: {wrong}") from None
+                if frame not in ids and iscrowd:
+                    continue  # nothing is there to ignore
+                if frame not in ids:
+                    raise BadInput(f"{path}, line {number}: frame {frame} is not in {folder}")
+                if not iscrowd and category not in (1, 2, 3):
+                    raise BadInput(f"{path}, line {number}: category {category}, not 1, 2 or 3")
+                annotations.append(
+                    {
+                        "id": f"{name} line {number}",
+                        "image_id": ids[frame],
+                        "category_id": 1,
+                        "bbox": [x, y, w, h],
+                        "iscrowd": iscrowd,
+                    }
+                )
+    vehicle = {"id": 1, "name": "vehicle"}
+    whole = {"images": images, "annotations": annotations, "categories": [vehicle]}
+    return {"info": UAVDT, **whole}
 
 
 def check_coco(coco) -> None:

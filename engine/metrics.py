@@ -1,4 +1,4 @@
-"""`detect`: a detector over a data set; `evaluate`: COCO's and VOC's metrics of what it finds."""
+"""`detect`: a detector over a data set; `evaluate`: metrics of COCO, VOC, UAVDT of what it finds."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from engine.detector import candidates_by_size
 from engine.pictures import draw_grid
 from engine.processes import autocast, gather, progress, rank_and_world, say
 from engine.settings import Config
+from formats import UAVDT
 
 
 @torch.no_grad()
@@ -88,7 +89,8 @@ def coco_metrics(truth: dict, results: list[dict]) -> dict:
     """pycocotools' twelve numbers, AP60..AP90 and per-class AP, in [0, 1]; None where undefined.
 
     Objects marked `difficult` are ignored like COCO's out-of-range areas; crowds as COCO does. For
-    data with such marks (VOC) the 11-point AP of VOC 2007 at IoU 0.5 is added as `voc07_AP50`.
+    data with such marks (VOC) the 11-point AP of VOC 2007 at IoU 0.5 is added as `voc07_AP50`, for
+    UAVDT the AP of its own evaluator at IoU 0.7 as `uavdt_AP70` (`AP70` is COCO's, 101 recalls).
     Without annotations (COCO's test sets) all are None. Of an annotation only image_id, category_id
     and bbox are needed (`complete_truth`).
     """
@@ -125,6 +127,8 @@ def coco_metrics(truth: dict, results: list[dict]) -> dict:
         metrics[f"AP{iou}"] = number(precision[(iou - 50) // 5].nanmean())
     if any("difficult" in a for a in truth["annotations"]):
         metrics["voc07_AP50"] = voc07_ap(truth, results)
+    if truth.get("info") == UAVDT:
+        metrics["uavdt_AP70"] = uavdt_ap(truth, results)
     names = {c["id"]: c["name"] for c in truth["categories"]}
     per_class = precision.nanmean((0, 1)).tolist()
     metrics["per_class"] = {
@@ -184,6 +188,52 @@ def voc07_ap(truth: dict, results: list[dict], iou: float = 0.5) -> float:
     return sum(aps) / len(aps) if aps else 0.0
 
 
+def uavdt_ap(truth: dict, results: list[dict], iou: float = 0.7) -> float | None:
+    """AP as UAVDT's official detection evaluator has it, over all frames; None without objects.
+
+    In each frame detections take objects, best score first: each takes the one it overlaps most of
+    those not taken yet, if their IoU is at least `iou`; else it is false. Before that, detections
+    strictly inside one rectangle to ignore (a crowd here) are removed, but in two sequences; objects
+    inside one still count. AP is the area under the monotone precision-recall curve (VOC 2010).
+    Image ids begin with the sequence, as in "M0203/img000001".
+    """
+    unfiltered = ("M0209", "M0801")  # (release)
+    boxes: dict = {image["id"]: ([], [], []) for image in truth["images"]}
+    for a in truth["annotations"]:
+        boxes[a["image_id"]][a.get("iscrowd", 0)].append(a["bbox"])
+    for r in sorted(results, key=lambda r: -r["score"]):
+        boxes[r["image_id"]][2].append([*r["bbox"], r["score"]])
+    scores, hits, num = [], [], 0
+    for image_id in sorted(boxes):  # of equal scores the earlier frame's comes first
+        objects, ignored, found = boxes[image_id]
+        num += len(objects)
+        found = torch.tensor(found, dtype=torch.float64).reshape(-1, 5)
+        objects = torch.tensor(objects, dtype=torch.float64).reshape(-1, 4)
+        ignored = torch.tensor(ignored, dtype=torch.float64).reshape(-1, 4)
+        objects, ignored, seen = (
+            torchvision.ops.box_convert(b, "xywh", "xyxy") for b in (objects, ignored, found[:, :4])
+        )
+        if image_id.split("/")[0] not in unfiltered:
+            inside = (seen[:, None, :2] > ignored[:, :2]) & (seen[:, None, 2:] < ignored[:, 2:])
+            kept = ~inside.all(-1).any(-1)
+            found, seen = found[kept], seen[kept]
+        overlap = torchvision.ops.box_iou(seen, objects)
+        hit = torch.zeros(len(seen), dtype=torch.float64)
+        for d in (overlap >= iou).any(1).nonzero()[:, 0].tolist():
+            value, best = overlap[d].max(0)
+            if value >= iou:
+                hit[d] = 1
+                overlap[:, best] = 0  # taken
+        scores.append(found[:, 4])
+        hits.append(hit)
+    if not num:
+        return None
+    hits = torch.cat(hits)[torch.cat(scores).argsort(descending=True, stable=True)]
+    precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)
+    precision = precision.flip(0).cummax(0)[0].flip(0)  # the best at this recall or a higher one
+    return (precision * hits).sum().item() / num
+
+
 def evaluate(model: nn.Module, data: Dataset, config: Config, device=None, out=None) -> dict:
     """Detect in all images of `data` and score with pycocotools; all processes get the metrics.
 
@@ -210,7 +260,7 @@ def evaluate(model: nn.Module, data: Dataset, config: Config, device=None, out=N
 
 
 def show_metrics(metrics: dict) -> str:
-    keys = "AP AP50 AP75 AP90 AP_small AP_medium AP_large voc07_AP50".split()
+    keys = "AP AP50 AP75 AP90 AP_small AP_medium AP_large voc07_AP50 uavdt_AP70".split()
     shown = "  ".join(f"{k} {metrics[k]:.3f}" for k in keys if metrics.get(k) is not None)
     return shown or "no AP: the set has no annotated objects"
 

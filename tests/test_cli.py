@@ -260,7 +260,7 @@ def test_class_count_mismatch_is_named(finished, detection_data, capsys):
     [
         ([], "nothing to do"),
         (["--train", "--row", "table9.x"], "table9.x"),
-        (["--train", "--row", "table4.uavdt"], "needs the UAVDT data set"),
+        (["--train", "--row", "table6.isaid_masks"], "iSAID"),
         (["--eval", "--out", "/nowhere"], "this needs --weights"),
         (["--predict", "a.jpg", "--out", "/nowhere"], "this needs --weights"),
         (["--train", "--data", "/nowhere"], "/nowhere: no data found"),
