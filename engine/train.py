@@ -192,8 +192,7 @@ class LossWatch:
 
     def means(self) -> dict[str, float]:
         self.check()
-        means = torch.stack(self.window).mean(0).tolist()
-        self.window = []
+        means, self.window = torch.stack(self.window).mean(0).tolist(), []
         return dict(zip(self.pending[2][:-1], means))  # without the norm
 
 
@@ -270,8 +269,7 @@ def train(model: nn.Module, config: Config, train_data, val_data=None, out="runs
     """Train to the end of the schedule, or to SIGTERM; returns the last metrics ({} without data).
 
     OUT receives log.jsonl, last.pt, curves.png and what `evaluate` writes. With config.resume it
-    continues from last.pt exactly where that was written. Raises BadInput for data sets that are
-    not as common.py describes them.
+    continues exactly where last.pt was written. BadInput: data that are not as common.py says.
     """
     out, device = Path(out), next(model.parameters()).device
     check_data(model, train_data, val_data)
@@ -309,8 +307,6 @@ def train(model: nn.Module, config: Config, train_data, val_data=None, out="runs
         found = evaluate(model, val_data, config, device, where)
         if not log.has_metrics(step):
             log.write({"step": step, **found})
-            if where is None:  # at the end they are drawn in any case
-                log.draw()
         say(f"step {step}: {show_metrics(found)}", bar)
         return found
 
@@ -346,6 +342,7 @@ def train(model: nn.Module, config: Config, train_data, val_data=None, out="runs
             if due(step):
                 paused = time.perf_counter()
                 metrics = test(step)
+                log.draw()
                 clock += time.perf_counter() - paused
     if val_data is not None:  # also where a run is resumed that had only this left to do
         metrics = test(batches.total, out)
