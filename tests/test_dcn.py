@@ -254,7 +254,7 @@ RUN = """--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 
  --device cpu --log-every 1""".split()
 
 
-def test_d2det_trains_deformed(tmp_path, narrow):
+def test_d2det_trains_deformed(tmp_path, narrow, capsys):
     out = ["--out", str(tmp_path / "r")]
     d2det.main([*RUN, *out, "--train", "--dcn", "v2", "--backbone", "resnet50"])
     state = load_checkpoint(tmp_path / "r" / "last.pt")
@@ -262,6 +262,9 @@ def test_d2det_trains_deformed(tmp_path, narrow):
     assert len(moved) == 6 and state["config"]["dcn"] == "v2"
     model = engine.load(tmp_path / "r" / "last.pt")
     assert isinstance(model.model.backbone.stages[1][0].conv2, common.DeformableConv)
+    with pytest.raises(SystemExit):
+        d2det.main([*RUN, *out, "--eval", "--row", "release.r50"])
+    assert "--dcn none" in capsys.readouterr().err
 
 
 def test_runs_that_knew_nothing_of_it_resume(tmp_path, capsys):
