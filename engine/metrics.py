@@ -217,11 +217,13 @@ def uavdt_ap(truth: dict, results: list[dict], iou: float = 0.7) -> float | None
             inside = (seen[:, None, :2] > ignored[:, :2]) & (seen[:, None, 2:] < ignored[:, 2:])
             kept = ~inside.all(-1).any(-1)
             found, seen = found[kept], seen[kept]
-        overlap = torchvision.ops.box_iou(seen, objects)
+        overlap = torchvision.ops.box_iou(
+            seen, objects.flip(0)
+        ).numpy()  # of equals the last object
         hit = torch.zeros(len(seen), dtype=torch.float64)
-        for d in (overlap >= iou).any(1).nonzero()[:, 0].tolist():
-            value, best = overlap[d].max(0)
-            if value >= iou:
+        for d in np.flatnonzero((overlap >= iou).any(1)):
+            best = overlap[d].argmax()
+            if overlap[d, best] >= iou:
                 hit[d] = 1
                 overlap[:, best] = 0  # taken
         scores.append(found[:, 4])

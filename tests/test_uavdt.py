@@ -200,6 +200,8 @@ def found(*boxes, frame=1, sequence="M0203", score=0.9):
         ([[0, 0, 10, 10]], [[0, 0, 10, 6.99]], 0),
         ([A, [0, 0, 100, 80]], [A, A], 1),  # the object it overlaps most is taken: the other one
         ([A, [0, 0, 100, 60]], [A, A], 1 / 2),  # too small for that
+        # the first overlaps both alike, and takes the last: nothing is left for the second
+        ([[0, 0, 10, 10], [2, 0, 10, 10]], [[1, 0, 10, 10], [2.5, 0, 10, 10]], 1 / 2),
     ],
 )
 def test_average_precision_by_hand(objects, detections, ap):
