@@ -70,7 +70,8 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 def check_settings(path: Path, settings: dict, saved: dict) -> None:
     """BadInput if a run is not what was saved of it, but for flags that change nothing learned."""
-    differ = [k for k, v in settings.items() if k not in FREE and v != saved.get(k)]
+    # a setting that is newer than the run was what it is by default
+    differ = [k for k, v in settings.items() if k not in FREE and v != saved.get(k, v)]
     if differ:
         old = " ".join(flag(k, saved.get(k)) for k in differ)
         raise BadInput(f"{path}: cannot resume, the run was made with {old}")
@@ -255,9 +256,9 @@ def save(path: Path, step: int, model, optimizer, settings: dict, about, window:
         save_checkpoint(path, state)
 
 
-def check_data(model: nn.Module, train_data, val_data) -> None:
+def check_data(model: nn.Module, train_data, val_data, masks: bool = False) -> None:
     """BadInput if the data are not what training needs, or not of the model's classes."""
-    check_dataset(train_data, "training")
+    check_dataset(train_data, "training", masks=masks)
     if val_data is not None:
         check_dataset(val_data, "validation", scored=True)
     have, need = len(train_data.categories), getattr(model, "num_classes", None)
@@ -273,7 +274,7 @@ def train(model: nn.Module, config: Config, train_data, val_data=None, out="runs
     not as common.py describes them.
     """
     out, device = Path(out), next(model.parameters()).device
-    check_data(model, train_data, val_data)
+    check_data(model, train_data, val_data, getattr(config, "masks", False))
     rank, world = rank_and_world()
     batch = per_process_batch(config) * world
     batches = TrainBatches(train_data.sizes, batch // world, config.seed)
