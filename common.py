@@ -649,9 +649,9 @@ def load_data(config: Config, train: bool = True, val: bool = True, categories=N
 
     Synthetic, COCO (annotations/instances_*2017.json or explicit paths) or VOC (JPEGImages/, also
     VOC2007/ and VOC2012/ below: both train, the first one tests). The training set's categories,
-    or those given (a checkpoint's), are the ones that the validation set must have. With masks, if the
-    config has such a field and it is set. Raises BadInput, also for a set without images and a
-    training set without boxes.
+    or those given (a checkpoint's), are the ones that the validation set must have. With masks, if
+    the config has a field of that name and it is set. Raises BadInput, also for a set without images
+    and a training set without boxes.
     """
     masks = getattr(config, "masks", False)
     explicit = config.train_json or config.val_json
@@ -717,7 +717,7 @@ class ShortestSize(v2.RandomShortestSize):
 
 
 class MaskCrops(tv_tensors.TVTensor):
-    """Masks [G, 112, 112], each over its object's box: a flip turns them, resizing changes nothing."""
+    """Masks [G, 112, 112], each over its object's box: a flip turns them, resizing does nothing."""
 
 
 @v2.functional.register_kernel("horizontal_flip", MaskCrops)

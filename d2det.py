@@ -55,7 +55,7 @@ import engine
 import kernels
 from baselines import faster_rcnn
 from common import Amount, BadInput, Natural, Share, Whole
-from engine.detector import first_per_image, over_threshold
+from engine.detector import first_per_image, gt_masks, over_threshold
 
 # B images, R RoIs, K classes, C channels; P proposals per image (padded)
 # S = 7 side of the cell grid; pooled maps are [R, C, 2S, 2S]
@@ -96,9 +96,6 @@ class Config(faster_rcnn.Config):
     soft_nms_score: Share = 1e-3  # soft-NMS drops boxes whose score falls below (release)
     masks: bool = False  # instance segmentation (3.3); the release tests it without soft-NMS
     mask_channels: Natural = 256  # width of the transposed convolutions (release)
-    mask_weight: Amount = 1.0  # weight of the mask loss (release)
-    mask_iou_weight: Amount = 1.0  # weight of the loss of the predicted mask IoU (release)
-    mask_iou_share: Amount = 0.3  # masks are ranked by score + this * predicted IoU (release)
     epochs: Amount = 24.0  # length of training, passes over the data: 2x schedule (4.1)
     drops: tuple[Share, ...] = (20 / 24, 23 / 24)  # lr / 10 at these fractions (release)
     warmup: Whole = 1000  # steps of linear warm-up, at most a tenth of training (release) ...
@@ -177,22 +174,17 @@ def iou_loss(boxes: Tensor, gt_boxes: Tensor) -> Tensor:
     return -torch.where(iou > 0.1, iou, iou + 0.1).log()
 
 
-def mask_targets(
-    proposals: Tensor, gt_boxes: Tensor, masks: Tensor, size: int = 28
-) -> tuple[Tensor, Tensor]:
+def mask_targets(proposals: Tensor, gt_boxes: Tensor, masks: Tensor, size: int = 28):
     """What a proposal's mask should be (3.3): the part of the gt's that lies in it.
 
     proposals, gt_boxes [R, 4]; masks [R, M, M] (bool or 0..1), each over its gt_box -> targets
-    [R, size, size], 1.0 where the mask, bilinear between the centres of its pixels, is at least 0.5
-    at the cell's centre (second release); and [R]: the area of the whole object in such cells, also
-    of what lies outside of the proposal.
+    [R, size, size], 1.0 where the mask, bilinear, is at least 0.5 at the cell's centre (release);
+    and the object's area [R] in such cells, whether they lie in the proposal or not.
 
-    >>> box, mask = torch.tensor([[0., 0., 8., 8.]]), torch.ones(1, 4, 4)
-    >>> mask_targets(box, box / 2, mask, size=4)
-    (tensor([[[1., 1., 0., 0.],
-             [1., 1., 0., 0.],
-             [0., 0., 0., 0.],
-             [0., 0., 0., 0.]]]), tensor([4.]))
+    >>> box = torch.tensor([[0., 0., 8., 8.]])
+    >>> mask_targets(box, box / 2, torch.ones(1, 4, 4), size=2)
+    (tensor([[[1., 0.],
+             [0., 0.]]]), tensor([1.]))
     """
     wh = (gt_boxes[:, 2:] - gt_boxes[:, :2]).clamp(min=1e-6)
     cells = cell_centres(proposals, size) - gt_boxes[:, :2, None, None]  # [R, 2, size, size]
@@ -269,15 +261,11 @@ class MaskBranch(nn.Module):
 
     def __init__(self, in_channels=576, channels=256, num_classes=80, hidden=1024, size=7):
         super().__init__()
-        self.up = nn.Sequential(
-            nn.ConvTranspose2d(in_channels, channels, 2, stride=2),
-            nn.GroupNorm(16, channels),
-            nn.ReLU(inplace=True),
-            nn.ConvTranspose2d(channels, channels, 2, stride=2),
-            nn.ReLU(inplace=True),
-        )
+        up1 = nn.ConvTranspose2d(in_channels, channels, 2, stride=2)
+        up2 = nn.ConvTranspose2d(channels, channels, 2, stride=2)
+        self.up = nn.Sequential(up1, nn.GroupNorm(16, channels), nn.ReLU(), up2, nn.ReLU())
         self.logits = nn.Conv2d(channels, num_classes, 3, padding=1)
-        for layer in (self.up[0], self.up[3], self.logits):
+        for layer in (up1, up2, self.logits):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
             nn.init.zeros_(layer.bias)
         self.iou = faster_rcnn.two_fc((in_channels + 1) * size**2, hidden, num_classes)
@@ -286,11 +274,9 @@ class MaskBranch(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, trunk: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.logits(self.up(trunk))  # [R, K, 4S, 4S]
         row = torch.arange(len(labels), device=labels.device)
-        logits = logits[row, labels]  # [R, 4S, 4S]
-        # the IoU is read off the mask, and does not change it
-        mask = F.max_pool2d(logits.detach()[:, None], 4).sigmoid()  # [R, 1, S, S]
+        logits = self.logits(self.up(trunk))[row, labels]  # [R, 4S, 4S]
+        mask = F.max_pool2d(logits.detach()[:, None], 4).sigmoid()  # [R, 1, S, S], a constant
         return logits, self.iou(torch.cat([trunk, mask.to(trunk.dtype)], 1))[row, labels]
 
 
@@ -384,18 +370,12 @@ def dense_losses(
     return {"reg": loss.sum() / num_cells, "overlap": bce / num_cells}
 
 
-def mask_losses(
-    mask_logits: Tensor,
-    iou: Tensor,
-    targets: Tensor,
-    areas: Tensor,
-    num_rois: Tensor | int | None = None,
-) -> dict[str, Tensor]:
-    """Losses over R positives: `mask`, BCE, and `mask_iou`, half the squared error of the IoU.
+def mask_losses(mask_logits: Tensor, iou: Tensor, targets: Tensor, areas: Tensor, num_rois=None):
+    """Of R positives `mask`, BCE, and `mask_iou`, half the predicted IoU's squared error (release).
 
-    mask_logits and iou of the gts' classes and targets and areas of `mask_targets`: [R, S, S], [R],
-    [R, S, S], [R]. Means over cells and over num_rois, which is R unless given. The IoU to predict is
-    that of the mask, where it is over 0.5, with the whole object. Up to 0.1 it is not learned (release).
+    mask_logits [R, S, S], iou [R] of the gts' classes; targets [R, S, S], areas [R]: `mask_targets`.
+    Means over cells and over num_rois, which is R unless given. The IoU to predict is that of the
+    mask, where its probability is over 0.5, with the whole object; up to 0.1 none is (release).
     """
     num_rois = max(1, len(targets)) if num_rois is None else num_rois
     bce = F.binary_cross_entropy_with_logits(mask_logits.float(), targets, reduction="sum")
@@ -403,22 +383,10 @@ def mask_losses(
     both, inside = (seen * targets).sum((1, 2)), targets.sum((1, 2))
     target_iou = both / (seen.sum((1, 2)) + torch.maximum(areas, inside) - both).clamp(min=1e-6)
     error = torch.where(target_iou > 0.1, (iou.float() - target_iou) ** 2 / 2, 0)
-    num_cells = targets.shape[1] * targets.shape[2]
-    return {"mask": bce / (num_rois * num_cells), "mask_iou": error.sum() / num_rois}
+    return {"mask": bce / num_rois / targets.shape[-1] ** 2, "mask_iou": error.sum() / num_rois}
 
 
 # ------------------------------------------------------------------------------ detector
-
-
-def masks_of(gt_boxes: Tensor, image: Tensor, targets: list[dict]) -> Tensor:
-    """The masks [R, M, M] of the objects that have these gt_boxes [R, 4] in images [R]."""
-    boxes, ignore, masks = (
-        torch.cat([t[k] for t in targets]) for k in ("boxes", "ignore", "masks")
-    )
-    counts = [len(t["boxes"]) for t in targets]
-    owner = common.constant([i for i, n in enumerate(counts) for _ in range(n)], image.device)
-    same = (boxes == gt_boxes[:, None]).all(2) & (owner == image[:, None]) & ~ignore  # [R, G]
-    return masks[F.pad(same, (0, 1)).int().argmax(1)]  # padded: images may be without objects
 
 
 class Detector(faster_rcnn.TwoStage):
@@ -461,23 +429,14 @@ class Detector(faster_rcnn.TwoStage):
         image = rois[chosen, 0]
         boxes = jitter_boxes(rois[chosen, 1:], config.jitter, sizes[image.long()])
         pooled = self.pool(features, torch.cat([image[:, None], boxes], 1), 14)
-        trunk, gts, num_rois = (
-            self.regress.trunk(pooled),
-            gt_boxes[chosen],
-            common.shared_rows(boxes),
-        )
-        inside = None
+        trunk, gts, inside = self.regress.trunk(pooled), gt_boxes[chosen], None
+        num_rois = common.shared_rows(boxes)
         if config.masks:
-            masks = masks_of(gts, image, targets)
-            mask, areas = mask_targets(boxes, gts, masks)
-            # the coarse mask: of 4x4 cells the middle four, of which at least three are set (release)
-            inside = (
-                F.interpolate(mask[:, None], scale_factor=0.25, mode="bilinear") > 0.5
-            ).float()
-            found = self.mask_branch(trunk, labels[chosen])
-            found = mask_losses(*found, mask, areas, num_rois)
-            losses["mask"] = config.mask_weight * found["mask"]
-            losses["mask_iou"] = config.mask_iou_weight * found["mask_iou"]
+            masks, areas = mask_targets(boxes, gts, gt_masks(gts, image, targets))
+            losses |= mask_losses(*self.mask_branch(trunk, labels[chosen]), masks, areas, num_rois)
+            # the coarse mask: at least three of the middle four of 4x4 cells (release)
+            coarse = F.interpolate(masks[:, None], scale_factor=0.25, mode="bilinear")
+            inside = (coarse > 0.5).float()
         options = (config.overlap_margin, config.reg_cells, num_rois, inside)
         dense = dense_losses(*self.regress.cells(trunk), boxes, gts, *options)
         losses["reg"] = config.reg_weight * dense["reg"]
@@ -512,21 +471,17 @@ class Detector(faster_rcnn.TwoStage):
         overlap = overlap if config.overlap else torch.ones_like(overlap)
         boxes = kernels.decode_dense_offsets(rois[row, 1:], offsets, overlap, sizes[image[row]])
         found = dict(boxes=boxes, scores=scores, labels=labels, image=image[row])
-        if (
-            self.config.masks
-        ):  # of all that may stay; here are the features. Boxes are final (release)
-            rois = torch.cat([rois[row, :1], boxes], 1)
-            trunk = self.regress.trunk(self.pool(features, rois, 14))
-            mask_logits, iou = self.mask_branch(trunk, labels)
+        if self.config.masks:  # seen anew from the boxes, which nothing moves any more (release)
+            pooled = self.pool(features, torch.cat([rois[row, :1], boxes], 1), 14)
+            mask_logits, iou = self.mask_branch(self.regress.trunk(pooled), labels)
             found |= dict(masks=mask_logits.float().sigmoid(), mask_iou=iou.float())
         return found
 
     def finish(self, candidates: dict, num_images: int, config: Config | None = None) -> list[dict]:
         """As all detectors do; and masks are ranked by the box's score + 0.3 IoU (release)."""
         detections = super().finish(candidates, num_images, config)
-        share = (config or self.config).mask_iou_share
         for found in detections if self.config.masks else ():
-            found["mask_scores"] = found["scores"] + share * found.pop("mask_iou")
+            found["mask_scores"] = found["scores"] + 0.3 * found.pop("mask_iou")
         return detections
 
     def suppress(self, boxes: Tensor, scores: Tensor, groups: Tensor, config: Config):
@@ -570,10 +525,9 @@ class Detector(faster_rcnn.TwoStage):
 # - Deformable pooling: RoIAlign sampling | corners rounded, samples at bin starts; R-101 one a bin,
 #   R-50 two a side; none outside the map | aligned and centred, nothing rounded; else release
 # - Anchors that cross the image's border: - | do not train | train, if their centre is inside
-# - Mask target: the gt's mask | at 28x28, cropped and sized in whole pixels; 7x7 from that | exact
-# - Mask IoU, its input: two fc | padded pooling misses the mask's last row and column | sees all
-# - Mask IoU, its target: - | mask where the logit > 0.5; the whole area from the share of it that is
-#   in the proposal | where the probability is; counted directly, which is the same
+# - Mask target: the gt's mask | cut out in whole pixels, sized to 28x28, then 7x7 | not rounded
+# - Mask IoU: two fc | input misses the mask's last row and column (padded pooling); target is of
+#   the mask where its logit is > 0.5 | all of the mask, where its probability is > 0.5
 # - Crowd regions: - | plain background | proposals at least half inside one are no negatives
 # Of the test alone:
 # - No cell over 0.5: - | the box (0, 0, 0, 0), never clipped | mean over all cells, clipped
@@ -584,14 +538,13 @@ _FASTER = dict(dlr=False, cls_weight=1.0, score_threshold=0.05, warmup=500, warm
 _MINIVAL = dict(soft_nms=False)  # soft-NMS is for test-dev (4.1)
 _DLR = dict(drp=False, **_MINIVAL)
 _R101 = dict(backbone="resnet101", drp_samples=1)
-_MASKS = dict(  # (release)
-    **_R101,
-    masks=True,
-    proposals_test=700,
-    score_threshold=0.05,
-    nms_iou=0.3,
-    soft_nms=False,
-)
+_MASKS = dict(masks=True, proposals_test=700, score_threshold=0.05, nms_iou=0.3, soft_nms=False)
+# RoIs, detections, test scales: the authors' word (an issue of the release). Schedule and training
+# scales: the data set's paper, as others quote it. Metrics: the data set's kit.
+_SCALES = (400, 600, 800, 1000, 1200)
+_ISAID = dict(roi_samples=1024, roi_positive=0.5, scales=_SCALES, steps=180_000, lr=0.025)
+_ISAID |= dict(test_scales=_SCALES, reg_test=500, max_detections=500)
+_ISAID_METRICS = dict(metric_detections=(1, 10, 1000), metric_sides=(10.0, 144.0, 512.0))
 
 # One training: table2.dlr and table3.dlr_alone; table2.dlr_drp and table3.d2det. The
 # defaults are table2.dlr_drp with soft-NMS, as the released R-50 is tested (43.7 on minival).
@@ -606,23 +559,8 @@ ROWS: dict[str, dict] = {
     "table2.drp_no_weighting": dict(weighting=False, **_FASTER),
     "table3.dlr_alone": _DLR,
     "table3.d2det": _MINIVAL,
-    "table5.coco_masks": dict(**_MASKS, reg_test=100),
-    # The authors tell of 1024 RoIs, half of them positive, 500 detections and five sizes in the
-    # test; of the training, that it is the data set's paper's, here as others quote it.
-    "table6.isaid_masks": dict(
-        **_MASKS,
-        roi_samples=1024,
-        roi_positive=0.5,
-        reg_test=500,
-        max_detections=500,
-        scales=(400, 600, 800, 1000, 1200),
-        test_scales=(400, 600, 800, 1000, 1200),
-        steps=180_000,
-        lr=0.025,
-        # as iSAID's own evaluation has them
-        metric_detections=(1, 10, 1000),
-        metric_sides=(10.0, 144.0, 512.0),
-    ),
+    "table5.coco_masks": dict(**_R101, **_MASKS, reg_test=100),
+    "table6.isaid_masks": dict(**_R101, **_MASKS, **_ISAID, **_ISAID_METRICS),
     "release.r50": dict(),
     "extra.r101_multiscale": dict(
         **_R101,

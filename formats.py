@@ -85,8 +85,8 @@ def read_voc(split_file: Path, categories: list[dict] | None = None) -> dict:
 def check_coco(coco, masks: bool = False) -> None:
     """ValueError naming the first thing in COCO annotations that training or testing would trip on.
 
-    Boxes that are broken but numbers are no such thing: they are dropped. With `masks`, segmentations
-    are looked at too.
+    Boxes that are broken but numbers are no such thing: they are dropped. With `masks` it looks at
+    segmentations too.
     """
     number, whole = (int, float), (int,)  # by type(): True is an int too, and is neither
 
@@ -208,9 +208,9 @@ def usable_mask(segmentation, box=ANYWHERE) -> list | dict | None:
 
 
 def _compressed(segmentation: dict) -> dict:
-    if isinstance(segmentation["counts"], str):
-        return segmentation
-    return rle.frPyObjects(segmentation, *segmentation["size"])
+    if isinstance(segmentation["counts"], list):
+        return rle.frPyObjects(segmentation, *segmentation["size"])
+    return segmentation
 
 
 def decode_mask(segmentation: dict) -> Tensor:
@@ -239,7 +239,7 @@ def crop_mask(segmentation: list | dict, box: Tensor, side: int = MASK_SIDE) -> 
 
 
 def crop_bitmaps(bitmaps: Tensor, boxes: Tensor, side: int = MASK_SIDE) -> Tensor:
-    """Masks [G, h, w] over their boxes [G, 4]: [G, side, side], the pixels under the cells' centres."""
+    """Masks [G, h, w] over boxes [G, 4]: [G, side, side], the pixels under the cells' centres."""
     h, w = bitmaps.shape[1:]
     at = (torch.arange(side) + 0.5) / side
     x, y = (boxes[:, i, None] + at * (boxes[:, i + 2] - boxes[:, i])[:, None] for i in (0, 1))

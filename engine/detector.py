@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from common import ResNetFPN, padded_size
+from common import ResNetFPN, constant, padded_size
 from engine.settings import Config
 
 
@@ -112,12 +112,22 @@ def first_per_image(image: Tensor, num_images: int, most: int) -> Tensor:
 def split_images(
     boxes: Tensor, scores: Tensor, labels: Tensor, image: Tensor, num_images: int, **more: Tensor
 ):
-    """Flat detections, best score first -> one dict of boxes, scores, labels (and more) per image."""
+    """Flat detections, best score first -> one dict of boxes, scores, labels, more per image."""
     order = image.argsort(stable=True)
     counts = torch.bincount(image, minlength=num_images).tolist()
     flat = dict(boxes=boxes, scores=scores, labels=labels, **more)
     parts = [x[order].split(counts) for x in flat.values()]
     return [dict(zip(flat, part)) for part in zip(*parts)]
+
+
+def gt_masks(gt_boxes: Tensor, image: Tensor, targets: list[dict]) -> Tensor:
+    """The masks [R, M, M] of the objects with these gt_boxes [R, 4] in images [R]."""
+    joined = (torch.cat([t[k] for t in targets]) for k in ("boxes", "ignore", "masks"))
+    boxes, ignore, masks = joined
+    owner = [i for i, t in enumerate(targets) for _ in range(len(t["boxes"]))]
+    same = (boxes == gt_boxes[:, None]).all(2) & ~ignore  # [R, G]
+    same &= constant(owner, image.device) == image[:, None]
+    return masks[F.pad(same, (0, 1)).int().argmax(1)]  # padded: G may be 0
 
 
 def paste_mask(mask: Tensor, box: Tensor, size: tuple[int, int]) -> Tensor:

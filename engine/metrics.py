@@ -136,8 +136,8 @@ def coco_metrics(
         evaluation.params.areaRng = [[0, 1e10], *map(list, zip(ends, ends[1:]))]
         evaluation.evaluate()
         evaluation.accumulate()
-    # precision [10 IoUs, 101 recalls, K, 4 areas, 3 maxDets], recall [10 IoUs, K, 4 areas, 3 maxDets],
-    # -1 where a class has no object. Not summarize(): it takes AP at 100 detections, whatever is asked.
+    # precision [10 IoUs, 101 recalls, K, 4 areas, 3 maxDets], recall without the recalls; -1 where
+    # a class has no object. Not summarize(): it takes AP at 100 detections, whatever is asked.
     precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
     number = lambda v: None if v != v or v < 0 else float(v)  # noqa: E731
     mean = lambda v: number(v[v > -1].mean()) if (v > -1).any() else None  # noqa: E731
