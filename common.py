@@ -11,7 +11,8 @@ Conventions, here and in every file:
 
 `images` is a list of uint8 [3, h, w] tensors, resized but neither normalised nor padded.
 A target is a dict: boxes [G, 4], labels [G], ignore [G] (bool: crowd or difficult), image_id, and
-size (h, w) of the image as it is on disk; optionally masks [G, h, w] (bool).
+size (h, w) of the image as it is on disk; optionally masks (bool), of the image's size [G, h, w].
+Detectors are given these as `MaskCrops`: [G, 112, 112], each over its object's box.
 
 A data set of your own is any torch Dataset whose items are (image, target), plain tensors or
 `make_target`'s, and that also has
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 import os
 from dataclasses import dataclass
@@ -47,7 +49,19 @@ from torchvision.ops import DeformConv2d, FeaturePyramidNetwork, FrozenBatchNorm
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
 from torchvision.transforms import v2
 
-from formats import BadInput, check_coco, find_uavdt, read_json, read_uavdt, read_voc
+from formats import (
+    MASK_SIDE,
+    BadInput,
+    check_coco,
+    crop_bitmaps,
+    crop_mask,
+    encode_mask,
+    find_uavdt,
+    read_json,
+    read_uavdt,
+    read_voc,
+    usable_mask,
+)
 
 
 class Range(NamedTuple):
@@ -464,17 +478,21 @@ class SyntheticDetection(Dataset):
         target = make_target(boxes, labels, [False] * len(labels), index, (self.size, self.size))
         target["visible"] = torch.from_numpy(masks.sum((1, 2)) / np.maximum(area, 1)).float()
         if self.masks:
-            target["masks"] = tv_tensors.Mask(torch.from_numpy(masks))
+            target["masks"] = torch.from_numpy(masks)
         return target
 
     def coco(self) -> dict:
-        """The ground truth as a COCO dictionary (boxes only)."""
+        """The ground truth as a COCO dictionary, with masks if they are made."""
         images, annotations = [], []
         for index in range(len(self)):
             target = self[index][1]
             images.append({"id": index, "height": self.size, "width": self.size})
-            for (x1, y1, x2, y2), label in zip(target["boxes"].tolist(), target["labels"].tolist()):
+            objects = zip(target["boxes"].tolist(), target["labels"].tolist())
+            for i, ((x1, y1, x2, y2), label) in enumerate(objects):
                 box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
+                if self.masks:  # as in COCO, the area is the mask's
+                    mask = target["masks"][i]
+                    box |= {"segmentation": encode_mask(mask), "area": mask.sum().item()}
                 ids = {"id": len(annotations) + 1, "image_id": index, "category_id": label + 1}
                 annotations.append({**box, **ids, "iscrowd": 0})
         return {"images": images, "annotations": annotations, "categories": self.categories}
@@ -501,14 +519,16 @@ class FolderDetection(Dataset):
     Boxes that are broken (not finite, of zero or negative size, outside the image) are dropped and
     counted; everything else that is wrong raises BadInput with the file and the reason. The boxes
     are kept as flat arrays: loader processes share them instead of copying a million objects.
+    With `masks` each object needs one, or is dropped too; they are kept as one array of text.
     """
 
-    def __init__(self, source: Path, image_dir: Path, read=None, categories=None):
+    def __init__(self, source: Path, image_dir: Path, read=None, categories=None, masks=False):
+        self.masks = masks
         self.source, self.image_dir, self._read = Path(source), Path(image_dir), read or read_json
         self.note = ""  # what was dropped, for whoever runs to say
         coco = self._read(self.source, categories)
         try:
-            check_coco(coco)
+            check_coco(coco, masks)
         except ValueError as e:
             raise BadInput(f"{source}: {e}") from e
         found = [{"id": c["id"], "name": c["name"]} for c in coco["categories"]]
@@ -533,12 +553,16 @@ class FolderDetection(Dataset):
         whole = np.isfinite(boxes).all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
         boxes = np.clip(np.nan_to_num(boxes), 0, limit)  # annotators reach a little over the border
         whole &= (boxes[:, 2:] > boxes[:, :2]).all(1)
+        if self.masks:
+            pairs = zip(annotations, boxes)
+            segmentations = [usable_mask(a.get("segmentation"), box) for a, box in pairs]
+            whole &= [s is not None for s in segmentations]
         self.dropped = np.flatnonzero(~whole).tolist()  # positions: ids may be missing or double
         if self.dropped:
             some = ", ".join(str(annotations[i].get("id", f"no. {i}")) for i in self.dropped[:10])
             self.note = (
                 f"{self.source}: dropped {len(self.dropped)} of {len(whole)} boxes (not finite, no area "
-                f"or outside the image): annotations {some}"
+                f"or outside the image{', or no mask in it' * self.masks}): annotations {some}"
             )
         ignore = [bool(a.get("iscrowd", 0) or a.get("difficult", 0)) for a in annotations]
         order = np.argsort(rows, kind="stable")
@@ -547,6 +571,9 @@ class FolderDetection(Dataset):
         self._labels = torch.tensor([label[a["category_id"]] for a in annotations]).long()[order]
         self._ignore = torch.tensor(ignore, dtype=torch.bool)[order]
         self._first = np.searchsorted(rows[order], np.arange(len(self.image_ids) + 1))
+        texts = [json.dumps(segmentations[i]).encode() for i in order] if self.masks else []
+        self._texts = np.frombuffer(b"".join(texts), np.uint8)
+        self._text_ends = np.cumsum([0, *map(len, texts)])
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -555,12 +582,20 @@ class FolderDetection(Dataset):
         part = slice(self._first[index], self._first[index + 1])
         parts = (values[part] for values in (self._boxes, self._labels, self._ignore))
         target = make_target(*parts, self.image_ids[index], self.sizes[index].tolist())
+        if self.masks:
+            crops = [crop_mask(self._mask(i), self._boxes[i]) for i in range(part.start, part.stop)]
+            crops = torch.stack(crops) if crops else torch.zeros(0, MASK_SIDE, MASK_SIDE).bool()
+            target["masks"] = crops.as_subclass(MaskCrops)
         return read_image(self.files[index]), target
+
+    def _mask(self, i: int):
+        """The segmentation of the i-th box kept."""
+        return json.loads(self._texts[self._text_ends[i] : self._text_ends[i + 1]].tobytes())
 
     def fingerprint(self) -> str:
         """The same for the same images and boxes: a run is not continued on others."""
         parts = self.image_ids, self.categories, self.sizes.tolist(), self._first.tolist()
-        digest = hashlib.sha256(repr(parts).encode())
+        digest = hashlib.sha256(repr(parts).encode() + self._texts.tobytes())
         for values in (self._boxes, self._labels, self._ignore):
             digest.update(values.numpy().tobytes())
         return digest.hexdigest()
@@ -568,8 +603,10 @@ class FolderDetection(Dataset):
     def coco(self) -> dict:
         """The ground truth as a COCO dictionary, read again, without the boxes dropped here."""
         coco, dropped = self._read(self.source, self.categories), set(self.dropped)
-        kept = (a for i, a in enumerate(coco.get("annotations", [])) if i not in dropped)
-        return {**coco, "annotations": list(kept)}
+        kept = [a for i, a in enumerate(coco.get("annotations", [])) if i not in dropped]
+        if self.masks:  # pycocotools takes a polygon of two points for a box
+            kept = [{**a, "segmentation": usable_mask(a["segmentation"])} for a in kept]
+        return {**coco, "annotations": kept}
 
 
 # What PIL may open: it knows more formats, and some of them start other programs.
@@ -618,17 +655,19 @@ def load_data(config: Config, train: bool = True, val: bool = True, categories=N
     Synthetic, COCO (annotations/instances_*2017.json or explicit paths), VOC (JPEGImages/, also
     VOC2007/ and VOC2012/ below: both train, the first one tests) or UAVDT (`find_uavdt`). The
     training set's categories, or those given (a checkpoint's), are the ones that the validation set
-    must have. Raises BadInput, also for a set without images and a training set without boxes.
+    must have. With masks, if the config has a field of that name and it is set. Raises BadInput,
+    also for a set without images and a training set without boxes.
     """
+    masks = getattr(config, "masks", False)
     explicit = config.train_json or config.val_json
     if not explicit and (config.train_images or config.val_images):
         raise BadInput("--train-images and --val-images go with --train-json and --val-json")
     if config.data == "synthetic" and not explicit:
         make = SyntheticDetection
         return (
-            make(config.num_train, config.image_size, config.seed) if train else None,
+            make(config.num_train, config.image_size, config.seed, masks) if train else None,
             # choice: a seed of its own, so that no --seed ever trains on validation images
-            make(config.num_val, config.image_size, 2**31) if val else None,
+            make(config.num_val, config.image_size, 2**31, masks) if val else None,
         )
     root = Path(config.data)
     places = root, root / "VOC2007", root / "VOC2012"
@@ -664,7 +703,7 @@ def load_data(config: Config, train: bool = True, val: bool = True, categories=N
         raise BadInput(f"{root}: no data found: neither {looked} in that folder")
 
     def load(split: str, known):
-        data = FolderDetection(paths[split], folders[split], read, known)
+        data = FolderDetection(paths[split], folders[split], read, known, masks)
         if not len(data):
             raise BadInput(f"{paths[split]}: no images")
         if split == "train" and not len(data._boxes):
@@ -687,14 +726,25 @@ class ShortestSize(v2.RandomShortestSize):
         return {**params, "size": [max(1, side) for side in params["size"]]}
 
 
+class MaskCrops(tv_tensors.TVTensor):
+    """Masks [G, 112, 112], each over its object's box: a flip turns them, resizing does nothing."""
+
+
+@v2.functional.register_kernel("horizontal_flip", MaskCrops)
+def _flip_masks(masks, *_, **__):
+    return tv_tensors.wrap(masks.flip(-1), like=masks)
+
+
 def as_transformed(target: dict, size: tuple[int, int]) -> dict:
     """A target whose boxes and masks v2 transforms move with the image; plain ones they leave."""
     boxes, known = target["boxes"], {}
     if not isinstance(boxes, tv_tensors.BoundingBoxes):
         boxes = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
         known["boxes"] = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)
-    if not isinstance(target.get("masks", None), (tv_tensors.Mask, type(None))):
-        known["masks"] = tv_tensors.Mask(target["masks"])
+    masks = target.get("masks")
+    if masks is not None and not isinstance(masks, MaskCrops):
+        crops = crop_bitmaps(masks.as_subclass(Tensor), boxes.as_subclass(Tensor))
+        known["masks"] = crops.as_subclass(MaskCrops)
     return {**target, **known}
 
 
@@ -703,7 +753,8 @@ class Resized(Dataset):
 
     Training items are asked for as (epoch, index): the augmentation is a function of (seed, epoch,
     index) alone, so neither the number of workers nor an interruption changes it. An item is a
-    uint8 image [3, h, w] and its target; boxes and masks may come as plain tensors.
+    uint8 image [3, h, w] and its target, whose masks are cut to their boxes; boxes and masks may
+    come as plain tensors.
     """
 
     def __init__(self, data: Dataset, config: Config, train: bool, scale: int = 0):
@@ -727,7 +778,8 @@ class Resized(Dataset):
             image, target = self.resize[scale](image, target)
             if self.train:
                 image, target = self.flip(image, target)
-        target["boxes"] = target["boxes"].as_subclass(Tensor)
+        for name in {"boxes", "masks"} & target.keys():
+            target[name] = target[name].as_subclass(Tensor)
         return image.as_subclass(Tensor), target
 
 

@@ -12,6 +12,10 @@ Overlap prediction. A cell on the background sees nothing of the object. Each ce
     it lies on the object, and the mean is over those that do.
 Discriminative RoI pooling (DRP). A class shows in parts of an object, which do not lie in equal bins.
     DRP moves each bin to where the evidence is, and weighs samples before it averages them.
+Masks (`--masks`, off by default). Where masks are known, a cell is on the object if the object's
+    pixels are there, not just its box. The overlap prediction then is a coarse mask, and two
+    transposed convolutions refine what it is made from, 7x7 -> 28x28. A class score says nothing
+    of a mask, so two fc layers predict the mask's IoU: masks are ranked by score + 0.3 IoU.
 
     image -> ResNet-FPN -> P2..P6 -> RPN -> proposals
       DLR:  RoIAlign 14x14 -> 8 convs (first strided) -> offsets (l, t, r, b) [R, 4, 7, 7]
@@ -20,9 +24,11 @@ Discriminative RoI pooling (DRP). A class shows in parts of an object, which do 
       DRP:  RoIAlign 3x3 (half of 7: a coarse look tells where to look, and takes a quarter of the
             weights) -> 3 fc -> bin offsets [R, 2, 7, 7] -> deformable pooling 14x14
             -> weighted average 7x7 -> 2 fc -> class logits [R, K + 1]
+      masks: DLR's convolutions -> 14x14 -> 28x28, one mask a class; with the mask 2 fc -> its IoU
     training: all sampled RoIs train DRP; the positives among them, slightly moved, train DLR
     test:     classify the proposals -> NMS on the proposals -> best 125 -> DLR -> soft-NMS. The
-              score stays the proposal's: DLR moves boxes, it does not judge them.
+              score stays the proposal's: DLR moves boxes, it does not judge them. For masks the
+              features are pooled anew, from DLR's boxes.
 
 Where paper and releases differ, the releases made the numbers and decide:
     A cell is "inside" a sixth of the proposal away from the gt's sides (`--overlap-margin 0`: Eq. 3).
@@ -48,14 +54,14 @@ import common
 import engine
 import kernels
 from baselines import faster_rcnn
-from common import Amount, Natural, Share, Whole
-from engine.detector import first_per_image, over_threshold
+from common import Amount, BadInput, Natural, Share, Whole
+from engine.detector import first_per_image, gt_masks, over_threshold
 
 # B images, R RoIs, K classes, C channels; P proposals per image (padded)
 # S = 7 side of the cell grid; pooled maps are [R, C, 2S, 2S]
 # rois [R, 5]: image index, x1, y1, x2, y2 in pixels of the network's input; RoIs are proposals
 # offsets [R, 4, S, S]: l, t, r, b over the proposal's w, h, w, h; overlap_logits [R, 1, S, S]
-# labels 0..K-1, background K
+# labels 0..K-1, background K; masks [R, M, M] each over the box of its object
 
 
 @dataclass
@@ -88,6 +94,8 @@ class Config(faster_rcnn.Config):
     soft_nms: bool = True  # linear soft-NMS on the boxes of DLR (4.1: for test-dev); off: no NMS
     soft_nms_iou: Share = 0.5  # overlap above which soft-NMS lowers scores (release)
     soft_nms_score: Share = 1e-3  # soft-NMS drops boxes whose score falls below (release)
+    masks: bool = False  # instance segmentation (3.3); the release tests it without soft-NMS
+    mask_channels: Natural = 256  # width of the transposed convolutions (release)
     epochs: Amount = 24.0  # length of training, passes over the data: 2x schedule (4.1)
     drops: tuple[Share, ...] = (20 / 24, 23 / 24)  # lr / 10 at these fractions (release)
     warmup: Whole = 1000  # steps of linear warm-up, at most a tenth of training (release) ...
@@ -166,6 +174,27 @@ def iou_loss(boxes: Tensor, gt_boxes: Tensor) -> Tensor:
     return -torch.where(iou > 0.1, iou, iou + 0.1).log()
 
 
+def mask_targets(proposals: Tensor, gt_boxes: Tensor, masks: Tensor, size: int = 28):
+    """What a proposal's mask should be (3.3): the part of the gt's that lies in it.
+
+    proposals, gt_boxes [R, 4]; masks [R, M, M] (bool or 0..1), each over its gt_box -> targets
+    [R, size, size], 1.0 where the mask, bilinear, is at least 0.5 at the cell's centre (release);
+    and the object's area [R] in such cells, whether they lie in the proposal or not.
+
+    >>> box = torch.tensor([[0., 0., 8., 8.]])
+    >>> mask_targets(box, box / 2, torch.ones(1, 4, 4), size=2)
+    (tensor([[[1., 0.],
+             [0., 0.]]]), tensor([1.]))
+    """
+    wh = (gt_boxes[:, 2:] - gt_boxes[:, :2]).clamp(min=1e-6)
+    cells = cell_centres(proposals, size) - gt_boxes[:, :2, None, None]  # [R, 2, size, size]
+    grid = 2 * (cells / wh[..., None, None]).permute(0, 2, 3, 1) - 1  # from -1 to 1 in the gt's box
+    masks = masks.float()
+    targets = F.grid_sample(masks[:, None], grid, align_corners=False)[:, 0] >= 0.5
+    cell = (proposals[:, 2:] - proposals[:, :2]).clamp(min=1e-6).prod(1) / size**2
+    return targets.float(), masks.mean((1, 2)) * wh.prod(1) / cell
+
+
 def jitter_boxes(boxes: Tensor, amount: float, sizes: Tensor) -> Tensor:
     """Centres and sides of boxes [R, 4] moved by U(-amount, amount) of the sides, then clipped."""
     wh = boxes[:, 2:] - boxes[:, :2]
@@ -211,8 +240,44 @@ class DenseLocalHead(nn.Module):
         nn.init.constant_(self.offsets.bias, offset_bias)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        trunk = self.trunk(pooled)
+        return self.cells(self.trunk(pooled))
+
+    def cells(self, trunk: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` returns, from what the trunk of convolutions makes of the features."""
         return F.relu(self.offsets(trunk)), self.overlap(trunk)
+
+
+class MaskBranch(nn.Module):
+    """Masks and their quality (3.3), from DLR's last features; layers as in the release.
+
+    trunk [R, C, S, S], labels [R] -> of these classes mask logits [R, 4S, 4S] and the predicted
+    IoU [R] of the mask with the whole object, which no sigmoid keeps in 0..1. R may be 0.
+
+    >>> branch = MaskBranch(8, 16, num_classes=3, hidden=32)
+    >>> mask_logits, iou = branch(torch.rand(2, 8, 7, 7), torch.tensor([0, 2]))
+    >>> mask_logits.shape, iou.shape
+    (torch.Size([2, 28, 28]), torch.Size([2]))
+    """
+
+    def __init__(self, in_channels=576, channels=256, num_classes=80, hidden=1024, size=7):
+        super().__init__()
+        up1 = nn.ConvTranspose2d(in_channels, channels, 2, stride=2)
+        up2 = nn.ConvTranspose2d(channels, channels, 2, stride=2)
+        self.up = nn.Sequential(up1, nn.GroupNorm(16, channels), nn.ReLU(), up2, nn.ReLU())
+        self.logits = nn.Conv2d(channels, num_classes, 3, padding=1)
+        for layer in (up1, up2, self.logits):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+        self.iou = faster_rcnn.two_fc((in_channels + 1) * size**2, hidden, num_classes)
+        for layer in (self.iou[1], self.iou[3]):
+            nn.init.kaiming_uniform_(layer.weight, a=1)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, trunk: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        row = torch.arange(len(labels), device=labels.device)
+        logits = self.logits(self.up(trunk))[row, labels]  # [R, 4S, 4S]
+        mask = F.max_pool2d(logits.detach()[:, None], 4).sigmoid()  # [R, 1, S, S], a constant
+        return logits, self.iou(torch.cat([trunk, mask.to(trunk.dtype)], 1))[row, labels]
 
 
 class AdaptiveWeightedPool(nn.Module):
@@ -286,20 +351,39 @@ def dense_losses(
     margin: float = 1 / 6,
     cells: str = "inside",
     num_rois: Tensor | int | None = None,
+    inside: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """DLR's losses over R positives: `reg`, `iou_loss` of the cells' boxes, and `overlap`, BCE.
 
     offsets [R, 4, S, S], overlap_logits [R, 1, S, S], proposals and gt_boxes [R, 4]. Both losses are
     sums over cells divided by num_rois * S * S; num_rois is R unless given. A cell that is not inside
     adds nothing to `reg`, unless `cells` is "all", but counts in its divisor (second release).
+    `inside` [R, 1, S, S], 1.0 or 0.0: which cells are, if a mask says it instead of the gt's box.
     """
-    _, inside = dense_offset_targets(proposals, gt_boxes, offsets.shape[-1], margin)
+    if inside is None:
+        _, inside = dense_offset_targets(proposals, gt_boxes, offsets.shape[-1], margin)
     loss = iou_loss(cell_boxes(proposals, offsets.float()), gt_boxes[..., None, None])  # [R, S, S]
     loss = loss * inside[:, 0] if cells == "inside" else loss
     bce = F.binary_cross_entropy_with_logits(overlap_logits.float(), inside, reduction="sum")
     num_rois = max(1, len(proposals)) if num_rois is None else num_rois
     num_cells = num_rois * offsets.shape[-1] ** 2
     return {"reg": loss.sum() / num_cells, "overlap": bce / num_cells}
+
+
+def mask_losses(mask_logits: Tensor, iou: Tensor, targets: Tensor, areas: Tensor, num_rois=None):
+    """Of R positives `mask`, BCE, and `mask_iou`, half the predicted IoU's squared error (release).
+
+    mask_logits [R, S, S], iou [R] of the gts' classes; targets [R, S, S], areas [R]: `mask_targets`.
+    Means over cells and over num_rois, which is R unless given. The IoU to predict is that of the
+    mask, where its probability is over 0.5, with the whole object; up to 0.1 none is (release).
+    """
+    num_rois = max(1, len(targets)) if num_rois is None else num_rois
+    bce = F.binary_cross_entropy_with_logits(mask_logits.float(), targets, reduction="sum")
+    seen = (mask_logits > 0).float()
+    both, inside = (seen * targets).sum((1, 2)), targets.sum((1, 2))
+    target_iou = both / (seen.sum((1, 2)) + torch.maximum(areas, inside) - both).clamp(min=1e-6)
+    error = torch.where(target_iou > 0.1, (iou.float() - target_iou) ** 2 / 2, 0)
+    return {"mask": bce / num_rois / targets.shape[-1] ** 2, "mask_iou": error.sum() / num_rois}
 
 
 # ------------------------------------------------------------------------------ detector
@@ -318,6 +402,11 @@ class Detector(faster_rcnn.TwoStage):
             self.regress = faster_rcnn.output_layer(hidden, 4 * num_classes, 0.001)  # Fast R-CNN's
         else:
             self.regress = faster_rcnn.two_fc(C * S * S, hidden, 4 * num_classes)
+        if config.masks:
+            if not config.dlr:
+                raise BadInput("--masks needs dense local regression: drop --no-dlr, or this")
+            width = (config.conv_channels, config.mask_channels)
+            self.mask_branch = MaskBranch(*width, num_classes, hidden, S)
         if config.drp:
             pool = (C, hidden, S, config.weighting, config.drp_samples, config.gamma)
             num_pools = len(self.strides) if config.drp_per_level else 1
@@ -340,8 +429,16 @@ class Detector(faster_rcnn.TwoStage):
         image = rois[chosen, 0]
         boxes = jitter_boxes(rois[chosen, 1:], config.jitter, sizes[image.long()])
         pooled = self.pool(features, torch.cat([image[:, None], boxes], 1), 14)
-        options = (config.overlap_margin, config.reg_cells, common.shared_rows(boxes))
-        dense = dense_losses(*self.regress(pooled), boxes, gt_boxes[chosen], *options)
+        trunk, gts, inside = self.regress.trunk(pooled), gt_boxes[chosen], None
+        num_rois = common.shared_rows(boxes)
+        if config.masks:
+            masks, areas = mask_targets(boxes, gts, gt_masks(gts, image, targets))
+            losses |= mask_losses(*self.mask_branch(trunk, labels[chosen]), masks, areas, num_rois)
+            # the coarse mask: at least three of the middle four of 4x4 cells (release)
+            coarse = F.interpolate(masks[:, None], scale_factor=0.25, mode="bilinear")
+            inside = (coarse > 0.5).float()
+        options = (config.overlap_margin, config.reg_cells, num_rois, inside)
+        dense = dense_losses(*self.regress.cells(trunk), boxes, gts, *options)
         losses["reg"] = config.reg_weight * dense["reg"]
         if config.overlap:
             losses["overlap"] = config.overlap_weight * dense["overlap"]
@@ -373,7 +470,19 @@ class Detector(faster_rcnn.TwoStage):
         offsets, overlap = self.regress(self.pool(features, rois[row], 14))
         overlap = overlap if config.overlap else torch.ones_like(overlap)
         boxes = kernels.decode_dense_offsets(rois[row, 1:], offsets, overlap, sizes[image[row]])
-        return dict(boxes=boxes, scores=scores, labels=labels, image=image[row])
+        found = dict(boxes=boxes, scores=scores, labels=labels, image=image[row])
+        if self.config.masks:  # seen anew from the boxes, which nothing moves any more (release)
+            pooled = self.pool(features, torch.cat([rois[row, :1], boxes], 1), 14)
+            mask_logits, iou = self.mask_branch(self.regress.trunk(pooled), labels)
+            found |= dict(masks=mask_logits.float().sigmoid(), mask_iou=iou.float())
+        return found
+
+    def finish(self, candidates: dict, num_images: int, config: Config | None = None) -> list[dict]:
+        """As all detectors do; and masks are ranked by the box's score + 0.3 IoU (release)."""
+        detections = super().finish(candidates, num_images, config)
+        for found in detections if self.config.masks else ():
+            found["mask_scores"] = found["scores"] + 0.3 * found.pop("mask_iou")
+        return detections
 
     def suppress(self, boxes: Tensor, scores: Tensor, groups: Tensor, config: Config):
         """Soft-NMS, or nothing: NMS was on the proposals. Several views of an image are merged."""
@@ -416,6 +525,9 @@ class Detector(faster_rcnn.TwoStage):
 # - Deformable pooling: RoIAlign sampling | corners rounded, samples at bin starts; R-101 one a bin,
 #   R-50 two a side; none outside the map | aligned and centred, nothing rounded; else release
 # - Anchors that cross the image's border: - | do not train | train, if their centre is inside
+# - Mask target: the gt's mask | cut out in whole pixels, sized to 28x28, then 7x7 | not rounded
+# - Mask IoU: two fc | input misses the mask's last row and column (padded pooling); target is of
+#   the mask where its logit is > 0.5 | all of the mask, where its probability is > 0.5
 # - Crowd regions: - | plain background | proposals at least half inside one are no negatives
 # Of the test alone:
 # - No cell over 0.5: - | the box (0, 0, 0, 0), never clipped | mean over all cells, clipped
@@ -427,6 +539,13 @@ _MINIVAL = dict(soft_nms=False)  # soft-NMS is for test-dev (4.1)
 _DLR = dict(drp=False, **_MINIVAL)
 _R101 = dict(backbone="resnet101", drp_samples=1)
 _DCN = dict(**_R101, dcn="v2")  # all else as R-101 (release)
+_MASKS = dict(masks=True, proposals_test=700, score_threshold=0.05, nms_iou=0.3, soft_nms=False)
+# RoIs, detections, test scales: the authors' word (an issue of the release). Schedule and training
+# scales: the data set's paper, as others quote it. Metrics: the data set's kit.
+_SCALES = (400, 600, 800, 1000, 1200)
+_ISAID = dict(roi_samples=1024, roi_positive=0.5, scales=_SCALES, steps=180_000, lr=0.025)
+_ISAID |= dict(test_scales=_SCALES, reg_test=500, max_detections=500)
+_ISAID_METRICS = dict(metric_detections=(1, 10, 1000), metric_sides=(10.0, 144.0, 512.0))
 
 # One training: table2.dlr and table3.dlr_alone; table2.dlr_drp and table3.d2det. The
 # defaults are table2.dlr_drp with soft-NMS, as the released R-50 is tested (43.7 on minival).
@@ -451,6 +570,8 @@ ROWS: dict[str, dict] = {
     "table3.dlr_alone": _DLR,
     "table3.d2det": _MINIVAL,
     "table4.uavdt": _R101,  # choice: all as on COCO; only the backbone is said (4.3). Needs --data
+    "table5.coco_masks": dict(**_R101, **_MASKS, reg_test=100),
+    "table6.isaid_masks": dict(**_R101, **_MASKS, **_ISAID, **_ISAID_METRICS),
     "release.r50": dict(),
 }
 
@@ -474,10 +595,7 @@ PAPER: dict[str, dict] = {
     "release.r50": dict(AP=43.7),  # README of the release, minival
 }
 
-NOT_YET: dict[str, str] = {
-    "table5.coco_masks": "needs the mask branch",
-    "table6.isaid_masks": "needs the mask branch and iSAID",
-}
+NOT_YET: dict[str, str] = {}
 
 TINY = dict(
     faster_rcnn.TINY,
@@ -488,6 +606,7 @@ TINY = dict(
     reg_weight=4.0,  # choice: boxes have few steps to learn in; from one seed (docs/results.md)
     reg_rois=64,
     reg_test=50,
+    mask_channels=32,
 )
 
 

@@ -1,7 +1,8 @@
 """Annotation formats: COCO's JSON, VOC's XML and UAVDT's text, all as a COCO dictionary, checked.
 
 A COCO dictionary has images (id, file_name, height, width), categories (id, name) and, if anything
-is known of them, annotations (image_id, category_id, bbox as x, y, w, h, iscrowd ...).
+is known of them, annotations (image_id, category_id, bbox as x, y, w, h, iscrowd ...). A mask is an
+annotation's `segmentation`: polygons (x, y, x, y ...), or RLE, the lengths of runs of pixels.
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
+from pycocotools import mask as rle
+from torch import Tensor
 
 UAVDT = {"description": "UAVDT"}  # `info` of a COCO dictionary: by it the metrics know the data set
 
@@ -167,10 +172,11 @@ def read_uavdt(frames: Path, truth: Path, split: Path, categories=None) -> dict:
     return {"info": UAVDT, **whole}
 
 
-def check_coco(coco) -> None:
+def check_coco(coco, masks: bool = False) -> None:
     """ValueError naming the first thing in COCO annotations that training or testing would trip on.
 
-    Boxes that are broken but numbers are no such thing: they are dropped.
+    Boxes that are broken but numbers are no such thing: they are dropped. With `masks` it looks at
+    segmentations too.
     """
     number, whole = (int, float), (int,)  # by type(): True is an int too, and is neither
 
@@ -203,6 +209,7 @@ def check_coco(coco) -> None:
     for who, image in entries("images", {}):
         if not all(0 < image[side] < 2**31 for side in ("height", "width")):
             raise ValueError(f"{who} is {image['height']} x {image['width']} px")
+    sizes = {image["id"]: (image["height"], image["width"]) for image in coco["images"]}
     categories = ids("categories", {"name": (str,)})
     keys = {"image_id": (int, str), "category_id": (int, str), "bbox": (list, tuple)}
     for who, a in entries("annotations", keys):
@@ -217,3 +224,114 @@ def check_coco(coco) -> None:
         for key in ("iscrowd", "difficult"):
             if type(a.get(key, 0)) not in (int, bool) or a.get(key, 0) not in (0, 1):
                 raise ValueError(f"{who}: {key} is {a[key]!r}, not 0 or 1")
+        if masks and (wrong := mask_problem(a.get("segmentation"), *sizes[a["image_id"]])):
+            raise ValueError(f"{who}: {wrong}")
+    found = coco.get("annotations", [])
+    if masks and found and not any(a.get("segmentation") for a in found):
+        raise ValueError("its objects have no masks (segmentation), which --masks needs")
+
+
+# ------------------------------------------------------------------------------ masks
+
+
+# Side of a mask over its box. choice: four samples a side in each cell of a 28x28 target
+MASK_SIDE = 112
+
+
+def mask_problem(segmentation, height: int, width: int) -> str:
+    """What pycocotools would trip on in a segmentation; "" if nothing, or if there is none."""
+    if not segmentation:
+        return ""
+    if isinstance(segmentation, list):
+        for p in segmentation:
+            if not isinstance(p, list) or len(p) % 2 or any(type(v) not in (int, float) for v in p):
+                return f"a polygon is {str(p)[:60]}, not x, y, x, y ..."
+        return ""
+    if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
+        return f"segmentation is neither polygons nor RLE: {str(segmentation)[:60]}"
+    size, counts = segmentation["size"], segmentation["counts"]
+    if size != [height, width]:
+        return f"RLE of size {size}, its image is {height}x{width} px (h x w)"
+    runs = run_lengths(counts) if isinstance(counts, str) else counts
+    if not isinstance(runs, list) or any(type(n) is not int or n < 0 for n in runs):
+        return f"RLE with counts {str(counts)[:60]}"
+    return "" if sum(runs) == height * width else "RLE whose counts do not fill its image"
+
+
+def run_lengths(counts: str) -> list[int]:
+    """The runs of a compressed RLE. pycocotools would read past the end of one that is too short.
+
+    Five bits a character, lowest first; the next bit says that more follow. A run from the fourth
+    on is the difference to the one two before.
+    """
+    runs, value, shift = [], 0, 0
+    for code in counts.encode():
+        bits = code - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (bits & 16) and 1 << shift  # the last one's highest bit is the sign
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value, shift = 0, 0
+    return runs
+
+
+ANYWHERE = (-math.inf, -math.inf, math.inf, math.inf)
+
+
+def usable_mask(segmentation, box=ANYWHERE) -> list | dict | None:
+    """What can be used of a checked segmentation; None if none of it lies in its box (xyxy).
+
+    Polygons of fewer than three points and points that are not finite cannot.
+    """
+    if not segmentation:
+        return None
+    if isinstance(segmentation, dict):
+        x1, y1, w, h = rle.toBbox(_compressed(segmentation))
+        x2, y2 = x1 + w, y1 + h
+    else:
+        segmentation = [p for p in segmentation if len(p) >= 6 and all(map(math.isfinite, p))]
+        x, y = ([v for p in segmentation for v in p[i::2]] for i in (0, 1))
+        x1, y1, x2, y2 = (min(x), min(y), max(x), max(y)) if x else (0, 0, 0, 0)
+    wide = min(x2, box[2]) > max(x1, box[0])
+    return segmentation if wide and min(y2, box[3]) > max(y1, box[1]) else None
+
+
+def _compressed(segmentation: dict) -> dict:
+    if isinstance(segmentation["counts"], list):
+        return rle.frPyObjects(segmentation, *segmentation["size"])
+    return segmentation
+
+
+def decode_mask(segmentation: dict) -> Tensor:
+    """RLE -> bool [h, w]."""
+    return torch.from_numpy(rle.decode(_compressed(segmentation))).bool()
+
+
+def encode_mask(bitmap: Tensor) -> dict:
+    """bool [h, w] -> compressed RLE, as JSON can hold it."""
+    found = rle.encode(np.asfortranarray(bitmap.numpy().astype(np.uint8)))
+    return {"size": [*bitmap.shape], "counts": found["counts"].decode()}
+
+
+def crop_mask(segmentation: list | dict, box: Tensor, side: int = MASK_SIDE) -> Tensor:
+    """A usable mask over its box [4]: bool [side, side], at the centres of that many cells.
+
+    Of polygons no bitmap of the image's size is made.
+    """
+    if isinstance(segmentation, dict):
+        return crop_bitmaps(decode_mask(segmentation)[None], box[None], side)[0]
+    corner, wh = box[:2].double().numpy(), (box[2:] - box[:2]).double().numpy()
+    moved = [(np.reshape(p, (-1, 2)) - corner) / wh * side for p in segmentation]
+    # pycocotools walks along the edges, however far they lead away from a narrow box
+    moved = [p.clip(-99 * side, 99 * side).ravel().tolist() for p in moved]
+    return torch.from_numpy(rle.decode(rle.merge(rle.frPyObjects(moved, side, side)))).bool()
+
+
+def crop_bitmaps(bitmaps: Tensor, boxes: Tensor, side: int = MASK_SIDE) -> Tensor:
+    """Masks [G, h, w] over boxes [G, 4]: [G, side, side], the pixels under the cells' centres."""
+    h, w = bitmaps.shape[1:]
+    at = (torch.arange(side) + 0.5) / side
+    x, y = (boxes[:, i, None] + at * (boxes[:, i + 2] - boxes[:, i])[:, None] for i in (0, 1))
+    x, y = x.long().clamp(0, w - 1), y.long().clamp(0, h - 1)  # [G, side]
+    return bitmaps[torch.arange(len(boxes))[:, None, None], y[:, :, None], x[:, None]]

@@ -21,10 +21,11 @@ from engine.processes import progress, rank_and_world, say
 from engine.settings import Config
 
 
-def check_dataset(data, what: str, scored: bool = False) -> None:
+def check_dataset(data, what: str, scored: bool = False, masks: bool = False) -> None:
     """Is this a data set as common.py describes it? BadInput names at once all that it lacks.
 
-    Looks at its members and, closely, at its first four items. `scored`: it needs coco() too.
+    Looks at its members and, closely, at its first four items. `scored`: it needs coco() too;
+    `masks`: its targets need these.
     """
     members = ["__len__", "__getitem__", "sizes", "categories", *(["coco"] if scored else [])]
     wrong = [f"has no {name}" for name in members if not hasattr(data, name)]
@@ -42,7 +43,7 @@ def check_dataset(data, what: str, scored: bool = False) -> None:
         ):
             wrong.append("categories are not a list of dicts of id and name, one a class")
     for i in range(0 if wrong else min(4, count)):
-        wrong += [f"item {i}: {problem}" for problem in item_problems(data, i)]
+        wrong += [f"item {i}: {problem}" for problem in item_problems(data, i, masks)]
     if wrong:
         about = "what a data set has to be is said at the top of common.py"
         raise BadInput(
@@ -50,12 +51,13 @@ def check_dataset(data, what: str, scored: bool = False) -> None:
         )
 
 
-def item_problems(data, index: int) -> list[str]:
+def item_problems(data, index: int, masks: bool = False) -> list[str]:
     """What is wrong with an item of a data set, for `check_dataset`."""
     try:
         image, target = data[index]
         check_image(image)
-        lacks = {"boxes", "labels", "ignore", "image_id", "size"} - set(target)
+        needs = {"boxes", "labels", "ignore", "image_id", "size", *["masks"] * masks}
+        lacks = needs - set(target)
     except BadInput as e:
         return [str(e)]
     except (TypeError, ValueError) as e:
@@ -88,6 +90,10 @@ def item_problems(data, index: int) -> list[str]:
         )
         if not good
     ]
+    if masks and not isinstance(target["masks"], common.MaskCrops):
+        shape = list(getattr(target["masks"], "shape", ["no tensor"]))
+        if shape != [G, h, w]:
+            found.append(f"masks are {shape}, not [G, h, w] = {[G, h, w]}")
     if boxes.shape == (G, 4) and not (boxes[:, 2:] >= boxes[:, :2]).all():
         found.append("boxes are not (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2")
     return found + label_problems(labels, len(data.categories))

@@ -9,6 +9,9 @@ network runs once:
     finish(candidates, B, config) -> B dicts of boxes [D, 4], scores [D], labels [D], best first
     predict(images) = finish(select(outputs(images)), B)
 
+A detector with masks has two more in candidates, masks [N, M, M] and mask_iou [N], and in what it
+finds: masks [D, M, M], probabilities over the box (`paste_mask`), and mask_scores [D].
+
 `self.config` is how the model was built. The `config` that `select` and `finish` take says how to
 score and suppress: one forward pass serves many settings (`Variants`).
 
@@ -18,12 +21,14 @@ nothing, and "random" is for weights that come from a checkpoint.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from common import ResNetFPN, padded_size
+from common import ResNetFPN, constant, padded_size
 from engine.settings import Config
 
 
@@ -84,7 +89,8 @@ class BaseDetector(nn.Module):
         keep, scores = self.suppress(boxes, scores, groups, config)
         best = first_per_image(image[keep], num_images, config.max_detections)
         keep, scores = keep[best], scores[best]
-        return split_images(boxes[keep], scores, labels[keep], image[keep], num_images)
+        more = {k: candidates[k][keep] for k in ("masks", "mask_iou") if k in candidates}
+        return split_images(boxes[keep], scores, labels[keep], image[keep], num_images, **more)
 
     def suppress(self, boxes: Tensor, scores: Tensor, groups: Tensor, config: Config):
         """Indices kept, best first, and their scores: a method may have its own."""
@@ -104,12 +110,44 @@ def first_per_image(image: Tensor, num_images: int, most: int) -> Tensor:
     return seen.gather(1, image[:, None])[:, 0] <= most
 
 
-def split_images(boxes: Tensor, scores: Tensor, labels: Tensor, image: Tensor, num_images: int):
-    """Flat detections, best score first -> one dict of boxes, scores, labels per image."""
+def split_images(
+    boxes: Tensor, scores: Tensor, labels: Tensor, image: Tensor, num_images: int, **more: Tensor
+):
+    """Flat detections, best score first -> one dict of boxes, scores, labels, more per image."""
     order = image.argsort(stable=True)
     counts = torch.bincount(image, minlength=num_images).tolist()
-    parts = [x[order].split(counts) for x in (boxes, scores, labels)]
-    return [dict(zip(("boxes", "scores", "labels"), part)) for part in zip(*parts)]
+    flat = dict(boxes=boxes, scores=scores, labels=labels, **more)
+    parts = [x[order].split(counts) for x in flat.values()]
+    return [dict(zip(flat, part)) for part in zip(*parts)]
+
+
+def gt_masks(gt_boxes: Tensor, image: Tensor, targets: list[dict]) -> Tensor:
+    """The masks [R, M, M] of the objects with these gt_boxes [R, 4] in images [R]."""
+    joined = (torch.cat([t[k] for t in targets]) for k in ("boxes", "ignore", "masks"))
+    boxes, ignore, masks = joined
+    owner = [i for i, t in enumerate(targets) for _ in range(len(t["boxes"]))]
+    same = (boxes == gt_boxes[:, None]).all(2) & ~ignore  # [R, G]
+    same &= constant(owner, image.device) == image[:, None]
+    return masks[F.pad(same, (0, 1)).int().argmax(1)]  # padded: G may be 0
+
+
+def paste_mask(mask: Tensor, box: Tensor, size: tuple[int, int]) -> Tensor:
+    """bool [h, w] of that size: the pixels in a box [4] whose mask [M, M] is over 0.5.
+
+    The mask is interpolated between the centres of its cells (bilinear, no enlargement of either),
+    at the centres of the pixels; outside of its outermost centres it stays what it is there.
+    """
+    side, (x1, y1, x2, y2) = len(mask), box.tolist()
+    cells, windows, weights = torch.arange(side), [], []
+    for low, high, most in ((y1, y2, size[0]), (x1, x2, size[1])):
+        first, last = max(0, math.ceil(low - 0.5)), min(most, math.ceil(high - 0.5))
+        pixels = torch.arange(first, max(first, last)) + 0.5
+        at = ((pixels - low) / max(high - low, 1e-6) * side - 0.5).clamp(0, side - 1)
+        windows.append(slice(first, max(first, last)))
+        weights.append((1 - (at[:, None] - cells).abs()).clamp(min=0))  # [pixels, M]
+    bitmap = torch.zeros(tuple(size), dtype=torch.bool)
+    bitmap[windows[0], windows[1]] = weights[0] @ mask.float().cpu() @ weights[1].T > 0.5
+    return bitmap
 
 
 class Variants(nn.Module):

@@ -16,11 +16,11 @@ from torch.utils.data import Dataset
 from common import Resized, xywh_to_xyxy
 from engine.checkpoints import write_json
 from engine.data import make_loader, per_process_batch, to_device
-from engine.detector import candidates_by_size
+from engine.detector import candidates_by_size, paste_mask
 from engine.pictures import draw_grid
 from engine.processes import autocast, gather, progress, rank_and_world, say
 from engine.settings import Config
-from formats import UAVDT
+from formats import UAVDT, encode_mask
 
 
 @torch.no_grad()
@@ -57,6 +57,8 @@ def detect(
                 outer = torch.tensor([t["size"] for t in targets], device=device)
                 boxes, index = found["boxes"], found["image"]
                 if flip:
+                    if "masks" in found:
+                        found["masks"] = found["masks"].flip(-1)
                     width = inner[index, 1]
                     mirrored = [width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]]
                     boxes = torch.stack(mirrored, 1)
@@ -68,8 +70,12 @@ def detect(
             yield target, {k: v.cpu() for k, v in found.items()}
 
 
-def to_coco(image_id, found: dict, categories: list[dict]) -> list[dict]:
-    """Detections of an image -> COCO results: xywh boxes, the data set's own category ids."""
+def to_coco(image_id, found: dict, categories: list[dict], size=None) -> list[dict]:
+    """Detections of an image -> COCO results: xywh boxes, the data set's own category ids.
+
+    Where masks are found and the image's size (h, w) is given, also `segmentation` (RLE) and
+    `mask_score`, by which masks are ranked.
+    """
     results = []
     for (x1, y1, x2, y2), score, label in zip(
         found["boxes"].tolist(), found["scores"].tolist(), found["labels"].tolist()
@@ -79,14 +85,22 @@ def to_coco(image_id, found: dict, categories: list[dict]) -> list[dict]:
         results.append(
             {"image_id": image_id, "category_id": category, "bbox": bbox, "score": score}
         )
+    if "masks" in found and size is not None:
+        scores = found["mask_scores"].tolist()
+        for result, mask, box, score in zip(results, found["masks"], found["boxes"], scores):
+            result["segmentation"] = encode_mask(paste_mask(mask, box, size))
+            result["mask_score"] = score
     return results
 
 
-COCO_NAMES = "AP AP50 AP75 AP_small AP_medium AP_large AR1 AR10 AR100 AR_small AR_medium AR_large"
-
-
-def coco_metrics(truth: dict, results: list[dict]) -> dict:
+def coco_metrics(
+    truth: dict, results: list[dict], detections=(1, 10, 100), sides=(0, 32, 96), masks=False
+) -> dict:
     """pycocotools' twelve numbers, AP60..AP90 and per-class AP, in [0, 1]; None where undefined.
+
+    `detections`: how many of an image AR1, AR10, AR100 count, AP the last; `sides`: where small,
+    medium and large begin, roots of areas. With `masks` the results' segmentations are scored, by
+    their mask_score, against the truth's.
 
     Objects marked `difficult` are ignored like COCO's out-of-range areas; crowds as COCO does. For
     data with such marks (VOC) the 11-point AP of VOC 2007 at IoU 0.5 is added as `voc07_AP50`, for
@@ -97,6 +111,9 @@ def coco_metrics(truth: dict, results: list[dict]) -> dict:
     truth = complete_truth(truth)
     if not truth["annotations"]:
         results = []  # spares matching a million detections with nothing
+    if masks:  # without boxes, from which pycocotools would take the areas
+        keys = ("image_id", "category_id", "segmentation")
+        results = [{**{k: r[k] for k in keys}, "score": r["mask_score"]} for r in results]
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -112,17 +129,27 @@ def coco_metrics(truth: dict, results: list[dict]) -> dict:
         coco.dataset = truth
         coco.createIndex()
         found = coco.loadRes(copy.deepcopy(results)) if results else COCO()
-        evaluation = Evaluation(coco, found, "bbox")
+        evaluation = Evaluation(coco, found, "segm" if masks else "bbox")
         evaluation.params.imgIds = sorted(image["id"] for image in truth["images"])
         evaluation.params.catIds = sorted(c["id"] for c in truth["categories"])
+        evaluation.params.maxDets = list(detections)
+        ends = [*(side**2 for side in sides), 1e10]  # of all: from 0 on, whatever small ones are
+        evaluation.params.areaRng = [[0, 1e10], *map(list, zip(ends, ends[1:]))]
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summarize()
-    # precision [10 IoUs, 101 recalls, K, 4 areas, 3 maxDets], -1 where a class has no object
-    precision = torch.from_numpy(evaluation.eval["precision"][:, :, :, 0, -1]).float()
-    precision[precision < 0] = torch.nan
+    # precision [10 IoUs, 101 recalls, K, 4 areas, 3 maxDets], recall without the recalls; -1 where
+    # a class has no object. Not summarize(): it takes AP at 100 detections, whatever is asked.
+    precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
     number = lambda v: None if v != v or v < 0 else float(v)  # noqa: E731
-    metrics = {k: number(v) for k, v in zip(COCO_NAMES.split(), evaluation.stats)}
+    mean = lambda v: number(v[v > -1].mean()) if (v > -1).any() else None  # noqa: E731
+    every = precision[..., 0, -1]
+    metrics = {"AP": mean(every), "AP50": mean(every[:1]), "AP75": mean(every[5:6])}
+    areas = list(enumerate(("small", "medium", "large"), 1))
+    metrics |= {f"AP_{name}": mean(precision[..., i, -1]) for i, name in areas}
+    metrics |= {f"AR{n}": mean(recall[..., 0, i]) for i, n in enumerate(sorted(detections))}
+    metrics |= {f"AR_{name}": mean(recall[..., i, -1]) for i, name in areas}
+    precision = torch.from_numpy(every).float()
+    precision[precision < 0] = torch.nan
     for iou in (60, 70, 80, 90):
         metrics[f"AP{iou}"] = number(precision[(iou - 50) // 5].nanmean())
     if any("difficult" in a for a in truth["annotations"]):
@@ -245,7 +272,7 @@ def evaluate(model: nn.Module, data: Dataset, config: Config, device=None, out=N
     device = device or next(model.parameters()).device
     results, seen = [], 0
     for target, found in detect(model, data, config, device):
-        results += to_coco(target["image_id"], found, data.categories)
+        results += to_coco(target["image_id"], found, data.categories, target["size"])
         seen += 1
     shares = gather((results, seen))
     metrics = None
@@ -253,7 +280,12 @@ def evaluate(model: nn.Module, data: Dataset, config: Config, device=None, out=N
         results, counts = [r for share, _ in shares for r in share], [n for _, n in shares]
         results.sort(key=lambda r: r["image_id"])  # the same file from any number of processes
         assert sum(counts) == len(data), f"{counts} images evaluated, the set has {len(data)}"
-        metrics = coco_metrics(data.coco(), results)
+        truth, limits = data.coco(), (config.metric_detections, config.metric_sides)
+        metrics = coco_metrics(truth, results, *limits)
+        known = all(a.get("segmentation") for a in truth.get("annotations", []))
+        if getattr(config, "masks", False) and known:
+            scored = coco_metrics(truth, results, *limits, masks=True)
+            metrics |= {f"mask_{name}": value for name, value in scored.items()}
         if out:
             write_json(Path(out) / "predictions.json", results)
             write_json(Path(out) / "metrics.json", metrics)
@@ -263,6 +295,7 @@ def evaluate(model: nn.Module, data: Dataset, config: Config, device=None, out=N
 
 def show_metrics(metrics: dict) -> str:
     keys = "AP AP50 AP75 AP90 AP_small AP_medium AP_large voc07_AP50 uavdt_AP70".split()
+    keys += "mask_AP mask_AP50 mask_AP75".split()
     shown = "  ".join(f"{k} {metrics[k]:.3f}" for k in keys if metrics.get(k) is not None)
     return shown or "no AP: the set has no annotated objects"
 

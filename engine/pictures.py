@@ -5,21 +5,32 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import torch
 import torchvision
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common import xywh_to_xyxy
+from common import as_transformed, xywh_to_xyxy
+from engine.detector import paste_mask
+from formats import decode_mask
 
 
-def draw(image: Tensor, boxes: Tensor, labels, names: list[str], scores=None) -> Tensor:
-    """uint8 [3, h, w] with boxes [G, 4], names and scores written on it."""
+def draw(image: Tensor, boxes: Tensor, labels, names: list[str], scores=None, masks=None) -> Tensor:
+    """uint8 [3, h, w] with boxes [G, 4], names and scores written on it.
+
+    Over masks, G bitmaps [h, w], if there are any: then a colour is an object's, else a class's.
+    """
     import matplotlib
 
     if not len(boxes):
         return image
     palette = matplotlib.colormaps["tab10"].colors
-    colours = [tuple(int(255 * c) for c in palette[label % 10]) for label in labels]
+    shades = labels if masks is None else range(len(labels))
+    colours = [tuple(int(255 * c) for c in palette[shade % 10]) for shade in shades]
+    if masks is not None:
+        image = image.clone()
+        for mask, colour in zip(masks, colours):
+            image[:, mask] = (0.45 * image[:, mask] + 0.55 * torch.tensor(colour)[:, None]).byte()
     text = [f"{names[k]} {s:.2f}" for k, s in zip(labels, scores)] if scores is not None else None
     text = text or [names[k] for k in labels]
     font = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
@@ -68,8 +79,15 @@ def draw_grid(data: Dataset, results: list[dict], score: float, path: Path, coun
         mine = [r for r in results if r["image_id"] == target["image_id"] and r["score"] >= score]
         found = xywh_to_xyxy([r["bbox"] for r in mine])
         labels = [label[r["category_id"]] for r in mine]
-        truth = draw(image, target["boxes"] * zoom, target["labels"].tolist(), names)
-        seen = draw(image, found * zoom, labels, names, [r["score"] for r in mine])
+        boxes, masks, seen_masks = target["boxes"] * zoom, None, None
+        if "masks" in target:
+            crops = as_transformed(target, (0, 0))["masks"]
+            masks = (paste_mask(m, b, image.shape[1:]) for m, b in zip(crops, boxes))
+        if any("segmentation" in r for r in mine):
+            bitmaps = (decode_mask(r["segmentation"]) for r in mine)
+            seen_masks = (b.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1) for b in bitmaps)
+        truth = draw(image, boxes, target["labels"].tolist(), names, masks=masks)
+        seen = draw(image, found * zoom, labels, names, [r["score"] for r in mine], seen_masks)
         for axis, picture, title in zip(
             axes.flat[2 * i : 2 * i + 2],
             (truth, seen),

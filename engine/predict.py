@@ -24,10 +24,12 @@ from engine.checkpoints import (
     write_json,
 )
 from engine.data import broken_images, refuse_images
+from engine.detector import paste_mask
 from engine.metrics import detect, to_coco
 from engine.pictures import draw
 from engine.processes import find_device, gather, rank_and_world, say
 from engine.settings import Config, saved_settings, untrained
+from formats import decode_mask
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 
@@ -106,12 +108,14 @@ def predict_files(model, paths, categories: list[dict], config: Config, device, 
     results = []
     for target, found in detect(model, data, config, device):
         file = data.files[target["image_id"]]
-        mine = to_coco(target["image_id"], found, categories)
+        mine = to_coco(target["image_id"], found, categories, target["size"])
         called = (names[label] for label in found["labels"].tolist())
         results += [{**r, "category": n, "file_name": str(file)} for r, n in zip(mine, called)]
         sure = found["scores"] >= config.draw_score
         boxes, labels, scores = (found[k][sure] for k in ("boxes", "labels", "scores"))
-        picture = draw(to_image(file), boxes, labels.tolist(), names, scores.tolist())
+        segmentations = (r["segmentation"] for r, s in zip(mine, sure) if s)
+        masks = map(decode_mask, segmentations) if "masks" in found else None
+        picture = draw(to_image(file), boxes, labels.tolist(), names, scores.tolist(), masks)
         name = f"{target['image_id']:05d}_{file.stem}.jpg"  # files of one name may meet
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(out / "pictures" / name, quality=92)
     results = [r for share in gather(results) for r in share]
@@ -129,6 +133,17 @@ class Detections(NamedTuple):
     names: list[str]  # the labels' names
 
 
+class MaskDetections(NamedTuple):
+    """`Detections` with the objects' masks."""
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    names: list[str]
+    masks: Tensor  # bool [D, h, w] of the image's size
+    mask_scores: Tensor  # [D], by which masks are ranked: higher the better they are
+
+
 class LoadedDetector:
     """A trained detector, ready to use: `model` in eval mode, `config`, `categories`, `device`."""
 
@@ -139,6 +154,8 @@ class LoadedDetector:
     def detect(self, images) -> Detections | list[Detections]:
         """Detections in an image, or in each image of a list, under the settings of its tests.
 
+        `MaskDetections` where the detector makes masks.
+
         An image is a file's path (turned upright as its EXIF data say), a PIL image, a uint8 array
         [h, w, 3] or a uint8 tensor [3, h, w], all RGB and of any size. Scores start at the
         detector's score_threshold: what to believe is the caller's choice.
@@ -148,7 +165,12 @@ class LoadedDetector:
         data = Images(list(images) if many else [images])
         for target, d in detect(self.model, data, self.config, self.device, shared=False):
             called = [names[label] for label in d["labels"].tolist()]
-            found[target["image_id"]] = Detections(d["boxes"], d["scores"], d["labels"], called)
+            seen = Detections(d["boxes"], d["scores"], d["labels"], called)
+            if "masks" in d:
+                masks = [paste_mask(*pair, target["size"]) for pair in zip(d["masks"], d["boxes"])]
+                masks = torch.stack(masks) if masks else torch.zeros(0, *target["size"]).bool()
+                seen = MaskDetections(*seen, masks, d["mask_scores"])
+            found[target["image_id"]] = seen
         return [found[i] for i in range(len(data))] if many else found[0]
 
 

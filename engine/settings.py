@@ -56,6 +56,10 @@ class Config(common.Config):
     eval_batch: Whole = 0  # images per process when testing; 0: as in training
     test_flip: bool = False  # also test on the mirrored image
     draw_score: Amount = 0.5  # detections below this score are not drawn
+    # detections per image that AR counts; AP counts the last (COCO)
+    metric_detections: Annotated[tuple[Natural, ...], Range(1)] = (1, 10, 100)
+    # where small, medium and large begin: roots of areas, px (COCO)
+    metric_sides: Annotated[tuple[Amount, ...], Range(3, 3)] = (0.0, 32.0, 96.0)
 
 
 # What `--preset tiny` changes: a small network learns from scratch, in minutes on a CPU.
@@ -95,7 +99,9 @@ SCHEDULE = "epochs steps lr lr_batch drops batch".split()
 
 # Flags that may differ when a run is continued: they do not change what is learned.
 FREE = (
-    "log_every save_every eval_every eval_batch test_scales test_flip draw_score".split() + ACTIONS
+    "log_every save_every eval_every eval_batch test_scales test_flip draw_score".split()
+    + "metric_detections metric_sides".split()
+    + ACTIONS
 )
 
 

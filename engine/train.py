@@ -255,9 +255,9 @@ def save(path: Path, step: int, model, optimizer, settings: dict, about, window:
         save_checkpoint(path, state)
 
 
-def check_data(model: nn.Module, train_data, val_data) -> None:
+def check_data(model: nn.Module, train_data, val_data, masks: bool = False) -> None:
     """BadInput if the data are not what training needs, or not of the model's classes."""
-    check_dataset(train_data, "training")
+    check_dataset(train_data, "training", masks=masks)
     if val_data is not None:
         check_dataset(val_data, "validation", scored=True)
     have, need = len(train_data.categories), getattr(model, "num_classes", None)
@@ -272,7 +272,7 @@ def train(model: nn.Module, config: Config, train_data, val_data=None, out="runs
     continues exactly where last.pt was written. BadInput: data that are not as common.py says.
     """
     out, device = Path(out), next(model.parameters()).device
-    check_data(model, train_data, val_data)
+    check_data(model, train_data, val_data, getattr(config, "masks", False))
     rank, world = rank_and_world()
     batch = per_process_batch(config) * world
     batches = TrainBatches(train_data.sizes, batch // world, config.seed)

@@ -198,7 +198,7 @@ def test_weighted_pool_starts_as_average_and_prefers_heavy_samples():
     torch.testing.assert_close(plain.pool(x), average)
 
 
-@pytest.mark.parametrize("row", [*d2det.ROWS])
+@pytest.mark.parametrize("row", [k for k, v in d2det.ROWS.items() if not v.get("masks")])
 def test_every_row_builds_and_trains(row):
     keep = ("backbone", "dcn", "scales", "test_scales", "max_size")  # sizes stay small here
     changes = {k: v for k, v in d2det.ROWS[row].items() if k not in keep}

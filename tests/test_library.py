@@ -198,7 +198,7 @@ def test_plain_boxes_and_masks_move_with_the_image():
     data = Own(target=dict(masks=mask))
     image, target = common.Resized(data, config, True)[0, 0]
     assert image.shape == (3, 80, 120) and target["boxes"].tolist() == [[80, 20, 120, 60]]
-    assert target["masks"][0, 20:60, 80:].all() and target["masks"].sum() == 40 * 40
+    assert target["masks"].shape == (1, 112, 112) and target["masks"].all()  # over its own box
     assert data[0][1]["boxes"].tolist() == [[0, 10, 20, 30]]  # the data set's own is as it was
 
 

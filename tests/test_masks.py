@@ -1,0 +1,237 @@
+"""D2Det's masks (3.3): their targets and losses by hand, the branch, whole steps and runs."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from methods import check_resume, without_objects
+
+import common
+import d2det
+import engine
+from common import BadInput
+from engine.checkpoints import load_checkpoint
+from engine.detector import gt_masks
+from engine.metrics import detect
+from engine.train import check_settings
+from formats import decode_mask
+
+SMALL = dict(
+    d2det.TINY,
+    fpn_channels=16,
+    conv_channels=16,
+    num_convs=2,
+    groups=4,
+    fc_channels=32,
+    norm="gn",
+    proposals_train=100,
+    proposals_test=50,
+    workers=0,
+    masks=True,
+    mask_channels=16,
+)
+RUN = """--masks --image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 12 --num-val 4
+ --batch 2 --steps 6 --workers 0 --fpn-channels 8 --conv-channels 8 --num-convs 2 --groups 2
+ --fc-channels 16 --mask-channels 16 --norm gn --log-every 1 --save-every 2 --proposals-train 40
+ --proposals-test 20 --reg-test 20 --device cpu --score-threshold 0.01 --draw-score 0.2""".split()
+
+
+def make(**changes):
+    torch.manual_seed(0)
+    return d2det.Detector(dataclasses.replace(d2det.Config(), **{**SMALL, **changes}), 10)
+
+
+def settings(**changes):
+    small = dict(scales=(96,), test_scales=(96,), max_size=160, workers=0, eval_batch=2)
+    return d2det.Config(**{**small, "masks": True, **changes})
+
+
+# ------------------------------------------------------------------------------ targets and losses
+
+
+def slow_targets(proposal, gt, mask, size):
+    """Bilinear by hand at each cell's centre: 1.0 from half on; zero around the mask."""
+    M, target = len(mask), np.zeros((size, size))
+    value = lambda r, c: float(mask[r, c]) if 0 <= r < M and 0 <= c < M else 0.0  # noqa: E731
+    for i in range(size):
+        for j in range(size):
+            x = proposal[0] + (j + 0.5) / size * (proposal[2] - proposal[0])
+            y = proposal[1] + (i + 0.5) / size * (proposal[3] - proposal[1])
+            c, r = (x - gt[0]) / (gt[2] - gt[0]) * M - 0.5, (y - gt[1]) / (gt[3] - gt[1]) * M - 0.5
+            c0, r0 = math.floor(c), math.floor(r)
+            u, v = c - c0, r - r0
+            top = (1 - u) * value(r0, c0) + u * value(r0, c0 + 1)
+            low = (1 - u) * value(r0 + 1, c0) + u * value(r0 + 1, c0 + 1)
+            target[i, j] = (1 - v) * top + v * low >= 0.5
+    return torch.tensor(target).float()
+
+
+def test_mask_targets_are_the_slow_ones():
+    torch.manual_seed(3)
+    gts = torch.tensor([[10.0, 20, 50, 90], [0, 0, 30, 30], [5, 5, 60, 25]])
+    proposals = gts + torch.randn(3, 4) * 6
+    masks = torch.nn.functional.interpolate(torch.rand(3, 1, 4, 4), (12, 12))[:, 0] > 0.4
+    targets, areas = d2det.mask_targets(proposals, gts, masks, size=14)
+    for i in range(3):
+        want = slow_targets(proposals[i].tolist(), gts[i].tolist(), masks[i], 14)
+        assert torch.equal(targets[i], want)
+        off = slow_targets((proposals[i] + 2).tolist(), gts[i].tolist(), masks[i], 14)
+        assert (off != want).sum() > 5
+    _, areas = d2det.mask_targets(gts, gts, masks, size=14)
+    torch.testing.assert_close(areas, masks.float().mean((1, 2)) * 14**2)
+    _, areas = d2det.mask_targets(gts - torch.tensor([0, 0, 15, 15]), gts, masks, size=14)
+    assert areas[1] == pytest.approx(masks[1].float().mean().item() * 14**2 * 4)  # half each side
+    empty = d2det.mask_targets(gts[:0], gts[:0], masks[:0])
+    assert empty[0].shape == (0, 28, 28) and empty[1].shape == (0,)
+
+
+def test_losses_by_hand():
+    """Of a 4x4 mask the left half is right; the prediction is the upper half; 8 more cells outside."""
+    targets, logits = torch.zeros(1, 4, 4), torch.full((1, 4, 4), -2.0)
+    targets[:, :, :2], logits[:, :2] = 1.0, 2.0
+    iou = torch.tensor([0.7])
+    losses = d2det.mask_losses(logits, iou, targets, torch.tensor([16.0]))
+    assert losses["mask"].item() == pytest.approx(
+        math.log1p(math.exp(-2)) + 1
+    )  # half are wrong by 2
+    assert losses["mask_iou"].item() == pytest.approx((0.7 - 4 / (8 + 16 - 4)) ** 2 / 2)
+    within = d2det.mask_losses(logits, iou, targets, torch.tensor([7.9]))  # rounding of the crop
+    assert within["mask_iou"].item() == pytest.approx((0.7 - 4 / 12) ** 2 / 2)
+    assert d2det.mask_losses(logits, iou, targets, torch.tensor([60.0]))["mask_iou"] == 0  # 4 / 64
+    halved = d2det.mask_losses(logits, iou, targets, torch.tensor([16.0]), num_rois=2)
+    assert all(halved[k].item() == pytest.approx(losses[k].item() / 2) for k in losses)
+
+
+def test_a_mask_decides_which_cells_train_the_box(monkeypatch):
+    """7x7 from 28x28: three of the middle four. An L trains no cell of its empty quarter."""
+    seen, original = [], d2det.dense_losses
+    monkeypatch.setattr(d2det, "dense_losses", lambda *a: seen.append(a) or original(*a))
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    box, mask = torch.tensor([[10.0, 5, 30, 35]]), torch.zeros(1, 112, 112)
+    mask[:, :, :56] = mask[:, 75:] = 1.0
+    target = common.make_target(box, [4], [False], 0, (64, 64)) | {"masks": mask}
+    make(jitter=0.0, proposals_train=1).loss([image], [target])
+    proposals, inside = seen[0][2], seen[0][-1]
+    (row,) = (proposals == box).all(1).nonzero()[:1, 0]  # the gt itself
+    want = torch.zeros(7, 7)
+    want[:, :3] = want[5:] = 1  # of column 3 the middle is the L's side; row 4 is 2/3 * 7 = 4.67
+    cells = inside[row, 0]
+    assert torch.equal(cells[[0, 1, 2, 3, 5, 6]][:, [0, 1, 2, 4, 5, 6]],
+                       want[[0, 1, 2, 3, 5, 6]][:, [0, 1, 2, 4, 5, 6]])  # fmt: skip
+
+
+def test_masks_follow_the_gts_that_boxes_match():
+    boxes = torch.tensor([[0.0, 0, 9, 9], [1, 1, 5, 5], [1, 1, 5, 5], [0, 0, 9, 9]])
+    masks = torch.arange(4)[:, None, None].expand(4, 2, 2)
+    ignore = torch.tensor([False, True, False, False])
+    targets = [{k: v[s] for k, v in dict(boxes=boxes, masks=masks, ignore=ignore).items()}
+               for s in (slice(0, 3), slice(3, 3), slice(3, 4))]  # fmt: skip
+    found = gt_masks(boxes[[3, 1, 0]], torch.tensor([2.0, 0, 0]), targets)
+    assert found[:, 0, 0].tolist() == [3, 2, 0]
+    assert gt_masks(boxes[:0], torch.zeros(0), [targets[1]]).shape == (0, 2, 2)
+
+
+# ------------------------------------------------------------------------------ head and detector
+
+
+def mask_batch(count=2, size=96):
+    data = common.SyntheticDetection(count, size, masks=True)
+    items = [data[i] for i in range(count)]
+    return [i for i, _ in items], [common.as_transformed(t, (size, size)) for _, t in items]
+
+
+def test_every_mask_layer_learns_and_the_iou_leaves_the_mask_alone():
+    model, (images, targets) = make(), mask_batch()
+    losses = model.loss(images, targets)
+    assert {"mask", "mask_iou", "overlap", "reg"} <= set(losses)
+    losses["mask_iou"].backward(retain_graph=True)
+    assert (
+        model.mask_branch.logits.weight.grad is None and model.mask_branch.up[0].weight.grad is None
+    )
+    sum(losses.values()).backward()
+    silent = [n for n, p in model.mask_branch.named_parameters() if not p.grad.abs().sum() > 0]
+    assert not silent
+    branch = d2det.MaskBranch(8, 16, 3, 32)
+    trunk = torch.rand(3, 8, 7, 7)
+    logits, iou = branch(trunk, torch.tensor([2, 0, 1]))
+    alone, quality = branch(trunk[1:2], torch.tensor([0]))
+    torch.testing.assert_close(logits[1:2], alone)
+    torch.testing.assert_close(iou[1:2], quality)
+    assert (branch(trunk[1:2], torch.tensor([1]))[0] != alone).any()  # a mask of its own per class
+
+
+def test_images_without_objects_train():
+    model, (images, targets) = make(), mask_batch()
+    targets = [{**t, "masks": t["masks"][:0]} for t in without_objects(targets)]
+    losses = model.loss(images, targets)
+    assert losses["mask"] == losses["mask_iou"] == 0
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    (found,) = make(score_threshold=1.0).eval().predict(images[:1])
+    assert found["masks"].shape == (0, 28, 28) and found["mask_scores"].shape == (0,)
+
+
+@pytest.mark.parametrize("row", ["table5.coco_masks", "table6.isaid_masks"])
+def test_rows_build_and_see_what_they_name(row):
+    keep = ("backbone", "scales", "test_scales", "max_size")
+    changes = {k: v for k, v in d2det.ROWS[row].items() if k not in keep}
+    model, (images, targets) = make(**{**changes, "score_threshold": 0.09}), mask_batch(2, 64)
+    sum(model.loss(images, targets).values()).backward()
+    found = model.eval().predict(images)
+    for each in found:
+        assert set(each) == {"boxes", "scores", "labels", "masks", "mask_scores"}
+        assert each["masks"].shape[1:] == (28, 28) and 0 <= each["masks"].min()
+    outputs = model.outputs(images)
+    candidates = model.select(outputs, model.config)
+    assert len(candidates["boxes"]) == sum(len(f["boxes"]) for f in found)  # none without a mask
+    ranked = model.finish(candidates, 2)[0]  # which sorts by the box's score
+    iou = (ranked["mask_scores"] - ranked["scores"]) / 0.3
+    mine = candidates["mask_iou"][candidates["image"] == 0]
+    torch.testing.assert_close(iou.sort()[0], mine.sort()[0], atol=1e-4, rtol=1e-3)
+    config = d2det.Config(**d2det.ROWS[row])
+    assert (config.nms_iou, config.soft_nms, config.drp_samples) == (0.3, False, 1)
+    assert config.max_detections == (500 if "isaid" in row else 100) == config.reg_test
+
+
+def test_mirrored_views_bring_their_masks_along():
+    """An image that is its own mirror image: each view finds the mirror image of what the other does."""
+    half = mask_batch(1, 96)[0][0][:, :, :48]
+    image = torch.cat([half, half.flip(-1)], 2)
+    target = common.make_target(torch.zeros(0, 4), [], [], 0, (96, 96))
+    data = type("One", (list,), {"sizes": [(96, 96)]})([(image, target)])
+    config = settings(test_flip=True, max_size=96, score_threshold=0.05)
+    model = make(soft_nms=False, score_threshold=0.05).eval()
+    model.config.test_flip = True
+    model.suppress = lambda boxes, scores, *_: (torch.arange(len(boxes)), scores)  # keeps all
+    model.config.max_detections = 9999
+    ((_, found),) = detect(model, data, config, "cpu")
+    n = len(found["boxes"]) // 2
+    assert n > 5
+    torch.testing.assert_close(found["masks"][:n], found["masks"][n:].flip(-1), atol=1e-4, rtol=0)
+
+
+def test_what_cannot_be_done_is_refused(tmp_path):
+    with pytest.raises(BadInput, match="item 0: its target has no masks"):
+        engine.train(make(), settings(), common.SyntheticDetection(4, 64), None, tmp_path / "r")
+    with pytest.raises(BadInput, match="--masks needs dense local regression"):
+        make(dlr=False)
+
+
+def test_runs_resume_bit_for_bit_evaluate_and_predict(tmp_path, monkeypatch):
+    metrics, then = check_resume(d2det, RUN, tmp_path, monkeypatch)
+    assert {"AP", "mask_AP", "mask_AP50", "mask_per_class"} <= set(metrics)
+    assert d2det.main(["--eval", *then]) == metrics  # masks come with the checkpoint
+    d2det.main(["--predict", f"{tmp_path}/a.png", *then, "--draw-score", "0"])
+    results = json.loads((tmp_path / "c/predict/predictions.json").read_text())
+    assert results and all(r["segmentation"]["size"] == [64, 64] for r in results)
+    assert len(list((tmp_path / "c/predict/pictures").iterdir())) == 1
+    found = engine.load(tmp_path / "a/last.pt").detect(tmp_path / "a.png")
+    assert found.masks.shape == (len(found.boxes), 64, 64) and found.masks.dtype == torch.bool
+    want = torch.stack([decode_mask(r["segmentation"]) for r in results])
+    assert torch.equal(found.masks, want) and len(found.mask_scores) == len(results)
+    saved = load_checkpoint(tmp_path / "a/last.pt")["config"]
+    with pytest.raises(BadInput, match="made with --masks"):
+        check_settings(tmp_path, {**saved, "masks": False}, saved)
