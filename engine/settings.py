@@ -57,6 +57,10 @@ class Config(common.Config):
     test_flip: bool = False  # also test on the mirrored image
     draw_score: Amount = 0.5  # detections below this score are not drawn
 
+    def brings(self, tiny: bool) -> dict:
+        """Settings that others bring along: over those of the preset (tiny or not), under a row's."""
+        return {}
+
 
 # What `--preset tiny` changes: a small network learns from scratch, in minutes on a CPU.
 TINY = dict(
@@ -115,10 +119,11 @@ def parse(config_class, rows: dict, tiny: dict, name: str, argv=None) -> Config:
     settings = {}
     synthetic = asked.data == "synthetic" and not (asked.train_json or asked.val_json)
     slow = asked.device == "cpu" or not torch.cuda.is_available()
-    small = synthetic and slow
-    if asked.preset == "tiny" or (asked.preset == "auto" and small):
+    small = asked.preset == "tiny" or (asked.preset == "auto" and synthetic and slow)
+    if small:
         settings |= tiny
-    settings |= rows.get(asked.row, {})
+    row = rows.get(asked.row, {})
+    settings |= dataclasses.replace(asked, **row).brings(small) | row
     last = Path(asked.out or f"runs/{name}") / "last.pt"
     weights = asked.weights
     if (asked.eval or asked.predict) and not asked.train:
