@@ -294,7 +294,7 @@ def sample(labels: Tensor, num: int, positive_fraction: float) -> tuple[Tensor, 
     return torch.cat([pos_index, neg_index], 1), torch.cat([pos_valid, neg_valid], 1)
 
 
-def shared_count(count: Tensor) -> Tensor:
+def shared_count(count: Tensor, least: float = 1.0) -> Tensor:
     """What to divide a loss by: this process's share of a count over all, which is at least 1.
 
     Dividing each process's sum by it makes DDP's mean gradient that of one process with all images.
@@ -302,7 +302,7 @@ def shared_count(count: Tensor) -> Tensor:
     count = count.detach().float().clone()
     if dist.is_initialized():
         dist.all_reduce(count)
-    return count.clamp(min=1) / (dist.get_world_size() if dist.is_initialized() else 1)
+    return count.clamp(min=least) / (dist.get_world_size() if dist.is_initialized() else 1)
 
 
 def shared_rows(x: Tensor) -> Tensor:
@@ -834,21 +834,23 @@ def pad_targets(targets: list[dict]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 class ConvP6P7(ExtraFPNBlock):
-    """RetinaNet's extra levels: P6 a stride-2 convolution on C5, P7 one on P6.
+    """RetinaNet's extra levels: P6 a stride-2 convolution on C5 (GFL: on P5), P7 one on P6.
 
     No ReLU between them: so the released models were trained (torchvision has one).
     """
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int, on_p5: bool = False):
         super().__init__()
-        self.p6 = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
+        self.on_p5 = on_p5
+        first = out_channels if on_p5 else in_channels
+        self.p6 = nn.Conv2d(first, out_channels, 3, stride=2, padding=1)
         self.p7 = nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1)
         for conv in (self.p6, self.p7):
             nn.init.kaiming_uniform_(conv.weight, a=1)
             nn.init.zeros_(conv.bias)
 
     def forward(self, results, x, names):
-        p6 = self.p6(x[-1])
+        p6 = self.p6((results if self.on_p5 else x)[-1])
         return results + [p6, self.p7(p6)], names + ["p6", "p7"]
 
 
@@ -925,7 +927,7 @@ class ResNetFPN(nn.Module):
     """torchvision's ResNet or ResNeXt under a feature pyramid: [B, 3, H, W] -> 5 maps [B, C, .., ..].
 
     extra="pool": P2..P6, strides 4..64, P6 by subsampling P5 (two-stage detectors).
-    extra="conv": P3..P7, strides 8..128, P6 and P7 by convolution (RetinaNet).
+    extra="conv": P3..P7, strides 8..128, P6 and P7 by convolution (RetinaNet); "conv_p5": P6 on P5.
     With weights the stem and the first stages are frozen, and with norm="auto" all BN is; from
     scratch ("none") nothing is, and norm="auto" means GroupNorm, in the pyramid too. "random" is
     like "imagenet" in all but the values. `dcn`: see `make_deformable`. Raises BadInput if the
@@ -963,12 +965,14 @@ class ResNetFPN(nn.Module):
         for part in [self.stem, *self.stages][: self.frozen]:
             part.requires_grad_(False)
         channels = [net.fc.in_features // 2**i for i in (3, 2, 1, 0)]
-        self.first = 1 if extra == "conv" else 0
+        self.first = 0 if extra == "pool" else 1
         self.strides = tuple(2 ** (i + 2 + self.first) for i in range(5))
         self.fpn = FeaturePyramidNetwork(
             channels[self.first :],
             out_channels,
-            ConvP6P7(channels[-1], out_channels) if extra == "conv" else LastLevelMaxPool(),
+            ConvP6P7(channels[-1], out_channels, extra == "conv_p5")
+            if self.first
+            else LastLevelMaxPool(),
             norm_layer=make_norm(norm) if scratch else None,
         )
         # choice: what comes from coarser maps begins faint, so that fine maps learn from the start

@@ -71,39 +71,45 @@ class Config(engine.Config):
 # ------------------------------------------------------------------------------ head
 
 
+def conv_tower(channels: int, num_convs: int, groups: int, bias: bool = True) -> nn.Sequential:
+    """3x3 convolutions, each with a GroupNorm (none if `groups` is 0) and a ReLU."""
+    layers: list[nn.Module] = []
+    for _ in range(num_convs):
+        layers.append(nn.Conv2d(channels, channels, 3, padding=1, bias=bias))
+        layers += [nn.GroupNorm(groups, channels)] if groups else []
+        layers.append(nn.ReLU())
+    return nn.Sequential(*layers)
+
+
+def init_towers(head: nn.Module) -> None:
+    """N(0, 0.01), and classes at probability 0.01: first steps are not all about background."""
+    for layer in head.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.weight, std=0.01)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    nn.init.constant_(head.cls_logits.bias, -math.log((1 - 0.01) / 0.01))
+
+
 class RetinaTowers(nn.Module):
     """RetinaNet's head: two towers of 3x3 convolutions, shared by the levels, then predictions.
 
     L maps -> cls_logits [B, N, K], deltas [B, N, 4], and the box tower's last L maps, from which
     another head can predict more; N = sum(H*W*A). `groups`: of a GroupNorm after each tower
     convolution, 0 for none as in the papers. Training from nothing needs it: at N(0, 0.01) a narrow
-    tower passes almost no signal on. Classes start at probability 0.01, so that the first steps
-    are not all about background.
+    tower passes almost no signal on.
     """
 
     names = ("cls_logits", "deltas", "box_features")  # of what forward returns
 
     def __init__(self, in_channels=256, num_anchors=9, num_classes=80, num_convs=4, groups=0):
         super().__init__()
-
-        def tower() -> nn.Sequential:
-            layers: list[nn.Module] = []
-            for _ in range(num_convs):
-                layers.append(nn.Conv2d(in_channels, in_channels, 3, padding=1))
-                layers += [nn.GroupNorm(groups, in_channels)] if groups else []
-                layers.append(nn.ReLU())
-            return nn.Sequential(*layers)
-
         self.num_classes = num_classes
-        self.cls_tower = tower()
-        self.box_tower = tower()
+        self.cls_tower = conv_tower(in_channels, num_convs, groups)
+        self.box_tower = conv_tower(in_channels, num_convs, groups)
         self.cls_logits = nn.Conv2d(in_channels, num_anchors * num_classes, 3, padding=1)
         self.box_deltas = nn.Conv2d(in_channels, num_anchors * 4, 3, padding=1)
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.normal_(layer.weight, std=0.01)
-                nn.init.zeros_(layer.bias)
-        nn.init.constant_(self.cls_logits.bias, -math.log((1 - 0.01) / 0.01))
+        init_towers(self)
 
     def forward(self, features: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
         box_features = [self.box_tower(f) for f in features]
@@ -302,10 +308,12 @@ class RetinaNet(BaseDetector):
         limits = (config.top_scores, config.score_threshold, config.all_classes)
         index, labels, scores = best_predictions(best, score, outputs["per_level"], *limits)
         image, anchor = index
-        boxes = common.clip_boxes(
-            common.decode_boxes(anchors[anchor], outputs["deltas"][index]), sizes[image]
-        )
+        boxes = common.clip_boxes(self.decode(outputs, index), sizes[image])
         return dict(boxes=boxes, scores=scores, labels=labels, image=image, anchor=anchor)
+
+    def decode(self, outputs: dict, index: tuple) -> Tensor:
+        """The predicted boxes [M, 4] of the anchors `index`, each [M]."""
+        return common.decode_boxes(outputs["anchors"][index[1]], outputs["deltas"][index])
 
 
 Detector = RetinaNet  # under the name that it has in every script

@@ -61,6 +61,10 @@ class Config(common.Config):
     # where small, medium and large begin: roots of areas, px (COCO)
     metric_sides: Annotated[tuple[Amount, ...], Range(3, 3)] = (0.0, 32.0, 96.0)
 
+    def brings(self, tiny: bool) -> dict:
+        """Settings that others bring along: over those of the preset (tiny or not), under a row's."""
+        return {}
+
 
 # What `--preset tiny` changes: a small network learns from scratch, in minutes on a CPU.
 TINY = dict(
@@ -121,10 +125,11 @@ def parse(config_class, rows: dict, tiny: dict, name: str, argv=None) -> Config:
     settings = {}
     synthetic = asked.data == "synthetic" and not (asked.train_json or asked.val_json)
     slow = asked.device == "cpu" or not torch.cuda.is_available()
-    small = synthetic and slow
-    if asked.preset == "tiny" or (asked.preset == "auto" and small):
+    small = asked.preset == "tiny" or (asked.preset == "auto" and synthetic and slow)
+    if small:
         settings |= tiny
-    settings |= rows.get(asked.row, {})
+    row = rows.get(asked.row, {})
+    settings |= dataclasses.replace(asked, **row).brings(small) | row
     last = Path(asked.out or f"runs/{name}") / "last.pt"
     weights = asked.weights
     if (asked.eval or asked.predict) and not asked.train:

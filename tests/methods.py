@@ -48,6 +48,15 @@ def batch(count=2, size=96, seed=0):
     return to_device([data[i] for i in range(count)], "cpu")
 
 
+def every_size():
+    """An image with an object for the anchors of each level, if their side is 2 strides."""
+    images, _ = batch(1, 256)
+    half = torch.tensor([8.0, 16, 32, 64, 120])[:, None]
+    centre = torch.tensor([[36.0, 36], [200, 40], [80, 176], [192, 192], [128, 128]])
+    boxes = torch.cat([centre - half, centre + half], 1).clamp(0, 256)
+    return images, [dict(boxes=boxes, labels=torch.arange(5), ignore=torch.zeros(5).bool())]
+
+
 def without_objects(targets):
     keys = ("boxes", "labels", "ignore")
     return [{**t, **{k: t[k][:0] for k in keys}} for t in targets]

@@ -11,13 +11,14 @@ import common
 from engine import metrics
 from engine.metrics import detect
 
-NAMES = ["d2det", "double_head", "cpm_rcnn", "iou_aware_retinanet", "dc_loss_clnms"]
+NAMES = "d2det double_head cpm_rcnn iou_aware_retinanet dc_loss_clnms baselines.gfl".split()
 SMALL = {
     "d2det": dict(conv_channels=8, num_convs=2, groups=2, fc_channels=16),
     "double_head": dict(conv_channels=16, fc_channels=16),
     "cpm_rcnn": dict(point_channels=1, num_convs=1, fc_channels=16),
     "iou_aware_retinanet": dict(tower_convs=1, tower_groups=4),
     "dc_loss_clnms": dict(tower_convs=1, tower_groups=4),
+    "baselines.gfl": dict(tower_convs=1, tower_groups=4),
 }
 
 

@@ -27,6 +27,7 @@ from methods import (
 import common
 import dc_loss_clnms as method
 import kernels
+from baselines import gfl
 from baselines.retinanet import Positives
 from dc_loss_clnms import Config
 
@@ -245,7 +246,7 @@ CHANGED = dict(
 
 
 def test_every_flag_is_covered():
-    assert own_flags(method) == set(CHANGED) | {"all_classes"}
+    assert own_flags(method) == set(CHANGED) | own_flags(gfl) | {"base", "gfl_dc"}  # test_gfl.py
 
 
 def test_all_classes():

@@ -1,0 +1,108 @@
+"""DC loss and CL-NMS on GFL (`--base gfl`): what the coefficient weighs, and whose settings count."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from methods import (
+    RUN,
+    behaviour,
+    check_all_crowd,
+    every_size,
+    make,
+    own_flags,
+    sure,
+    without_objects,
+)
+
+import common
+import dc_loss_clnms as method
+from baselines import gfl
+from engine.settings import parse
+
+ON_GFL = dict(base="gfl", iac=False)
+PLAIN = dict(ON_GFL, dc_loss=False, nms="plain")
+
+
+def test_without_the_proposals_it_is_gfl():
+    """Losses and detections to the last bit; a copy is of the same class."""
+    model = make(method, **PLAIN, nms_iou=0.6, box_weight=2.0)
+    assert behaviour(sure(make(gfl))) == behaviour(sure(model))
+    assert type(copy.deepcopy(model)) is type(model) is method.OnGFL
+
+
+def test_dc_loss_keeps_the_total_and_changes_the_gradient():
+    images, targets = every_size()
+    settings = [dict(dc_loss=False), {}, dict(gfl_dc="class"), dict(dc_normalise=False)]
+    models = [sure(make(method, **ON_GFL, **c)) for c in settings]
+    losses = [m.loss(images, targets) for m in models]
+    for other in losses[1:3]:
+        assert other["cls"].item() == pytest.approx(losses[0]["cls"].item(), rel=1e-5)
+        assert other["box"] == losses[0]["box"] and other["dfl"] == losses[0]["dfl"]
+    assert abs(losses[3]["cls"] / losses[0]["cls"] - 1) > 0.01
+    grads = [
+        torch.autograd.grad(v["cls"], m.head.cls_logits.weight, retain_graph=True)[0]
+        for m, v in zip(models, losses)
+    ]
+    for i in range(3):
+        for j in range(i):
+            assert (grads[i] - grads[j]).norm() > 1e-3 * grads[0].norm()
+    # the coefficient is a constant, and so is the target: the class loss does not move the boxes
+    for m, v in zip(models, losses):
+        assert torch.autograd.grad(v["cls"], m.head.bin_logits.weight, allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(gfl_dc="class"), dict(iac=True)])
+def test_images_without_objects_train_and_every_weight_learns(changes):
+    model, (images, targets) = make(method, **(ON_GFL | changes)), every_size()
+    sum(model.loss(images, targets).values()).backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+    losses = model.loss(images, without_objects(targets))
+    assert losses["cls"] > 0 and losses["box"] == losses["dfl"] == 0
+    check_all_crowd(model)
+
+
+@pytest.mark.parametrize("form", ["anchor", "class"])
+def test_what_the_coefficient_weighs(form):
+    """Two positives of e = 0 and 0.15, so that lambda is 10 and 4; other anchors as they are."""
+    gts = torch.tensor([[0.0, 0, 10, 10]]).repeat(2, 1)
+    points = torch.tensor([[5.0, 5.0, 5.0]]).repeat(2, 1)
+    sides = torch.tensor([[1.0, 1, 1, 1], [1.0, 1, 1.2, 1]])
+    bins = (1 - (sides[..., None] - torch.arange(17)).abs()).clamp(min=1e-9).log()
+    logits, labels = torch.tensor([[0.3, -1.0], [2.0, 0.1]]), torch.tensor([0, 1])
+    index = (torch.tensor([0, 0]), torch.tensor([0, 2]))
+    model = make(method, **ON_GFL, dc_normalise=False, gfl_dc=form)
+    positives = gfl.Positives(index, points, logits, bins, labels, gts)
+    iou = common.aligned_iou(positives.boxes(), gts)
+    assert iou.tolist() == pytest.approx([1, 100 / 110], rel=1e-5)
+    losses = gfl.quality_focal_loss(logits, labels, iou)
+    own, target = logits[[0, 1], labels], iou
+    own = (own.sigmoid() - target) ** 2 * F.binary_cross_entropy_with_logits(
+        own, target, reduction="none"
+    )
+    rest = losses - own
+    found = model.weigh(torch.stack([losses[0], torch.tensor(3.0), losses[1]])[None], positives)
+    share = torch.tensor([10.0, 4.0])
+    want = share * losses if form == "anchor" else share * own + rest
+    assert (rest > 0.01).all() and found[0, 1] == 3
+    torch.testing.assert_close(found[0, [0, 2]], want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_base_brings_its_settings():
+    for preset, config in (("tiny", gfl.Config(**gfl.TINY)), ("paper", gfl.Config())):
+        for flags in (["--base", "gfl"], ["--row", "extra.gfl_dc_cl"]):
+            argv = ["--preset", preset, *flags, "--max-detections", "7"]
+            found = parse(method.Config, method.ROWS, method.TINY, "", argv)
+            shared = own_flags(gfl) | {"clip_norm", "lr"}
+            differ = {k for k in shared if getattr(found, k) != getattr(config, k)}
+            assert differ == {"max_detections"} and found.base == "gfl"
+            assert (found.iac, found.dc_loss, found.nms) == (False, True, "cl")
+            assert found.epochs == (config.epochs if preset == "tiny" else 12.17)
+
+
+def test_the_command_line_of_dc_loss_on_gfl(tmp_path):
+    run = [*RUN, "--steps", "2", "--base", "gfl"]
+    metrics = method.main([*run, "--train", "--out", f"{tmp_path}/a"])
+    where = ["--weights", f"{tmp_path}/a/last.pt", "--out", f"{tmp_path}/b"]
+    assert method.main([*RUN, "--eval", *where]) == metrics
