@@ -1,4 +1,4 @@
-"""`detect`: a detector over a data set; `evaluate`: metrics of COCO, VOC, UAVDT of what it finds."""
+"""`detect`: a detector over a data set; `evaluate`: COCO's, VOC's and UAVDT's metrics of it."""
 
 from __future__ import annotations
 
@@ -220,41 +220,35 @@ def uavdt_ap(truth: dict, results: list[dict], iou: float = 0.7) -> float | None
 
     In each frame detections take objects, best score first: each takes the one it overlaps most of
     those not taken yet, if their IoU is at least `iou`; else it is false. Before that, detections
-    strictly inside one rectangle to ignore (a crowd here) are removed, but in two sequences; objects
-    inside one still count. AP is the area under the monotone precision-recall curve (VOC 2010).
+    strictly inside one rectangle to ignore (a crowd) are removed, but in two sequences; objects
+    inside count. AP is the area under the monotone precision-recall curve, as VOC's since 2010.
     Image ids begin with the sequence, as in "M0203/img000001".
     """
     unfiltered = ("M0209", "M0801")  # (release)
-    boxes: dict = {image["id"]: ([], [], []) for image in truth["images"]}
+    frames: dict = {image["id"]: ([], [], [], []) for image in truth["images"]}
     for a in truth["annotations"]:
-        boxes[a["image_id"]][a.get("iscrowd", 0)].append(a["bbox"])
+        frames[a["image_id"]][a.get("iscrowd", 0)].append(a["bbox"])
     for r in sorted(results, key=lambda r: -r["score"]):
-        boxes[r["image_id"]][2].append([*r["bbox"], r["score"]])
+        frames[r["image_id"]][2].append(r["bbox"])
+        frames[r["image_id"]][3].append(r["score"])
     scores, hits, num = [], [], 0
-    for image_id in sorted(boxes):  # of equal scores the earlier frame's comes first
-        objects, ignored, found = boxes[image_id]
-        num += len(objects)
-        found = torch.tensor(found, dtype=torch.float64).reshape(-1, 5)
-        objects = torch.tensor(objects, dtype=torch.float64).reshape(-1, 4)
-        ignored = torch.tensor(ignored, dtype=torch.float64).reshape(-1, 4)
-        objects, ignored, seen = (
-            torchvision.ops.box_convert(b, "xywh", "xyxy") for b in (objects, ignored, found[:, :4])
-        )
+    for image_id in sorted(frames):  # of equal scores the earlier frame's comes first
+        objects, ignored, found = (xywh_to_xyxy(boxes) for boxes in frames[image_id][:3])
+        points, kept = torch.tensor(frames[image_id][3]), torch.ones(len(found), dtype=torch.bool)
         if image_id.split("/")[0] not in unfiltered:
-            inside = (seen[:, None, :2] > ignored[:, :2]) & (seen[:, None, 2:] < ignored[:, 2:])
+            inside = (found[:, None, :2] > ignored[:, :2]) & (found[:, None, 2:] < ignored[:, 2:])
             kept = ~inside.all(-1).any(-1)
-            found, seen = found[kept], seen[kept]
-        overlap = torchvision.ops.box_iou(
-            seen, objects.flip(0)
-        ).numpy()  # of equals the last object
-        hit = torch.zeros(len(seen), dtype=torch.float64)
+        objects = objects.flip(0)  # of equal overlaps the last object's counts
+        overlap = torchvision.ops.box_iou(found[kept], objects).numpy()  # [D, G]
+        hit = np.zeros(len(overlap))
         for d in np.flatnonzero((overlap >= iou).any(1)):
             best = overlap[d].argmax()
             if overlap[d, best] >= iou:
                 hit[d] = 1
                 overlap[:, best] = 0  # taken
-        scores.append(found[:, 4])
-        hits.append(hit)
+        num += len(objects)
+        scores.append(points[kept])
+        hits.append(torch.from_numpy(hit))
     if not num:
         return None
     hits = torch.cat(hits)[torch.cat(scores).argsort(descending=True, stable=True)]
