@@ -650,8 +650,8 @@ def load_data(config: Config, train: bool = True, val: bool = True, categories=N
     Synthetic, COCO (annotations/instances_*2017.json or explicit paths) or VOC (JPEGImages/, also
     VOC2007/ and VOC2012/ below: both train, the first one tests). The training set's categories,
     or those given (a checkpoint's), are the ones that the validation set must have. With masks, if
-    the config has a field of that name and it is set. Raises BadInput, also for a set without images
-    and a training set without boxes.
+    the config has a field of that name and it is set. Raises BadInput, also for a set without
+    images and a training set without boxes.
     """
     masks = getattr(config, "masks", False)
     explicit = config.train_json or config.val_json

@@ -69,7 +69,7 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def check_settings(path: Path, settings: dict, saved: dict) -> None:
-    """BadInput if a run is not what was saved of it, but for flags that teach nothing or are newer."""
+    """BadInput if a run is not what was saved of it, but for flags that teach nothing, or new."""
     differ = [k for k, v in settings.items() if k not in FREE and v != saved.get(k, v)]
     if differ:
         old = " ".join(flag(k, saved.get(k)) for k in differ)
