@@ -373,7 +373,7 @@ def dense_losses(
 def mask_losses(mask_logits: Tensor, iou: Tensor, targets: Tensor, areas: Tensor, num_rois=None):
     """Of R positives `mask`, BCE, and `mask_iou`, half the predicted IoU's squared error (release).
 
-    mask_logits [R, S, S], iou [R] of the gts' classes; targets [R, S, S], areas [R]: `mask_targets`.
+    mask_logits [R, S, S], iou [R] of the gts' classes; targets [R, S, S], areas [R] to reach.
     Means over cells and over num_rois, which is R unless given. The IoU to predict is that of the
     mask, where its probability is over 0.5, with the whole object; up to 0.1 none is (release).
     """
@@ -525,7 +525,7 @@ class Detector(faster_rcnn.TwoStage):
 # - Deformable pooling: RoIAlign sampling | corners rounded, samples at bin starts; R-101 one a bin,
 #   R-50 two a side; none outside the map | aligned and centred, nothing rounded; else release
 # - Anchors that cross the image's border: - | do not train | train, if their centre is inside
-# - Mask target: the gt's mask | cut out in whole pixels, sized to 28x28, then 7x7 | not rounded
+# - Masks: - | cut out and pasted in whole pixels; the 7x7 target from the 28x28 | nothing rounded
 # - Mask IoU: two fc | input misses the mask's last row and column (padded pooling); target is of
 #   the mask where its logit is > 0.5 | all of the mask, where its probability is > 0.5
 # - Crowd regions: - | plain background | proposals at least half inside one are no negatives

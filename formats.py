@@ -253,7 +253,7 @@ def mask_problem(segmentation, height: int, width: int) -> str:
     if size != [height, width]:
         return f"RLE of size {size}, its image is {height}x{width} px (h x w)"
     runs = run_lengths(counts) if isinstance(counts, str) else counts
-    if not isinstance(runs, list) or any(type(n) is not int or n < 0 for n in runs):
+    if not isinstance(runs, list) or any(type(n) is not int or not 0 <= n < 2**32 for n in runs):
         return f"RLE with counts {str(counts)[:60]}"
     return "" if sum(runs) == height * width else "RLE whose counts do not fill its image"
 
@@ -273,7 +273,7 @@ def run_lengths(counts: str) -> list[int]:
             value -= (bits & 16) and 1 << shift  # the last one's highest bit is the sign
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))
             value, shift = 0, 0
-    return runs
+    return runs + [-1] * (shift > 0)  # of its last run there should be more
 
 
 ANYWHERE = (-math.inf, -math.inf, math.inf, math.inf)
@@ -282,7 +282,8 @@ ANYWHERE = (-math.inf, -math.inf, math.inf, math.inf)
 def usable_mask(segmentation, box=ANYWHERE) -> list | dict | None:
     """What can be used of a checked segmentation; None if none of it lies in its box (xyxy).
 
-    Polygons of fewer than three points and points that are not finite cannot.
+    A polygon of fewer than three points cannot, nor one with a point that is not finite or so far
+    away that pycocotools, which walks along the edges, would not arrive.
     """
     if not segmentation:
         return None
@@ -290,7 +291,7 @@ def usable_mask(segmentation, box=ANYWHERE) -> list | dict | None:
         x1, y1, w, h = rle.toBbox(_compressed(segmentation))
         x2, y2 = x1 + w, y1 + h
     else:
-        segmentation = [p for p in segmentation if len(p) >= 6 and all(map(math.isfinite, p))]
+        segmentation = [p for p in segmentation if len(p) >= 6 and all(abs(v) < 1e5 for v in p)]
         x, y = ([v for p in segmentation for v in p[i::2]] for i in (0, 1))
         x1, y1, x2, y2 = (min(x), min(y), max(x), max(y)) if x else (0, 0, 0, 0)
     wide = min(x2, box[2]) > max(x1, box[0])
@@ -321,9 +322,9 @@ def crop_mask(segmentation: list | dict, box: Tensor, side: int = MASK_SIDE) -> 
     """
     if isinstance(segmentation, dict):
         return crop_bitmaps(decode_mask(segmentation)[None], box[None], side)[0]
-    corner, wh = box[:2].double().numpy(), (box[2:] - box[:2]).double().numpy()
+    corner, wh = box[:2].numpy(), (box[2:] - box[:2]).clamp(min=1e-6).numpy()
     moved = [(np.reshape(p, (-1, 2)) - corner) / wh * side for p in segmentation]
-    # pycocotools walks along the edges, however far they lead away from a narrow box
+    # the edges again: seen from a narrow box they lead far away
     moved = [p.clip(-99 * side, 99 * side).ravel().tolist() for p in moved]
     return torch.from_numpy(rle.decode(rle.merge(rle.frPyObjects(moved, side, side)))).bool()
 

@@ -123,19 +123,18 @@ def split_images(
 
 def gt_masks(gt_boxes: Tensor, image: Tensor, targets: list[dict]) -> Tensor:
     """The masks [R, M, M] of the objects with these gt_boxes [R, 4] in images [R]."""
-    joined = (torch.cat([t[k] for t in targets]) for k in ("boxes", "ignore", "masks"))
-    boxes, ignore, masks = joined
+    flat = {k: torch.cat([t[k] for t in targets]) for k in ("boxes", "ignore", "masks")}
     owner = [i for i, t in enumerate(targets) for _ in range(len(t["boxes"]))]
-    same = (boxes == gt_boxes[:, None]).all(2) & ~ignore  # [R, G]
+    same = (flat["boxes"] == gt_boxes[:, None]).all(2) & ~flat["ignore"]  # [R, G]
     same &= constant(owner, image.device) == image[:, None]
-    return masks[F.pad(same, (0, 1)).int().argmax(1)]  # padded: G may be 0
+    return flat["masks"][F.pad(same, (0, 1)).int().argmax(1)]  # padded: G may be 0
 
 
 def paste_mask(mask: Tensor, box: Tensor, size: tuple[int, int]) -> Tensor:
     """bool [h, w] of that size: the pixels in a box [4] whose mask [M, M] is over 0.5.
 
-    The mask is interpolated between the centres of its cells (bilinear, no enlargement of either),
-    at the centres of the pixels; outside of its outermost centres it stays what it is there.
+    At the centre of each pixel the mask is interpolated between the centres of its cells, bilinear;
+    from its outermost centres to the box's sides it stays what it is there.
     """
     side, (x1, y1, x2, y2) = len(mask), box.tolist()
     cells, windows, weights = torch.arange(side), [], []

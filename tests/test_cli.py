@@ -316,7 +316,7 @@ def test_non_finite_loss_stops_and_names_it(tmp_path, monkeypatch, capsys):
 
 
 DDP = {  # small, and with nothing left to chance: every anchor and RoI takes part
-    "d2det": dict(conv_channels=8, num_convs=2, groups=2, jitter=0.0, reg_rois=5000),
+    "d2det": dict(conv_channels=8, num_convs=2, groups=2, jitter=0.0, reg_rois=5000, masks=True),
     "double_head": dict(conv_channels=16),
     "cpm_rcnn": dict(point_channels=1, num_convs=1, grid_rois=5000),
     "iou_aware_retinanet": dict(tower_groups=0),
@@ -339,8 +339,9 @@ def ddp_model(name):
 
 
 def ddp_items():
-    data = common.SyntheticDetection(2, 64)
-    return to_device([data[3 - 2], data[0]], "cpu")
+    data = common.SyntheticDetection(2, 64, masks=True)
+    items = [(image, common.as_transformed(t, (64, 64))) for image, t in (data[1], data[0])]
+    return to_device(items, "cpu")
 
 
 def keep_rois(model, patch):
@@ -373,7 +374,8 @@ def test_losses_under_bf16_are_float32_and_close(name):
         with torch.autocast("cpu", torch.bfloat16):
             found = model.loss(images, targets)
     for k, v in found.items():
-        assert v.dtype == torch.float32 and v.item() == pytest.approx(want[k].item(), rel=2e-3), k
+        rel = 2e-2 if k == "mask_iou" else 2e-3  # whose target counts pixels
+        assert v.dtype == torch.float32 and v.item() == pytest.approx(want[k].item(), rel=rel), k
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert model.eval().predict(images)[0]["boxes"].dtype == torch.float32
 

@@ -33,8 +33,8 @@ SMALL = dict(
     masks=True,
     mask_channels=16,
 )
-RUN = """--masks --image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 12 --num-val 4
- --batch 2 --steps 6 --workers 0 --fpn-channels 8 --conv-channels 8 --num-convs 2 --groups 2
+RUN = """--masks --image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 12
+ --num-val 4 --batch 2 --steps 6 --workers 0 --fpn-channels 8 --conv-channels 8 --num-convs 2 --groups 2
  --fc-channels 16 --mask-channels 16 --norm gn --log-every 1 --save-every 2 --proposals-train 40
  --proposals-test 20 --reg-test 20 --device cpu --score-threshold 0.01 --draw-score 0.2""".split()
 
@@ -89,7 +89,7 @@ def test_mask_targets_are_the_slow_ones():
 
 
 def test_losses_by_hand():
-    """Of a 4x4 mask the left half is right; the prediction is the upper half; 8 more cells outside."""
+    """Of a 4x4 mask the left half is right and the upper half predicted; 8 more cells are outside."""
     targets, logits = torch.zeros(1, 4, 4), torch.full((1, 4, 4), -2.0)
     targets[:, :, :2], logits[:, :2] = 1.0, 2.0
     iou = torch.tensor([0.7])
@@ -197,7 +197,7 @@ def test_rows_build_and_see_what_they_name(row):
 
 
 def test_mirrored_views_bring_their_masks_along():
-    """An image that is its own mirror image: each view finds the mirror image of what the other does."""
+    """In an image that is its own mirror image the views find each other's mirror images."""
     half = mask_batch(1, 96)[0][0][:, :, :48]
     image = torch.cat([half, half.flip(-1)], 2)
     target = common.make_target(torch.zeros(0, 4), [], [], 0, (96, 96))
