@@ -179,16 +179,29 @@ class BoxStages(nn.Module):
         return rois, (total / len(heads)).softmax(1)[:, :-1], hidden
 
 
-def make_stages(config, num_classes: int) -> BoxStages:
-    """The stages of a Config, which is this file's or has its names; BadInput if it has too few."""
+def check_stages(config, **lists: tuple) -> None:
+    """BadInput where a Config has more stages than one of its lists, or tests one beyond."""
     stages = config.num_stages
-    if stages > len(config.stage_ious):
-        raise common.BadInput(f"--num-stages {stages}: needs as many --stage-ious")
+    if stages > min(map(len, lists.values())):
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in lists)
+        raise common.BadInput(f"--num-stages {stages}: needs as many {flags}")
     if config.test_stage > stages:
         raise common.BadInput(f"--test-stage {config.test_stage}: there are {stages} stages")
+
+
+def positives(rois: Tensor, labels: Tensor, gt_boxes: Tensor, hidden: Tensor, num_classes: int):
+    """Of the last stage's RoIs that are positive: rois [P, 5], labels, IoUs [P], hidden [P, D]."""
+    index = (labels < num_classes).nonzero()[:, 0]
+    rois = rois[index]
+    ious = common.aligned_iou(rois[:, 1:], gt_boxes[index])
+    return rois, labels[index], ious, hidden[index]
+
+
+def make_stages(config, num_classes: int) -> BoxStages:
+    """The stages of a Config, this file's or another that has its names."""
     sizes = (config.fpn_channels * 7 * 7, config.fc_channels, num_classes)
     draw = (config.roi_samples, config.roi_positive)
-    return BoxStages(*sizes, config.stage_ious[:stages], config.stage_decay, *draw)
+    return BoxStages(*sizes, config.stage_ious[: config.num_stages], config.stage_decay, *draw)
 
 
 # ------------------------------------------------------------------------------ detector
@@ -199,6 +212,7 @@ class Detector(faster_rcnn.TwoStage):
 
     def __init__(self, config: Config, num_classes: int):
         super().__init__(config, num_classes)
+        check_stages(config, stage_ious=config.stage_ious)
         self.stages = make_stages(config, num_classes)
         self.to(memory_format=torch.channels_last)
 
