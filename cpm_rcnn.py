@@ -30,6 +30,9 @@ Where paper and release differ, the release made the paper's numbers and decides
     Gts join every later stage, of which the paper says nothing.
 All other deviations stand beside ROWS.
 
+Table 3 adds ISM and RSM to Cascade R-CNN (`--base cascade`, baselines/cascade_rcnn.py), whose stages
+classify each box and move it by deltas. There ISM's trunk are the last stage's hidden features.
+
 In comments "(3.4)" is a section of the paper, "(release)" a value seen in the release, "choice:"
 our own where neither decides.
 """
@@ -38,6 +41,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -47,7 +51,7 @@ from torch import Tensor, nn
 import common
 import engine
 import kernels
-from baselines import faster_rcnn
+from baselines import cascade_rcnn, faster_rcnn
 from common import Amount, Natural, Share, Whole
 from engine.detector import first_per_image, over_threshold
 
@@ -63,6 +67,7 @@ from engine.detector import first_per_image, over_threshold
 class Config(faster_rcnn.Config):
     """CPM R-CNN with ResNet-50 on COCO: Table 2."""
 
+    base: Literal["grid", "cascade"] = "grid"  # what makes the boxes: points, or deltas (Table 3)
     num_stages: Natural = 3  # grid stages N (Eq. 2); 1 without ISM and RSM: the Grid baseline
     ratios: tuple[Amount, ...] = (2.0, 1.5, 1.25)  # a stage's grid over its box, sides (Table 5)
     stage_ious: tuple[Share, ...] = (0.5, 0.6, 0.7)  # boxes train a stage from this IoU on (3.4.1)
@@ -272,53 +277,69 @@ class Detector(faster_rcnn.TwoStage):
     def __init__(self, config: Config, num_classes: int):
         super().__init__(config, num_classes)
         C, width, stages = config.fpn_channels, 9 * config.point_channels, config.num_stages
-        if not 1 <= stages <= min(len(config.ratios), len(config.stage_ious)):
-            raise common.BadInput(f"--num-stages {stages}: needs as many --ratios and --stage-ious")
-        if not 0 <= config.test_stage <= stages:
-            raise common.BadInput(f"--test-stage {config.test_stage}: there are {stages} stages")
+        cascade_rcnn.check_stages(config, ratios=config.ratios, stage_ious=config.stage_ious)
         if config.ism and config.ism_use == "replace" and config.test_stage not in (0, stages):
             raise common.BadInput("--ism-use replace: stages before the last have no ISM")
         if width % config.groups:
             raise common.BadInput(f"--groups {config.groups} do not divide {width} channels")
-        grid = (C, config.point_channels, config.num_convs, config.groups, config.grid_init)
-        self.grids = nn.ModuleList(GridHead(*grid) for _ in range(stages))
-        self.classify = faster_rcnn.two_fc(C * 7 * 7, config.fc_channels, num_classes + 1)
+        self.cascade = config.base == "cascade"
+        if self.cascade:
+            self.stages = cascade_rcnn.make_stages(config, num_classes)
+        else:
+            grid = (C, config.point_channels, config.num_convs, config.groups, config.grid_init)
+            self.grids = nn.ModuleList(GridHead(*grid) for _ in range(stages))
+            self.classify = faster_rcnn.two_fc(C * 7 * 7, config.fc_channels, num_classes + 1)
         if config.ism:
-            self.ism = IoUScoring(width * 7 * 7, config.fc_channels)
+            trunk = config.fc_channels if self.cascade else width * 7 * 7
+            self.ism = IoUScoring(trunk, config.fc_channels)
         if config.rsm:
             self.rsm = faster_rcnn.two_fc(C * 7 * 7, config.fc_channels, num_classes + 1)
         self.to(memory_format=torch.channels_last)
 
     def loss(self, images: list[Tensor], targets: list[dict]) -> dict[str, Tensor]:
+        config = self.config
+        first_iou = config.stage_ious[0] if self.cascade else 0.5
+        features, sizes, losses, *sampled = self.training_rois(images, targets, first_iou)
+        if self.cascade:
+            pool = partial(self.pool, features, size=7)
+            stages, drawn = self.stages.loss(pool, sizes, targets, *sampled)
+            last = cascade_rcnn.positives(*drawn, self.num_classes)
+        else:
+            stages, last = self.grid_losses(features, sizes, targets, *sampled)
+        losses |= stages
+        rois, gt_labels, ious, trunk = last  # of the last stage
+        if config.ism:
+            ism = iou_scoring_loss(self.ism(trunk), ious, config.ism_loss, common.shared_rows(rois))
+            losses["ism"] = config.ism_weight * ism
+        if config.rsm:  # cls' negatives, but as positives the boxes that entered the last stage
+            first_rois, labels, _ = sampled
+            background = (labels == self.num_classes).nonzero()[:, 0]
+            logits = self.rsm(self.pool(features, torch.cat([first_rois[background], rois]), 7))
+            rsm = faster_rcnn.class_loss(logits, torch.cat([labels[background], gt_labels]))
+            losses["rsm"] = config.rsm_weight * rsm
+        return losses
+
+    def grid_losses(self, features, sizes, targets: list[dict], sampled, labels, _):
+        """Losses of cls and stages; of the last stage RoIs [P, 5], labels [P], IoUs [P], trunk."""
         config, objects = self.config, common.pad_targets(targets)
         gt_boxes, _, gt_valid, _ = objects
         image, slot = gt_valid.nonzero(as_tuple=True)
         gt_rois = torch.cat([image[:, None].float(), gt_boxes[image, slot]], 1)
-        features, sizes, losses, sampled, labels, _ = self.training_rois(images, targets)
         logits = self.classify(self.pool(features, sampled, 7))
-        losses["cls"] = faster_rcnn.class_loss(logits, labels)
+        losses = dict(cls=faster_rcnn.class_loss(logits, labels))
         entering = sampled[labels < self.num_classes]
-        first = first_per_image(entering[:, 0].long(), len(images), config.grid_rois)
+        first = first_per_image(entering[:, 0].long(), len(targets), config.grid_rois)
         entering, weight = entering[first], config.grid_weight
         for stage, head in enumerate(self.grids):  # Eq. 1 and 2
             rois, gts, gt_labels, ious = select_boxes(entering, objects, config.stage_ious[stage])
-            num_rois = common.shared_rows(rois)
             logits, trunk = head(self.pool(features, rois, 14))
             maps = grid_targets(rois[:, 1:], gts, config.ratios[stage], logits.shape[-1])
-            losses[f"grid{stage + 1}"] = weight * grid_loss(logits, maps, num_rois)
+            losses[f"grid{stage + 1}"] = weight * grid_loss(logits, maps, common.shared_rows(rois))
             not_gt = (rois[:, 1:] != gts).any(1)  # copies of gts are not decoded (release)
             boxes = self.decode_stage(stage, rois[not_gt], logits[not_gt].detach(), sizes)
             entering = torch.cat([boxes, gt_rois])
             weight *= config.stage_decay
-        if config.ism:
-            ism = iou_scoring_loss(self.ism(trunk), ious, config.ism_loss, num_rois)
-            losses["ism"] = config.ism_weight * ism
-        if config.rsm:  # cls' negatives, but as positives the boxes that entered the last stage
-            background = (labels == self.num_classes).nonzero()[:, 0]
-            logits = self.rsm(self.pool(features, torch.cat([sampled[background], rois]), 7))
-            rsm = faster_rcnn.class_loss(logits, torch.cat([labels[background], gt_labels]))
-            losses["rsm"] = config.rsm_weight * rsm
-        return losses
+        return losses, (rois, gt_labels, ious, trunk)
 
     def decode_stage(self, stage: int, rois: Tensor, heat_logits: Tensor, sizes: Tensor) -> Tensor:
         """The boxes, as RoIs, that a stage makes of its RoIs [R, 5]; sizes [B, 2]."""
@@ -329,25 +350,29 @@ class Detector(faster_rcnn.TwoStage):
     @torch.no_grad()
     def outputs(self, images: list[Tensor]) -> dict[str, Tensor]:
         """Final boxes, labels, image, and the three factors cls, ism, rsm of their score (3.4.3)."""
-        config = self.config
+        config, last = self.config, self.config.test_stage or self.config.num_stages
         features, sizes, rois, image = self.test_rois(images)
-        probs = self.classify(self.pool(features, rois, 7)).float().softmax(1)[:, :-1]
-        row, labels, cls = over_threshold(probs, config.score_threshold)
-        groups = image[row] * self.num_classes + labels
-        keep = kernels.batched_nms(rois[row, 1:], cls, groups, config.nms_iou)
-        keep = keep[first_per_image(image[row[keep]], len(images), config.grid_test)]
-        rois, labels, cls = rois[row[keep]], labels[keep], cls[keep]
-        last = config.test_stage or config.num_stages
-        for stage, head in enumerate(self.grids[:last]):
-            logits, trunk = head(self.pool(features, rois, 14))
-            rois = self.decode_stage(stage, rois, logits, sizes)
+        pool = partial(self.pool, features, size=7)
+        if self.cascade:
+            rois, probs, trunk = self.stages(pool, sizes, rois, last)
+            row, labels, cls = over_threshold(probs, config.score_threshold)
+        else:
+            probs = self.classify(pool(rois)).float().softmax(1)[:, :-1]
+            row, labels, cls = over_threshold(probs, config.score_threshold)
+            groups = image[row] * self.num_classes + labels
+            keep = kernels.batched_nms(rois[row, 1:], cls, groups, config.nms_iou)
+            keep = keep[first_per_image(image[row[keep]], len(images), config.grid_test)]
+            rois, labels, cls = rois[row[keep]], labels[keep], cls[keep]
+            row = torch.arange(len(rois), device=rois.device)  # a box of its own for each score
+            for stage, head in enumerate(self.grids[:last]):
+                logits, trunk = head(self.pool(features, rois, 14))
+                rois = self.decode_stage(stage, rois, logits, sizes)
         ism = rsm = torch.ones_like(cls)
         if config.ism and last == config.num_stages:  # an earlier stage has no ISM
-            ism = self.ism(trunk)[:, 1].float().clamp(0, 1)
+            ism = self.ism(trunk)[row, 1].float().clamp(0, 1)
         if config.rsm:
-            probs = self.rsm(self.pool(features, rois, 7)).float().softmax(1)  # [R, K + 1]
-            rsm = probs.gather(1, labels[:, None])[:, 0]
-        boxes, image = rois[:, 1:], rois[:, 0].long()
+            rsm = self.rsm(pool(rois)).float().softmax(1)[row, labels]  # of [R, K + 1]
+        boxes, image = rois[row, 1:], rois[row, 0].long()
         return dict(boxes=boxes, labels=labels, image=image, cls=cls, ism=ism, rsm=rsm)
 
     def select(self, outputs: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
@@ -360,8 +385,8 @@ class Detector(faster_rcnn.TwoStage):
         return {**outputs, "scores": fused_score(cls, ism, outputs["rsm"], gamma)}
 
     def suppress(self, boxes: Tensor, scores: Tensor, groups: Tensor, config: Config):
-        """Nothing (3.4.3): NMS was on the proposals. Several views of an image, or --soft-nms: merged."""
-        if not (config.soft_nms or config.test_flip or len(config.test_scales) > 1):
+        """None after a grid (3.4.3). Cascade's boxes, several views, or --soft-nms: merged."""
+        if not (self.cascade or config.soft_nms or config.test_flip or config.test_scales[1:]):
             keep = scores.argsort(descending=True, stable=True)
             return keep, scores[keep]
         scores = torch.where(scores > config.score_threshold, scores, -torch.inf)  # -inf: left out
@@ -381,12 +406,17 @@ class Detector(faster_rcnn.TwoStage):
 # - Weight decay: 4e-5 | 1e-4 | release, whose settings made the numbers
 # - ISM's loss: l2 | half of it on two outputs, crashes with one box | mean of e^2 / 2 over all
 # - ISM's and RSM's boxes in training: from the final stage | those that enter it | release
-# - RSM's RoIs: those and the classifier's negatives | 512 an image of them, 25 % positive | all
+# - RSM's RoIs: those and the classifier's negatives | 512 an image of them, 25 % positive (Table 3:
+#   also the last stage's negatives) | all
 # - Points outside the grid: - | rounded toward zero, so some are drawn in cell 0 | left out
 # - Heat maps' last bias: - | 0, though -log 99 is written down | 0; `--grid-init` is -log 99
 # - Smooth l1 (Table 6): no beta | - | 1/9
 # - Crowd regions: - | plain background | proposals at least half inside one are no negatives
+# - Table 3, ISM: - | predictions for the RoIs drawn, targets of all positive proposals, row by row |
+#   predictions and targets of the positives drawn
+# - Table 3, weights of ISM and RSM: - | 1.5 alone, else 1; 0.2 | release. Schedule: - | 1x | release
 # Those of the test alone:
+# - Table 3, RSM: Eq. 4 | learned, but left out of the score | Eq. 4
 # - Score: Eq. 4 | Eq. 4, but in one config, that of Table 1's last row, ISM stands in for the class
 #   score | Eq. 4; `--ism-use replace` is that config
 # - ISM's score: - | any number, NaN under the power when negative | clamped to [0, 1]
@@ -394,6 +424,8 @@ class Detector(faster_rcnn.TwoStage):
 # - Boxes seen at several scales or mirrored: soft-NMS | linear, on fused scores over 0.03 |
 #   release: `--soft-nms`, else an NMS at 0.5
 
+_SHORT = dict(epochs=12.17, drops=(60 / 90, 80 / 90))  # 90k steps (release)
+_CASCADE = dict(base="cascade", num_stages=2, score_threshold=0.05, **_SHORT)
 _GRID = dict(num_stages=1, ism=False, rsm=False)
 _CMM = dict(ism=False, rsm=False)
 # RSM without CMM has two stages too, but both alike (release: RSM@2, ISM+RSM@2)
@@ -418,6 +450,10 @@ ROWS: dict[str, dict] = {
     "table1.cmm_ism_rsm": dict(num_stages=2),
     **dict.fromkeys(("table2.cpm_r50", "table7.r50"), {}),
     **dict.fromkeys(("table2.cpm_r101", "table7.r101", "table8.cpm_r101"), _R101),
+    "table3.cascade": dict(**_CASCADE, **_CMM),
+    "table3.cascade_ism": dict(**_CASCADE, rsm=False, ism_weight=1.5),
+    "table3.cascade_rsm": dict(**_CASCADE, ism=False, rsm_weight=0.2),
+    "table3.cascade_ism_rsm": dict(**_CASCADE, rsm_weight=0.2),
     **{f"table4.stages2_test{i}": dict(num_stages=2, test_stage=i, **_CMM) for i in (1, 2)},
     **{f"table4.stages3_test{i}": dict(test_stage=i, **_CMM) for i in (1, 2, 3)},
     **{f"table5.falling_test{i}": dict(test_stage=i, **_CMM) for i in (1, 2, 3)},
@@ -476,9 +512,7 @@ PAPER: dict[str, dict] = {
     "table8.cpm_r101": dict(AP=43.2, seconds=0.140),  # an image, on a TITAN Xp
 }
 
-NOT_YET: dict[str, str] = {
-    **{k: "needs Cascade R-CNN's box stages" for k in PAPER if k.startswith("table3.")},
-}
+NOT_YET: dict[str, str] = {}
 
 TINY = dict(
     faster_rcnn.TINY,

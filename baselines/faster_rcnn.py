@@ -157,8 +157,10 @@ class RPN(nn.Module):
 
 
 @torch.no_grad()
-def sample_rois(proposals: Tensor, valid: Tensor, targets: list[dict], num: int, fraction: float):
-    """Training RoIs of a head: gts join the proposals, all are matched at IoU 0.5, `num` are drawn.
+def sample_rois(
+    proposals: Tensor, valid: Tensor, targets: list[dict], num: int, fraction: float, iou=0.5
+):
+    """Training RoIs of a head: gts join the proposals, all are matched at `iou`, `num` are drawn.
 
     Gts join so that the head meets every object, however bad the proposals are.
     proposals [B, P, 4], valid [B, P] -> rois [R, 5] (image, box), labels [R] (0..K-1, or -1 for
@@ -167,7 +169,7 @@ def sample_rois(proposals: Tensor, valid: Tensor, targets: list[dict], num: int,
     gt_boxes, gt_labels, gt_valid, gt_ignore = common.pad_targets(targets)
     boxes = torch.cat([gt_boxes, proposals], 1)
     valid = torch.cat([gt_valid, valid], 1)
-    labels, matched, _ = common.match(boxes, gt_boxes, 0.5, 0.5, gt_valid, gt_ignore)
+    labels, matched, _ = common.match(boxes, gt_boxes, iou, iou, gt_valid, gt_ignore)
     labels[~valid] = -1
     index, drawn = common.sample(labels, num, fraction)
     image, slot = drawn.nonzero(as_tuple=True)  # the one place where the host has to wait: for R
@@ -208,17 +210,17 @@ def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return total / common.shared_rows(labels)
 
 
-def class_box_loss(deltas: Tensor, rois: Tensor, labels: Tensor, gt_boxes: Tensor) -> Tensor:
+def class_box_loss(deltas: Tensor, rois: Tensor, labels: Tensor, gt_boxes: Tensor, stds=RCNN_STDS):
     """Smooth L1 (beta 1) of the true class's deltas, the sum over positives / the number of RoIs.
 
-    deltas [R, 4K] in RCNN_STDS, rois [R, 5], labels [R] with background K, gt_boxes [R, 4].
+    deltas [R, 4K] in stds, rois [R, 5], labels [R] with background K, gt_boxes [R, 4] -> a scalar.
     """
     num_classes = deltas.shape[1] // 4
     positive = labels < num_classes
     deltas = deltas.unflatten(1, (num_classes, 4))  # [R, K, 4]; view cannot, with R = 0
     row = torch.arange(len(deltas), device=deltas.device)
     deltas = deltas[row, torch.where(positive, labels, 0)]  # [R, 4]
-    targets = common.encode_boxes(rois[:, 1:], gt_boxes, RCNN_STDS)
+    targets = common.encode_boxes(rois[:, 1:], gt_boxes, stds)
     loss = F.smooth_l1_loss(deltas.float(), targets, reduction="none").sum(1)  # [R]
     return torch.where(positive, loss, 0).sum() / common.shared_rows(loss)
 
@@ -249,18 +251,15 @@ class TwoStage(BaseDetector):
         self.rpn = RPN(config.fpn_channels, pre_nms=most, post_nms=most, **options)
         self.strides = self.backbone.strides[:4]  # RoIs are pooled from P2..P5
 
-    def training_rois(self, images: list[Tensor], targets: list[dict]):
-        """-> features, sizes [B, 2], RPN's losses; rois [R, 5], labels [R] (background K), gts [R, 4].
-
-        The gts of background RoIs mean nothing.
-        """
+    def training_rois(self, images: list[Tensor], targets: list[dict], iou: float = 0.5):
+        """-> features, sizes [B, 2], RPN's losses; `sample_rois`'s rois, labels (0..K), gts."""
         config = self.config
         batch, sizes = common.pad_images(images)
         features = self.backbone(batch)
         output = self.rpn(features)
         losses = self.rpn.loss(output, sizes, targets)
         proposals, valid = self.rpn.proposals(output, sizes, training=True)
-        draw = (config.roi_samples, config.roi_positive)
+        draw = (config.roi_samples, config.roi_positive, iou)
         rois, labels, gt_boxes = sample_rois(proposals, valid, targets, *draw)
         labels = torch.where(labels >= 0, labels, self.num_classes)
         return features, sizes, losses, rois, labels, gt_boxes

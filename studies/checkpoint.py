@@ -29,7 +29,7 @@ BASELINES = {
     "dc_loss_clnms": ["--no-iac", "--no-dc-loss", "--nms", "plain"],
 }
 PAPERS = tuple(BASELINES)
-METHODS = (*PAPERS, "faster_rcnn", "retinanet", "gfl")
+METHODS = (*PAPERS, "faster_rcnn", "cascade_rcnn", "retinanet", "gfl")
 
 
 @dataclass

@@ -457,8 +457,8 @@ def test_readme_names_exist_in_the_files_beside_them():
         assert re.search(rf"^def {name}\b", (ROOT / file).read_text(), re.MULTILINE), (file, name)
 
 
-SHARED = ["common", "engine.settings"]
-SHARED += [f"baselines.{name}" for name in ("faster_rcnn", "retinanet", "gfl")]
+BASES = ["faster_rcnn", "cascade_rcnn", "retinanet", "gfl"]
+SHARED = ["common", "engine.settings", *(f"baselines.{name}" for name in BASES)]
 
 
 @pytest.mark.parametrize("name", [*SHARED, *DDP])

@@ -40,9 +40,10 @@ def make(**changes):
 def sure(model):
     """The same model with class scores, IoUs and heat maps far apart, as after training."""
     torch.manual_seed(1)
-    for layer in (model.classify[-1], *([model.rsm[-1]] if model.config.rsm else [])):
+    heads = model.stages.heads if model.cascade else [model]
+    for layer in [h.classify[-1] for h in heads] + ([model.rsm[-1]] if model.config.rsm else []):
         torch.nn.init.normal_(layer.weight, std=1)
-    for head in model.grids:
+    for head in [] if model.cascade else model.grids:
         torch.nn.init.normal_(head.heat[-1].weight, std=1)
     if model.config.ism:
         torch.nn.init.normal_(model.ism.fc[-1].weight, std=1)
@@ -244,9 +245,10 @@ def test_every_row_builds_and_trains(row):
     sum(losses.values()).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
     config = model.config
-    grids = [f"grid{i + 1}" for i in range(config.num_stages)]
+    grids = ["cls", *[f"grid{i + 1}" for i in range(config.num_stages)]]
+    stages = ["cls1", "reg1", "cls2", "reg2"] if row.startswith("table3") else grids
     scores = ["ism"] * config.ism + ["rsm"] * config.rsm
-    assert [*losses] == ["rpn_cls", "rpn_box", "cls", *grids, *scores]
+    assert [*losses] == ["rpn_cls", "rpn_box", *stages, *scores]
     assert set(model.eval().predict(images)[0]) == {"boxes", "scores", "labels"}
 
 
@@ -437,7 +439,7 @@ def test_one_image_can_be_overfitted():
 # ------------------------------------------------------------------------------ flags, command line
 
 CHANGED = dict(
-    num_stages=2, ratios=(1.8, 1.5, 1.25), stage_ious=(0.6, 0.7, 0.8), test_stage=2, ism=False,
+    base="cascade", num_stages=2, ratios=(1.8, 1.5, 1.25), stage_ious=(0.6, 0.7, 0.8), test_stage=2, ism=False,
     rsm=False, ism_loss="l1", ism_use="replace", gamma=0.5, point_channels=4, num_convs=2, groups=3,
     grid_init=False, fc_channels=16, grid_weight=5.0, stage_decay=1.0, ism_weight=2.0, rsm_weight=2.0,
     grid_rois=1, roi_samples=8, roi_positive=0.25, anchor_scale=3.0, rpn_samples=4, proposals_train=20,

@@ -33,6 +33,7 @@ OWN = {
     "double_head": [*TWO_STAGE, "--conv-channels", "16"],
     "cpm_rcnn": [*TWO_STAGE, "--point-channels", "1", "--num-convs", "1"],
     "faster_rcnn": TWO_STAGE,
+    "cascade_rcnn": TWO_STAGE,
 }
 CPU = torch.device("cpu")
 
