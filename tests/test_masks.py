@@ -229,7 +229,8 @@ def test_runs_resume_bit_for_bit_evaluate_and_predict(tmp_path, monkeypatch):
     assert results and all(r["segmentation"]["size"] == [64, 64] for r in results)
     assert len(list((tmp_path / "c/predict/pictures").iterdir())) == 1
     found = engine.load(tmp_path / "a/last.pt").detect(tmp_path / "a.png")
-    assert found.masks.shape == (len(found.boxes), 64, 64) and found.masks.dtype == torch.bool
+    boxes, _, _, names = found  # masks stand beside what every detector finds
+    assert found.masks.shape == (len(boxes), 64, 64) and found.masks.dtype == torch.bool
     want = torch.stack([decode_mask(r["segmentation"]) for r in results])
     assert torch.equal(found.masks, want) and len(found.mask_scores) == len(results)
     saved = load_checkpoint(tmp_path / "a/last.pt")["config"]
