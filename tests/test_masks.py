@@ -218,6 +218,8 @@ def test_what_cannot_be_done_is_refused(tmp_path):
         engine.train(make(), settings(), common.SyntheticDetection(4, 64), None, tmp_path / "r")
     with pytest.raises(BadInput, match="--masks needs dense local regression"):
         make(dlr=False)
+    with pytest.raises(BadInput, match="--mask-channels of 16 n"):
+        make(mask_channels=24)
 
 
 def test_runs_resume_bit_for_bit_evaluate_and_predict(tmp_path, monkeypatch):
