@@ -403,8 +403,8 @@ class Detector(faster_rcnn.TwoStage):
         else:
             self.regress = faster_rcnn.two_fc(C * S * S, hidden, 4 * num_classes)
         if config.masks:
-            if not config.dlr:
-                raise BadInput("--masks needs dense local regression: drop --no-dlr, or this")
+            if not config.dlr or config.mask_channels % 16:
+                raise BadInput("--masks needs dense local regression, and --mask-channels of 16 n")
             width = (config.conv_channels, config.mask_channels)
             self.mask_branch = MaskBranch(*width, num_classes, hidden, S)
         if config.drp:

@@ -311,7 +311,7 @@ def decode_mask(segmentation: dict) -> Tensor:
 
 def encode_mask(bitmap: Tensor) -> dict:
     """bool [h, w] -> compressed RLE, as JSON can hold it."""
-    found = rle.encode(np.asfortranarray(bitmap.numpy().astype(np.uint8)))
+    found = rle.encode(np.asfortranarray(bitmap.numpy()).view(np.uint8))
     return {"size": [*bitmap.shape], "counts": found["counts"].decode()}
 
 

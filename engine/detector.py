@@ -144,7 +144,7 @@ def paste_mask(mask: Tensor, box: Tensor, size: tuple[int, int]) -> Tensor:
         at = ((pixels - low) / max(high - low, 1e-6) * side - 0.5).clamp(0, side - 1)
         windows.append(slice(first, max(first, last)))
         weights.append((1 - (at[:, None] - cells).abs()).clamp(min=0))  # [pixels, M]
-    bitmap = torch.zeros(tuple(size), dtype=torch.bool)
+    bitmap = torch.zeros(size[1], size[0], dtype=torch.bool).T  # column by column, as RLE has it
     bitmap[windows[0], windows[1]] = weights[0] @ mask.float().cpu() @ weights[1].T > 0.5
     return bitmap
 

@@ -133,13 +133,9 @@ class Detections(NamedTuple):
     names: list[str]  # the labels' names
 
 
-class MaskDetections(NamedTuple):
-    """`Detections` with the objects' masks."""
+class MaskDetections(Detections):
+    """The same four, and beside them the objects' masks."""
 
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    names: list[str]
     masks: Tensor  # bool [D, h, w] of the image's size
     mask_scores: Tensor  # [D], by which masks are ranked: higher the better they are
 
@@ -169,7 +165,8 @@ class LoadedDetector:
             if "masks" in d:
                 masks = [paste_mask(*pair, target["size"]) for pair in zip(d["masks"], d["boxes"])]
                 masks = torch.stack(masks) if masks else torch.zeros(0, *target["size"]).bool()
-                seen = MaskDetections(*seen, masks, d["mask_scores"])
+                seen = MaskDetections(*seen)
+                seen.masks, seen.mask_scores = masks, d["mask_scores"]
             found[target["image_id"]] = seen
         return [found[i] for i in range(len(data))] if many else found[0]
 

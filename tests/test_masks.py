@@ -218,6 +218,8 @@ def test_what_cannot_be_done_is_refused(tmp_path):
         engine.train(make(), settings(), common.SyntheticDetection(4, 64), None, tmp_path / "r")
     with pytest.raises(BadInput, match="--masks needs dense local regression"):
         make(dlr=False)
+    with pytest.raises(BadInput, match="--mask-channels of 16 n"):
+        make(mask_channels=24)
 
 
 def test_runs_resume_bit_for_bit_evaluate_and_predict(tmp_path, monkeypatch):
@@ -229,7 +231,8 @@ def test_runs_resume_bit_for_bit_evaluate_and_predict(tmp_path, monkeypatch):
     assert results and all(r["segmentation"]["size"] == [64, 64] for r in results)
     assert len(list((tmp_path / "c/predict/pictures").iterdir())) == 1
     found = engine.load(tmp_path / "a/last.pt").detect(tmp_path / "a.png")
-    assert found.masks.shape == (len(found.boxes), 64, 64) and found.masks.dtype == torch.bool
+    boxes, _, _, names = found  # masks stand beside what every detector finds
+    assert found.masks.shape == (len(boxes), 64, 64) and found.masks.dtype == torch.bool
     want = torch.stack([decode_mask(r["segmentation"]) for r in results])
     assert torch.equal(found.masks, want) and len(found.mask_scores) == len(results)
     saved = load_checkpoint(tmp_path / "a/last.pt")["config"]
