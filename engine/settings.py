@@ -58,7 +58,7 @@ class Config(common.Config):
     draw_score: Amount = 0.5  # detections below this score are not drawn
 
     def brings(self, tiny: bool) -> dict:
-        """Settings that others bring along: over those of the preset (tiny or not), under a row's."""
+        """Settings that others bring along: over the preset's (tiny or not), under a row's."""
         return {}
 
 
