@@ -295,7 +295,7 @@ def sample(labels: Tensor, num: int, positive_fraction: float) -> tuple[Tensor, 
 
 
 def shared_count(count: Tensor, least: float = 1.0) -> Tensor:
-    """What to divide a loss by: this process's share of a count over all, which is at least 1.
+    """What to divide a loss by: this process's share of a count over all, itself at least `least`.
 
     Dividing each process's sum by it makes DDP's mean gradient that of one process with all images.
     """

@@ -62,7 +62,7 @@ class Config(common.Config):
     metric_sides: Annotated[tuple[Amount, ...], Range(3, 3)] = (0.0, 32.0, 96.0)
 
     def brings(self, tiny: bool) -> dict:
-        """Settings that others bring along: over those of the preset (tiny or not), under a row's."""
+        """Settings that others bring along: over the preset's (tiny or not), under a row's."""
         return {}
 
 

@@ -17,7 +17,6 @@ import torch
 import tyro
 
 import common
-from baselines import retinanet
 from common import Resized
 from dc_loss_clnms import Detector
 from engine.checkpoints import write_json
@@ -37,12 +36,12 @@ def positives(model: Detector, images: list, targets: list[dict]) -> dict[str, t
     """The P positive anchors of a batch: `added` [P] by the IAC score, `ignored` [P] without it, `p`
     [P] of the gt's class, `iou` [P] of the predicted box with the gt."""
     config, out = model.config, model.outputs(images)
-    plain, _, _ = retinanet.RetinaNet.assign(model, out, targets)
+    plain, _, _ = super(Detector, model).assign(out, targets)  # its base's
     model.config = replace(config, iac=True)
     labels, gt_boxes, gt_labels = model.assign(out, targets)
     model.config = config
     at = (labels == 1).nonzero(as_tuple=True)
-    boxes = common.decode_boxes(out["anchors"][at[1]], out["deltas"][at])
+    boxes = model.decode(out, at)
     p = out["cls_logits"][at].sigmoid().gather(1, gt_labels[at][:, None])[:, 0]
     iou = common.aligned_iou(boxes, gt_boxes[at])
     return dict(added=plain[at] != 1, ignored=plain[at] == -1, p=p, iou=iou)

@@ -1,4 +1,4 @@
-"""DC loss and CL-NMS on GFL (`--base gfl`): what the coefficient weighs, and whose settings count."""
+"""DC loss and CL-NMS on GFL (`--base gfl`): what the coefficient weighs, whose settings count."""
 
 import copy
 
