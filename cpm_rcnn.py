@@ -30,8 +30,8 @@ Where paper and release differ, the release made the paper's numbers and decides
     Gts join every later stage, of which the paper says nothing.
 All other deviations stand beside ROWS.
 
-Table 3 adds ISM and RSM to Cascade R-CNN (`--base cascade`, baselines/cascade_rcnn.py), whose stages
-classify each box and move it by deltas. There ISM's trunk are the last stage's hidden features.
+Table 3 adds ISM and RSM to Cascade R-CNN (`--base cascade`, baselines/cascade_rcnn.py). Its stages
+classify every box and move it by deltas, and ISM reads the hidden features of the last one.
 
 In comments "(3.4)" is a section of the paper, "(release)" a value seen in the release, "choice:"
 our own where neither decides.
@@ -290,8 +290,8 @@ class Detector(faster_rcnn.TwoStage):
             self.grids = nn.ModuleList(GridHead(*grid) for _ in range(stages))
             self.classify = faster_rcnn.two_fc(C * 7 * 7, config.fc_channels, num_classes + 1)
         if config.ism:
-            trunk = config.fc_channels if self.cascade else width * 7 * 7
-            self.ism = IoUScoring(trunk, config.fc_channels)
+            in_features = config.fc_channels if self.cascade else width * 7 * 7
+            self.ism = IoUScoring(in_features, config.fc_channels)
         if config.rsm:
             self.rsm = faster_rcnn.two_fc(C * 7 * 7, config.fc_channels, num_classes + 1)
         self.to(memory_format=torch.channels_last)
@@ -302,11 +302,11 @@ class Detector(faster_rcnn.TwoStage):
         features, sizes, losses, *sampled = self.training_rois(images, targets, first_iou)
         if self.cascade:
             pool = partial(self.pool, features, size=7)
-            stages, drawn = self.stages.loss(pool, sizes, targets, *sampled)
+            stage_losses, drawn = self.stages.loss(pool, sizes, targets, *sampled)
             last = cascade_rcnn.positives(*drawn, self.num_classes)
         else:
-            stages, last = self.grid_losses(features, sizes, targets, *sampled)
-        losses |= stages
+            stage_losses, last = self.grid_losses(features, sizes, targets, *sampled)
+        losses |= stage_losses
         rois, gt_labels, ious, trunk = last  # of the last stage
         if config.ism:
             ism = iou_scoring_loss(self.ism(trunk), ious, config.ism_loss, common.shared_rows(rois))
@@ -320,7 +320,7 @@ class Detector(faster_rcnn.TwoStage):
         return losses
 
     def grid_losses(self, features, sizes, targets: list[dict], sampled, labels, _):
-        """Losses of cls and stages; of the last stage RoIs [P, 5], labels [P], IoUs [P], trunk."""
+        """Losses of cls and of the stages; the last stage's rois [P, 5], labels, IoUs and trunk."""
         config, objects = self.config, common.pad_targets(targets)
         gt_boxes, _, gt_valid, _ = objects
         image, slot = gt_valid.nonzero(as_tuple=True)
@@ -406,17 +406,17 @@ class Detector(faster_rcnn.TwoStage):
 # - Weight decay: 4e-5 | 1e-4 | release, whose settings made the numbers
 # - ISM's loss: l2 | half of it on two outputs, crashes with one box | mean of e^2 / 2 over all
 # - ISM's and RSM's boxes in training: from the final stage | those that enter it | release
-# - RSM's RoIs: those and the classifier's negatives | 512 an image of them, 25 % positive (Table 3:
-#   also the last stage's negatives) | all
+# - RSM's RoIs: those and the classifier's negatives | 512 an image of them, 25 % positive; Table 3:
+#   and of the last stage's negatives | all of them; Table 3 as the others
 # - Points outside the grid: - | rounded toward zero, so some are drawn in cell 0 | left out
 # - Heat maps' last bias: - | 0, though -log 99 is written down | 0; `--grid-init` is -log 99
 # - Smooth l1 (Table 6): no beta | - | 1/9
 # - Crowd regions: - | plain background | proposals at least half inside one are no negatives
-# - Table 3, ISM: - | predictions for the RoIs drawn, targets of all positive proposals, row by row |
-#   predictions and targets of the positives drawn
-# - Table 3, weights of ISM and RSM: - | 1.5 alone, else 1; 0.2 | release. Schedule: - | 1x | release
+# - Table 3, ISM: - | targets of all positives beside predictions of the RoIs drawn, other boxes
+#   | both of the positives drawn
+# - Table 3, weight of ISM: 1 | 1.5, with RSM 1 | release. Weight of RSM: 1 | 0.2 | release
 # Those of the test alone:
-# - Table 3, RSM: Eq. 4 | learned, but left out of the score | Eq. 4
+# - Table 3, RSM: in the score | learned, but never asked | in the score, Eq. 4
 # - Score: Eq. 4 | Eq. 4, but in one config, that of Table 1's last row, ISM stands in for the class
 #   score | Eq. 4; `--ism-use replace` is that config
 # - ISM's score: - | any number, NaN under the power when negative | clamped to [0, 1]

@@ -17,7 +17,7 @@ IoU 0.6 and more is, and its boxes could be those of a third, at 0.7.
 
 Two things are needed that Faster R-CNN does without. A box goes on before anybody knows its class,
 so there is one box for all classes. And later stages have less to correct, so the deltas of stage s
-are predicted in units s times as small: without that, their losses would be almost nothing.
+are predicted in units s times as small: else later stages' box losses would be almost nothing.
 
 In comments "(release)" is a value seen in CPM R-CNN's release, "choice:" our own.
 """
@@ -121,7 +121,7 @@ class BoxHead(nn.Module):
 
 
 class BoxStages(nn.Module):
-    """The stages' heads, which share nothing. `pool` makes [R, C, 7, 7] of rois [R, 5].
+    """The stages' heads, which share nothing. The `pool` they are given: rois -> [R, C, 7, 7].
 
     ious: a stage's RoIs are positive from this IoU on, one number a stage; decay: weight of a
     stage's losses over that of the stage before; num_samples, positive: RoIs of an image that are
@@ -220,8 +220,8 @@ class Detector(faster_rcnn.TwoStage):
         first_iou = self.config.stage_ious[0]
         features, sizes, losses, *sampled = self.training_rois(images, targets, first_iou)
         pool = partial(self.pool, features, size=7)
-        stages, _ = self.stages.loss(pool, sizes, targets, *sampled)
-        return losses | stages
+        stage_losses, _ = self.stages.loss(pool, sizes, targets, *sampled)
+        return losses | stage_losses
 
     @torch.no_grad()
     def outputs(self, images: list[Tensor]) -> dict[str, Tensor]:
