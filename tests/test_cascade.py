@@ -11,7 +11,6 @@ from methods import (
     behaviour,
     check_all_crowd,
     check_overfits,
-    check_real_data,
     check_resume,
     without_objects,
 )
@@ -203,7 +202,7 @@ def test_batches_and_crowds(method, changes):
 
 
 def test_one_image_can_be_overfitted():
-    check_overfits(make(fpn_channels=32), 0, 140, 0.8)
+    check_overfits(make(fpn_channels=32), 0, 120, 0.6)
 
 
 @pytest.mark.parametrize("method", [cascade_rcnn, cpm_rcnn])
@@ -326,9 +325,3 @@ def test_the_command_line(tmp_path, monkeypatch, method, flags):
     metrics, where = check_resume(method, [*RUN, *flags], tmp_path, monkeypatch)
     assert method.main([*RUN, "--eval", "--predict", f"{tmp_path}/a.png", *where]) == metrics
     assert {"pictures", "predictions.json"} <= {p.name for p in (tmp_path / "c").rglob("*")}
-
-
-def test_real_data(detection_data, tmp_path):
-    real = """--preset tiny --steps 2 --scales 96 --test-scales 96 --max-size 160 --batch 2
-     --workers 0 --fpn-channels 16 --score-threshold 0.2""".split()
-    check_real_data(cascade_rcnn, real, detection_data / "coco_tiny", tmp_path)
