@@ -109,34 +109,11 @@ def coco_metrics(
     and bbox are needed (`complete_truth`).
     """
     truth = complete_truth(truth)
-    if not truth["annotations"]:
-        results = []  # spares matching a million detections with nothing
     if masks:  # without boxes, from which pycocotools would take the areas
         keys = ("image_id", "category_id", "segmentation")
         results = [{**{k: r[k] for k in keys}, "score": r["mask_score"]} for r in results]
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    class Evaluation(COCOeval):
-        def _prepare(self):
-            super()._prepare()  # which sets `ignore` from iscrowd alone
-            for objects in self._gts.values():
-                for a in objects:
-                    a["ignore"] = a["ignore"] or a.get("difficult", 0)
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO()
-        coco.dataset = truth
-        coco.createIndex()
-        found = coco.loadRes(copy.deepcopy(results)) if results else COCO()
-        evaluation = Evaluation(coco, found, "segm" if masks else "bbox")
-        evaluation.params.imgIds = sorted(image["id"] for image in truth["images"])
-        evaluation.params.catIds = sorted(c["id"] for c in truth["categories"])
-        evaluation.params.maxDets = list(detections)
-        ends = [*(side**2 for side in sides), 1e10]  # of all: from 0 on, whatever small ones are
-        evaluation.params.areaRng = [[0, 1e10], *map(list, zip(ends, ends[1:]))]
-        evaluation.evaluate()
-        evaluation.accumulate()
+    kind = "segm" if masks else "bbox"
+    evaluation = coco_evaluation(truth, results, detections, sides, kind)
     # precision [10 IoUs, 101 recalls, K, 4 areas, 3 maxDets], recall without the recalls; -1 where
     # a class has no object. Not summarize(): it takes AP at 100 detections, whatever is asked.
     precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
@@ -162,6 +139,48 @@ def coco_metrics(
         names[i]: number(ap) for i, ap in zip(evaluation.params.catIds, per_class)
     }
     return metrics
+
+
+def coco_evaluation(
+    truth: dict,
+    results: list[dict],
+    detections=(1, 10, 100),
+    sides=(0, 32, 96),
+    kind="bbox",
+    ious=(),
+):
+    """pycocotools' COCOeval, evaluated and accumulated, of a `complete_truth`.
+
+    `ious`: thresholds, if not .50 to .95; `kind`: "bbox" or "segm"; the rest is `coco_metrics`'.
+    """
+    if not truth["annotations"]:
+        results = []  # spares matching a million detections with nothing
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    class Evaluation(COCOeval):
+        def _prepare(self):
+            super()._prepare()  # which sets `ignore` from iscrowd alone
+            for objects in self._gts.values():
+                for a in objects:
+                    a["ignore"] = a["ignore"] or a.get("difficult", 0)
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = truth
+        coco.createIndex()
+        found = coco.loadRes(copy.deepcopy(results)) if results else COCO()
+        evaluation = Evaluation(coco, found, kind)
+        if ious:
+            evaluation.params.iouThrs = np.array(ious)
+        evaluation.params.imgIds = sorted(image["id"] for image in truth["images"])
+        evaluation.params.catIds = sorted(c["id"] for c in truth["categories"])
+        evaluation.params.maxDets = list(detections)
+        ends = [*(side**2 for side in sides), 1e10]  # of all: from 0 on, whatever small ones are
+        evaluation.params.areaRng = [[0, 1e10], *map(list, zip(ends, ends[1:]))]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation
 
 
 def complete_truth(truth: dict) -> dict:

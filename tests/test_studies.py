@@ -19,9 +19,9 @@ import dc_loss_clnms as dc_loss
 import double_head
 import iou_aware_retinanet as iou_aware
 from baselines import retinanet
-from studies import alignment, assignment, checkpoint, sections, sweep
+from studies import alignment, assignment, checkpoint, errors, sections, sweep
 
-NAMES = ("sweep", "alignment", "assignment", "sections", "bench", "compare", "cost")
+NAMES = ("sweep", "alignment", "assignment", "errors", "sections", "bench", "compare", "cost")
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = """--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 12 --num-val 4
  --batch 2 --steps 2 --workers 0 --fpn-channels 8 --norm gn --device cpu""".split()
@@ -285,6 +285,42 @@ def test_two_processes_find_what_one_finds(trained, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     for name in ("sweep_nms", "alignment"):
         assert read(tmp_path, "one", f"{name}.json") == read(tmp_path, "two", f"{name}.json")
+
+
+def test_errors_by_hand():
+    """Two objects of one class, one of them missed; boxes on a like class, another, and nothing."""
+    square = lambda x, side=50: [x, 0, side, 50]  # noqa: E731
+    kinds = ("animal", "animal", "thing")
+    categories = [dict(id=i, name="abc"[i], supercategory=k) for i, k in enumerate(kinds)]
+    objects = ((0, square(0)), (0, square(500)), (1, square(100)), (2, square(200)))
+    annotations = [dict(image_id=7, category_id=c, bbox=b) for c, b in objects]
+    truth = dict(images=[dict(id=7)], categories=categories, annotations=annotations)
+    found = ((0.9, square(100)), (0.85, square(100)), (0.8, square(200)), (0.7, square(300)))
+    found += ((0.6, square(0, 30)),)  # IoU 0.6 with its object
+    results = [dict(image_id=7, category_id=0, bbox=b, score=s) for s, b in found]
+    curves = errors.error_curves(truth, results)
+    half = 51 / 101  # the share of recalls up to 0.5
+    want = [0, half / 5, half / 5, half / 4, half / 3, half, 1]  # two boxes on b: one is excused
+    assert curves["a"].mean(1)[:, 0] == pytest.approx(want)
+    assert curves["a"].mean(1)[:, 2] == pytest.approx(want)  # 50 x 50 px is medium
+    assert curves["a"].mean(1)[:, 1].tolist() == [0] * 6 + [1]  # there is no small one
+    assert curves["b"].mean(1)[:, 0].tolist() == [0] * 6 + [1]
+    assert set(curves) == {"all", "super animal", "super thing", "a", "b", "c"}
+    assert curves["super animal"] == pytest.approx((curves["a"] + curves["b"]) / 2)
+    assert curves["all"].mean(1)[:, 0] == pytest.approx([w / 3 for w in want[:6]] + [1])
+
+
+def test_errors_of_a_checkpoint(trained, capsys):
+    folder, metrics = trained("iou_aware_retinanet")
+    argv = ["iou_aware_retinanet", "--weights", f"{folder}/last.pt"]
+    numbers = errors.main([*argv, "--show", "all", "star"])
+    assert read(folder, "studies", "errors.json") == numbers
+    assert (folder / "studies" / "errors.png").exists()
+    values = numbers["all"]["all"].values()
+    assert [*values] == sorted(values) and set(numbers["star"]) == set(errors.AREAS)
+    with pytest.raises(SystemExit):
+        errors.main([*argv, "--show", "cow"])
+    assert "--show cow: there are all, arc" in capsys.readouterr().err
 
 
 def test_assignment_tells_what_the_iac_score_adds(trained):
