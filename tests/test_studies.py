@@ -275,8 +275,12 @@ def test_two_processes_find_what_one_finds(trained, tmp_path):
     both = tmp_path / "both.py"
     both.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from studies import alignment, sweep\n"
-        "sweep.main(sys.argv[1:]), alignment.main(sys.argv[1:])\n"
+        "import torch\n"
+        "from studies import alignment, checkpoint, sweep\n"
+        "checkpoint.end_processes = lambda: None\n"  # they meet once, for both studies
+        "sweep.main(sys.argv[1:])\n"
+        "checkpoint.start_processes = lambda _: torch.device('cpu')\n"
+        "alignment.main(sys.argv[1:])\n"
     )
     done = subprocess.run(
         [*torchrun(2), str(both), *argv, f"{tmp_path}/two"],
