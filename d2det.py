@@ -94,7 +94,7 @@ class Config(faster_rcnn.Config):
     soft_nms: bool = True  # linear soft-NMS on the boxes of DLR (4.1: for test-dev); off: no NMS
     soft_nms_iou: Share = 0.5  # overlap above which soft-NMS lowers scores (release)
     soft_nms_score: Share = 1e-3  # soft-NMS drops boxes whose score falls below (release)
-    masks: bool = False  # instance segmentation (3.3); the release tests it without soft-NMS
+    masks: bool = False  # instance segmentation (3.3); release: tested with NMS 0.3, no soft-NMS
     mask_channels: Natural = 256  # width of the transposed convolutions (release)
     epochs: Amount = 24.0  # length of training, passes over the data: 2x schedule (4.1)
     drops: tuple[Share, ...] = (20 / 24, 23 / 24)  # lr / 10 at these fractions (release)

@@ -86,7 +86,7 @@ def draw_grid(data: Dataset, results: list[dict], score: float, path: Path, coun
         if any("segmentation" in r for r in mine):
             bitmaps = (decode_mask(r["segmentation"]) for r in mine)
             seen_masks = (b.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1) for b in bitmaps)
-        truth = draw(image, boxes, target["labels"].tolist(), names, masks=masks)
+        truth = draw(image, boxes, target["labels"].tolist(), names, None, masks)
         seen = draw(image, found * zoom, labels, names, [r["score"] for r in mine], seen_masks)
         for axis, picture, title in zip(
             axes.flat[2 * i : 2 * i + 2],

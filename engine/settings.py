@@ -97,6 +97,10 @@ PLACES = "data train_json val_json train_images val_images train_split val_split
 SCHEDULE = "epochs steps lr lr_batch drops batch".split()
 
 
+# How many boxes are looked at: no row that is silent on these asks for the default.
+COUNTS = "roi_samples proposals_test reg_test max_detections".split()
+
+
 # Flags that may differ when a run is continued: they do not change what is learned.
 FREE = (
     "log_every save_every eval_every eval_batch test_scales test_flip draw_score".split()
@@ -150,7 +154,7 @@ def check_row(config: Config, rows: dict, tiny: dict, row: str, source) -> None:
     """BadInput if a checkpoint's settings are not those that make a row this row, no other."""
     default = type(config)()
     switches = {k for row in rows.values() for k in row} - Config.__dataclass_fields__.keys()
-    wanted = {k: getattr(default, k) for k in switches | {"backbone"}}
+    wanted = {k: getattr(default, k) for k in switches - set(COUNTS) | {"backbone"}}
     wanted = {k: v for k, v in wanted.items() if isinstance(v, (bool, int, str))}
     wanted |= {k: v for k, v in rows[row].items() if k not in SCHEDULE}
     free = tiny.keys() - rows[row].keys()  # these may be the tiny preset's as well
