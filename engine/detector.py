@@ -122,7 +122,10 @@ def split_images(
 
 
 def gt_masks(gt_boxes: Tensor, image: Tensor, targets: list[dict]) -> Tensor:
-    """The masks [R, M, M] of the objects with these gt_boxes [R, 4] in images [R]."""
+    """The masks [R, M, M] of the objects with these gt_boxes [R, 4] in images [R].
+
+    Of two objects in the same box it is the first one's.
+    """
     flat = {k: torch.cat([t[k] for t in targets]) for k in ("boxes", "ignore", "masks")}
     owner = [i for i, t in enumerate(targets) for _ in range(len(t["boxes"]))]
     same = (flat["boxes"] == gt_boxes[:, None]).all(2) & ~flat["ignore"]  # [R, G]

@@ -142,7 +142,7 @@ except ImportError:  # the kernels then stay plain functions that nobody calls
     triton, tl = None, SimpleNamespace(constexpr=None)
 
 # BLOCK: boxes a program looks at in one go; greedy NMS holds BLOCK x BLOCK pairs in registers.
-# No fma, because an IoU must round as it does on a CPU.
+# The compiler fuses nothing: an IoU must round as it does on a CPU.
 _GREEDY_LAUNCH = {"BLOCK": 64, "num_warps": 8, "enable_fp_fusion": False}
 _SOFT_LAUNCH = {"BLOCK": 256, "num_warps": 4, "enable_fp_fusion": False}
 

@@ -23,7 +23,7 @@ from engine.train import learning_rate, make_optimizer
 METHODS = [d2det, double_head, cpm_rcnn, iou_aware_retinanet, dc_loss_clnms]
 SMALL = dict(backbone="resnet18", backbone_weights="none", workers=0)
 FEW = dict(roi_samples=4, roi_positive=0.25, proposals_train=100)
-IMAGES = (8, 16)  # an arc and a star, 28 to 60 px a side
+IMAGES = (8, 16)  # an arc and a star, 31 to 60 px a side
 STEPS = {"paper": 5, "ten steps": 8}
 
 
