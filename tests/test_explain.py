@@ -1,0 +1,229 @@
+"""studies.explain: what is drawn are the detector's own tensors, of the detection named."""
+
+import dataclasses
+import doctest
+import json
+
+import pytest
+import torch
+from methods import batch, make, sure
+from test_studies import small
+
+import common
+import cpm_rcnn
+import d2det
+import dc_loss_clnms
+import double_head
+import iou_aware_retinanet
+from baselines import faster_rcnn
+from engine.checkpoints import save_checkpoint
+from studies import explain, inside_two_stage
+from studies.seen import Seen, look, recorded
+
+NAMES = [str(i) for i in range(10)]
+
+
+def seen_by(name: str, model, image, target) -> Seen:
+    record, _ = explain.METHODS[name]
+    return look(model, model.config, image, target, NAMES, record(model))
+
+
+def numbers(seen: Seen, name: str, pick: int) -> dict:
+    """What is drawn of a detection: every column is drawn, too."""
+    figure, (axes,) = explain.new_figure(9, 3, 1, 6)
+    for axis, (title, draw) in zip(axes, explain.METHODS[name][1](seen, pick)):
+        draw(axis)
+        assert title and axis.has_data()
+    return seen.numbers
+
+
+def two_stage(method, **changes):
+    """A model that sees something: its class scores differ, its boxes and offsets are not zero."""
+    model = small(method, score_threshold=0.02, **changes)
+    torch.manual_seed(2)
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1 and ("fc" in name or "box" in name or "classify" in name):
+            torch.nn.init.normal_(weight, std=0.2)
+    return model
+
+
+def test_recorded_listens_and_leaves():
+    model = two_stage(faster_rcnn).eval()
+    images, _ = batch(1, 64)
+    before = model.predict(images)
+    with recorded(model, ["pool", "rpn.conv", "classify.1"]) as calls:
+        after = model.predict(images)
+    assert all(torch.equal(before[0][k], after[0][k]) for k in before[0])
+    assert len(calls["pool"]) == 1 and len(calls["rpn.conv"]) == 5
+    ((_, rois, size), pooled), *_ = calls["pool"]
+    assert size == 7 and len(rois) == len(pooled)
+    assert torch.equal(calls["classify.1"][0][0][0], pooled.flatten(1))
+    model.predict(images)
+    assert len(calls["pool"]) == 1 and "pool" not in vars(model)
+
+
+@pytest.mark.parametrize("pick", [0, 3])
+def test_d2det_cells_average_to_the_box(pick):
+    model = two_stage(d2det, conv_channels=16, num_convs=2, groups=4, masks=True, mask_channels=16)
+    torch.nn.init.normal_(model.regress.overlap.weight, std=1)
+    (image,), (target,) = batch(1, 64)
+    seen = seen_by("d2det", model, image, target)
+    drawn, box = numbers(seen, "d2det", pick), seen.detections["boxes"][pick]
+    cells, overlap = torch.tensor(drawn["cells"]), torch.tensor(drawn["overlap"])
+    mean = cells[overlap > 0.5].mean(0)
+    assert 0 < drawn["used"] == (overlap > 0.5).sum() < 49
+    torch.testing.assert_close(mean.clamp(0, 64), box, atol=1e-2, rtol=0)
+    # DRP's bins: moved by gamma of the proposal, and pooled where they are drawn
+    bins = torch.tensor(drawn["bins"]).view(2, 49)
+    proposal = torch.tensor(drawn["proposal"])
+    (still,) = d2det.cell_centres(proposal[None]).flatten(2)
+    moved = (bins - still) / (proposal[2:] - proposal[:2])[:, None] / model.config.gamma
+    found = False
+    for i in range(4):
+        for ((_, rois, _), _), (_, offsets) in zip(
+            seen.calls[f"drp.{i}"], seen.calls[f"drp.{i}.fc"]
+        ):
+            for roi, own in zip(rois, offsets):
+                if torch.allclose(roi[1:], proposal):
+                    found = torch.allclose(own.view(2, 49), moved, atol=1e-3)
+    assert found and moved.abs().max() > 0.01
+
+
+def test_relative_weight_is_what_a_sample_adds():
+    """A window of three samples a side: weights w are worth 9 w / sum(w) of the plain share."""
+    assert doctest.testmod(inside_two_stage).attempted == 1
+    assert doctest.testmod(inside_two_stage).failed == 0
+    norm = torch.full((1, 4, 4), -30.0)  # weights 1 ...
+    norm[0, 2, 2] = 0  # ... and e^6, in the one window of rows and columns 1 to 3
+    weight = inside_two_stage.relative_weight(norm)
+    heavy = torch.tensor(6.0).exp()
+    assert weight[2, 2] == pytest.approx(float(9 * heavy / (heavy + 8)), rel=1e-4)
+    assert weight[2, 3] == pytest.approx(float(9 / (heavy + 8)), rel=1e-4)
+    assert weight[0, 0] == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.parametrize("pick", [0, 2])
+def test_cpm_stages_lead_to_the_box(pick):
+    model = two_stage(cpm_rcnn, point_channels=2, num_convs=1)
+    for head in model.grids:
+        torch.nn.init.normal_(head.heat[-1].weight, std=1)
+    (image,), (target,) = batch(1, 64)
+    seen = seen_by("cpm_rcnn", model, image, target)
+    drawn = numbers(seen, "cpm_rcnn", pick)
+    first, second, third = drawn["stages"]
+    assert first["box"] == second["enters"] and second["box"] == third["enters"]
+    assert third["box"] == pytest.approx(seen.detections["boxes"][pick].tolist(), abs=1e-3)
+    points, probs = torch.tensor(first["points"]), torch.tensor(first["probs"])
+    left = (points[:3, 0] * probs[:3]).sum() / probs[:3].sum()  # Eq. of decode_grid
+    assert left.clamp(0, 64).item() == pytest.approx(first["box"][0], abs=1e-2)
+    fused = cpm_rcnn.fused_score(*(torch.tensor(drawn[k]) for k in ("cls", "ism", "rsm")), 0.8)
+    assert fused.item() == pytest.approx(drawn["scores"], abs=1e-5)
+    assert drawn["scores"] == pytest.approx(seen.detections["scores"][pick].item())
+
+
+def test_whole_grid_has_each_map_in_its_window():
+    maps = torch.zeros(9, 4, 4)
+    maps[5, 3, 0] = 0.5  # the lower middle point: its window begins at x = 2, y = 4
+    canvas = inside_two_stage.whole_grid(maps)
+    assert canvas[7, 2] == 0.5 and canvas.sum() == 0.5
+
+
+@pytest.mark.parametrize("pick", [0, 4])
+def test_double_head_cells_are_what_the_logit_is_made_of(pick):
+    model = two_stage(double_head, conv_channels=16)
+    (image,), (target,) = batch(1, 64)
+    seen = seen_by("double_head", model, image, target)
+    drawn = numbers(seen, "double_head", pick)
+    label, score = (seen.detections[k][pick] for k in ("labels", "scores"))
+    fc, conv = (drawn["class_score"][k] for k in ("fc", "conv"))
+    assert fc + conv * (1 - fc) == pytest.approx(score.item(), abs=1e-5)
+    rois = torch.tensor([[0.0, *drawn["proposal"]]])
+    with torch.no_grad():
+        logits, _ = model.head_outputs(seen.outputs["features"], rois)
+    want = logits["conv"][0, label] - model.cls["conv"].bias[label]
+    assert sum(drawn["conv_cells"]) == pytest.approx(want.item(), abs=2e-2)
+    # fc: a little less of one cell changes the logit by that much of what the cell adds
+    (pooled,), cell = seen.calls["heads.fc"][0][0], 24
+    at = int((seen.outputs["rois"] == rois).all(1).int().argmax())
+    less = pooled[at : at + 1].clone()
+    less[0, :, cell // 7, cell % 7] *= 0.99
+    with torch.no_grad():
+        change = logits["fc"][0, label] - model.cls["fc"](model.heads["fc"](less))[0, label]
+    assert change.item() == pytest.approx(0.01 * drawn["fc_cells"][cell], rel=0.1, abs=2e-4)
+    slide, middle = drawn["slide"], len(drawn["slide"]["shift"]) // 2
+    truth = seen.truth(pick)
+    box = seen.detections["boxes"][pick] if truth is None else truth
+    there = model.predictions(seen.outputs["features"], torch.cat([rois[0, :1], box])[None])
+    for name in ("fc", "conv"):
+        want = there["probs"][name][0, label].item()
+        assert slide["score"][name][middle] == pytest.approx(want, abs=1e-3)
+
+
+def test_iou_aware_maps_hold_the_detection():
+    model = sure(make(iou_aware_retinanet, score_threshold=0.1)).eval()
+    torch.nn.init.normal_(model.head.iou_logits.weight, std=0.5)
+    (image,), (target,) = batch(1, 96)
+    seen = seen_by("iou_aware_retinanet", model, image[:, :70], target)  # padded to 96
+    for pick in (0, 5):
+        drawn, row = numbers(seen, "iou_aware_retinanet", pick), seen.row(pick)
+        cls, iou = (seen.candidates[k][row].item() for k in ("cls_probs", "iou_probs"))
+        pair = list(zip(drawn["class score"], drawn["predicted IoU"]))
+        assert any(abs(a - cls) + abs(b - iou) < 2e-4 for a, b in pair)
+        side = model.backbone.strides[drawn["level"]]
+        assert len(pair) == (96 // side) ** 2
+        ranks = [line["fused"] for line in drawn["ranking"]]
+        assert sorted(ranks) == list(range(1, len(ranks) + 1))
+    baseline = make(iou_aware_retinanet, iou_head=False)
+    with pytest.raises(common.BadInput, match="baseline"):
+        explain.METHODS["iou_aware_retinanet"][1](dataclasses.replace(seen, model=baseline), 0)
+
+
+def test_dc_loss_weights_anchors_and_clusters():
+    model = sure(make(dc_loss_clnms, score_threshold=0.4, iac_threshold=0.3)).eval()
+    (image,), (target,) = batch(1, 96)
+    seen = seen_by("dc_loss_clnms", model, image, target)
+    picks = [i for i in range(len(seen.detections["boxes"])) if seen.truth(i) is not None]
+    total = 0
+    for pick in picks[:2]:
+        drawn, truth = numbers(seen, "dc_loss_clnms", pick), seen.truth(pick)
+        assert len(drawn["weights"]) == drawn["positives"] > drawn["added_by_iac"]
+        raw = dc_loss_clnms.dynamic_coefficient(
+            torch.tensor(drawn["boxes"]), truth.expand(len(drawn["boxes"]), 4)
+        )  # lambda' is lambda times one factor for the batch
+        factors = torch.tensor(drawn["weights"]) / raw
+        assert factors.max() / factors.min() < 1.02
+        total += drawn["added_by_iac"]
+        # the cluster that CL-NMS made: it kept the box that is drawn
+        kept = torch.tensor(drawn["cluster"])[drawn["kept"]["CL"]]
+        assert (seen.detections["boxes"] - kept).abs().sum(1).min() < 1e-2
+        assert drawn["cluster_scores"][0] == max(drawn["cluster_scores"])
+    assert total > 0
+
+
+def test_explain_runs_as_a_program(tmp_path, capsys, detection_data):
+    """On a number of the data and on a file; what cannot be is said in a line."""
+    model = two_stage(d2det, conv_channels=16, num_convs=2, groups=4)
+    config = vars(model.config) | dict(image_size=64, scales=(64,), test_scales=(64,), max_size=64)
+    weights = tmp_path / "last.pt"
+    categories = common.SyntheticDetection(1, 64).categories
+    state = dict(model=model.state_dict(), config=config, categories=categories, script="d2det")
+    save_checkpoint(weights, state)
+    where = ["--weights", str(weights), "--num-val", "4", "--device", "cpu"]
+    found = explain.main(["d2det", "1", *where])
+    page = tmp_path / "studies" / "explain_d2det_1"
+    assert page.with_suffix(".png").stat().st_size > 10_000
+    assert json.loads(page.with_suffix(".json").read_text()) == found and len(found) == 3
+    (second,) = explain.main(["d2det", "1", *where, "--detection", "2"])
+    assert second == found[1]
+    photo = sorted((detection_data / "bccd").rglob("*.jpg"))[0]
+    assert len(explain.main(["d2det", str(photo), *where])) == 3
+    for wrong, message in (
+        (["d2det", "4"], "4: the validation data have 4 images"),
+        (["d2det", "nothing.jpg"], "nothing.jpg"),
+        (["d2det", "1", "--detection", "9999"], "1: --detection 9999: there are"),
+        (["d2det", "1", "--score-threshold", "1"], "nothing in it scores above 1"),
+        (["faster_rcnn", "1"], "faster_rcnn: a page shows"),
+    ):
+        with pytest.raises(SystemExit):
+            explain.main([*wrong, *where])
+        assert message in capsys.readouterr().err
