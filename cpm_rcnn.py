@@ -260,12 +260,11 @@ def iou_scoring_loss(
     predicted: Tensor, ious: Tensor, kind: str = "l2", num_rois: Tensor | int | None = None
 ) -> Tensor:
     """Eq. 7: predicted [R, 2] against (1 - ious, ious), ious [R]; sum / (2 num_rois); num_rois: R."""
-    error = (predicted.float() - torch.stack([1 - ious, ious], 1)).abs()
-    loss = error**2 / 2 if kind == "l2" else error
-    if kind == "smooth_l1":  # choice: beta 1/9; with 1 it would be l2 for all errors below 1
-        loss = torch.where(error < 1 / 9, error**2 * 4.5, error - 1 / 18)
+    # choice: smooth l1's beta is 1/9; with 1 it would be l2 for all errors below 1
+    losses = dict(l2=F.mse_loss, l1=F.l1_loss, smooth_l1=partial(F.smooth_l1_loss, beta=1 / 9))
+    loss = losses[kind](predicted.float(), torch.stack([1 - ious, ious], 1), reduction="sum")
     num_rois = max(1, len(ious)) if num_rois is None else num_rois
-    return loss.sum() / 2 / num_rois
+    return loss / (4 if kind == "l2" else 2) / num_rois
 
 
 # ------------------------------------------------------------------------------ detector
@@ -424,95 +423,77 @@ class Detector(faster_rcnn.TwoStage):
 # - Boxes seen at several scales or mirrored: soft-NMS | linear, on fused scores over 0.03 |
 #   release: `--soft-nms`, else an NMS at 0.5
 
-_SHORT = dict(epochs=12.17, drops=(60 / 90, 80 / 90))  # 90k steps (release)
-_CASCADE = dict(base="cascade", num_stages=2, score_threshold=0.05, **_SHORT)
+_CASCADE = dict(base="cascade", num_stages=2, score_threshold=0.05)
+_CASCADE |= dict(epochs=12.17, drops=(60 / 90, 80 / 90))  # 90k steps (release)
 _GRID = dict(num_stages=1, ism=False, rsm=False)
 _CMM = dict(ism=False, rsm=False)
+_ISM = dict(num_stages=1, rsm=False)
 # RSM without CMM has two stages too, but both alike (release: RSM@2, ISM+RSM@2)
 _TWICE = dict(num_stages=2, ratios=(2.0, 2.0), stage_ious=(0.5, 0.5))
 # torchvision's weights of this network are of a newer recipe (83.2 % on ImageNet) than the paper's
 _X101 = dict(backbone="resnext101_64x4d", grid_rois=32)  # 4.2: "RoIs to 32 per image"; so released
 _DCN = dict(**_X101, dcn="v1")  # the paper does not say which (release)
 _SCALES = (600, 640, 672, 704, 736, 768, 800, 864)  # (release; 4.2: "between 600 to 800")
+_TEST_SCALES = (800, 400, 500, 600, 700, 900, 1000, 1100, 1200)  # (release)
 # 1440 px at 864 are 1333 at 800, 2000 at 1200, as in the release, which trains at 1333 throughout
 _DCN_MS = dict(**_DCN, scales=_SCALES, max_size=1440)
-
-# Rows of the same settings, and rows that differ only in how they are tested, are one training.
+_DCN_MS_TEST = dict(**_DCN_MS, test_scales=_TEST_SCALES, test_flip=True, soft_nms=True)
 _R101 = dict(backbone="resnet101")
-ROWS: dict[str, dict] = {
-    **dict.fromkeys(("table1.baseline", "table4.baseline", "table6.baseline"), _GRID),
-    "table1.cmm": dict(num_stages=2, **_CMM),
-    "table1.ism": dict(num_stages=1, rsm=False),  # choice: the release has ISM@1 and ISM@2
-    "table1.rsm": dict(**_TWICE, ism=False),
-    "table1.ism_rsm": _TWICE,
-    "table1.cmm_rsm": dict(num_stages=2, ism=False),
-    "table1.cmm_ism": dict(num_stages=2, rsm=False),
-    "table1.cmm_ism_rsm": dict(num_stages=2),
-    **dict.fromkeys(("table2.cpm_r50", "table7.r50"), {}),
-    **dict.fromkeys(("table2.cpm_r101", "table7.r101", "table8.cpm_r101"), _R101),
-    "table3.cascade": dict(**_CASCADE, **_CMM),
-    "table3.cascade_ism": dict(**_CASCADE, rsm=False, ism_weight=1.5),
-    "table3.cascade_rsm": dict(**_CASCADE, ism=False, rsm_weight=0.2),
-    "table3.cascade_ism_rsm": dict(**_CASCADE, rsm_weight=0.2),
-    **{f"table4.stages2_test{i}": dict(num_stages=2, test_stage=i, **_CMM) for i in (1, 2)},
-    **{f"table4.stages3_test{i}": dict(test_stage=i, **_CMM) for i in (1, 2, 3)},
-    **{f"table5.falling_test{i}": dict(test_stage=i, **_CMM) for i in (1, 2, 3)},
-    **{f"table5.same_test{i}": dict(ratios=(2.0,) * 3, test_stage=i, **_CMM) for i in (1, 2, 3)},
-    **{f"table6.{k}": dict(num_stages=1, rsm=False, ism_loss=k) for k in ("l1", "smooth_l1", "l2")},
-    "table7.x101": _X101,
-    "table7.x101_dcn": _DCN,
-    "table7.x101_dcn_ms": _DCN_MS,
-    "table7.x101_dcn_ms_test": dict(
-        **_DCN_MS,
-        test_scales=(800, 400, 500, 600, 700, 900, 1000, 1100, 1200),  # (release)
-        test_flip=True,
-        soft_nms=True,
-    ),
-}
-
+_AT = [dict(test_stage=i, **_CMM) for i in range(4)]  # tested at stage i
+_AT_OF_2 = [dict(num_stages=2, **row) for row in _AT]
+_AT_SAME = [dict(ratios=(2.0,) * 3, **row) for row in _AT]
+_BASELINE = (39.9, 58.8, 42.8, 22.3, 43.1, 53.3)
+_L2 = (40.5, 58.1, 43.5, 22.4, 43.9, 54.2)
 _AP = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _AP4 = ("AP", "APs", "APm", "APl", "AP50", "AP70", "AP90")
-_SAME = ((39.9, 22.3, 43.2, 53.2), (40.4, 22.3, 43.7, 53.9), (40.3, 22.5, 43.6, 53.8))
-_FALLING = ((39.8, 22.2, 43.1, 53.1), (40.7, 22.6, 44.0, 54.6), (40.8, 22.7, 44.1, 54.7))
-PAPER: dict[str, dict] = {
-    "table1.baseline": dict(zip(_AP, (39.9, 58.8, 42.8, 22.3, 43.1, 53.3))),
+# Each row's settings, then the numbers that the paper prints, in the order of _AP (Tables 4 and 5:
+# _AP4). Rows of the same settings, and rows that differ only in how they are tested, are one training.
+_TABLES: dict[str, tuple] = {
+    "table1.baseline": (_GRID, *_BASELINE),
     # of the next four rows the text we have shows only AP75: .cmm is also in Table 4, .ism in Table
     # 6, and the AP of .rsm is in the release's README
-    "table1.cmm": dict(zip(_AP, (40.7, 58.8, 43.3, 22.5, 44.1, 54.5))),
-    "table1.ism": dict(zip(_AP, (40.5, 58.1, 43.5, 22.4, 43.9, 54.2))),
-    "table1.rsm": dict(AP=40.6, AP75=43.5),
-    "table1.ism_rsm": dict(AP75=44.2),
-    "table1.cmm_rsm": dict(zip(_AP, (40.9, 58.8, 43.6, 22.4, 44.1, 54.9))),
-    "table1.cmm_ism": dict(zip(_AP, (41.1, 58.6, 43.8, 22.7, 44.6, 55.6))),
-    "table1.cmm_ism_rsm": dict(zip(_AP, (41.3, 59.0, 44.1, 23.1, 44.8, 55.7))),
-    "table2.cpm_r50": dict(AP=41.5),
-    "table2.cpm_r101": dict(AP=43.2),
-    "table3.cascade": dict(AP=39.8),
-    "table3.cascade_ism": dict(AP=39.9),
-    "table3.cascade_rsm": dict(AP=40.0),
-    "table3.cascade_ism_rsm": dict(AP=40.2),
-    "table4.baseline": dict(zip(_AP4, (39.9, 22.3, 43.1, 53.3, 58.8, 49.7, 18.3))),
-    "table4.stages2_test1": dict(zip(_AP4, (39.9, 22.3, 43.3, 53.2, 58.8, 49.7, 18.5))),
-    "table4.stages2_test2": dict(zip(_AP4, (40.7, 22.5, 44.1, 54.5, 58.8, 47.6, 21.1))),
-    "table4.stages3_test1": dict(zip(_AP4, (39.8, 22.2, 43.1, 53.1, 59.1, 47.1, 18.1))),
-    "table4.stages3_test2": dict(zip(_AP4, (40.7, 22.6, 44.0, 54.6, 59.0, 47.5, 21.2))),
-    "table4.stages3_test3": dict(zip(_AP4, (40.8, 22.7, 44.1, 54.7, 58.9, 47.6, 21.4))),
-    **{f"table5.same_test{i}": dict(zip(_AP4, v)) for i, v in enumerate(_SAME, 1)},
-    **{f"table5.falling_test{i}": dict(zip(_AP4, v)) for i, v in enumerate(_FALLING, 1)},
-    "table6.baseline": dict(zip(_AP, (39.9, 58.8, 42.8, 22.3, 43.1, 53.3))),
-    "table6.l1": dict(zip(_AP, (40.0, 57.8, 43.0, 22.2, 43.4, 53.8))),
-    "table6.smooth_l1": dict(zip(_AP, (40.3, 58.0, 43.3, 22.4, 43.6, 54.3))),
-    "table6.l2": dict(zip(_AP, (40.5, 58.1, 43.5, 22.4, 43.9, 54.2))),
-    "table7.r50": dict(zip(_AP, (41.7, 59.2, 44.4, 23.1, 44.0, 54.7))),
-    "table7.r101": dict(zip(_AP, (43.3, 61.2, 46.1, 23.9, 46.3, 56.6))),
-    "table7.x101": dict(zip(_AP, (43.6, 62.0, 46.5, 24.7, 46.5, 57.3))),
-    "table7.x101_dcn": dict(zip(_AP, (46.4, 65.3, 49.5, 26.8, 49.4, 61.0))),
-    "table7.x101_dcn_ms": dict(zip(_AP, (47.4, 66.6, 50.6, 28.5, 51.0, 61.1))),
-    "table7.x101_dcn_ms_test": dict(zip(_AP, (49.9, 68.7, 53.4, 31.5, 53.3, 63.8))),
-    "table8.cpm_r101": dict(AP=43.2, seconds=0.140),  # an image, on a TITAN Xp
+    "table1.cmm": (dict(num_stages=2, **_CMM), 40.7, 58.8, 43.3, 22.5, 44.1, 54.5),
+    "table1.ism": (_ISM, *_L2),  # choice: the release has ISM@1 and ISM@2
+    "table1.rsm": (dict(**_TWICE, ism=False), 40.6, None, 43.5),
+    "table1.ism_rsm": (_TWICE, None, None, 44.2),
+    "table1.cmm_rsm": (dict(num_stages=2, ism=False), 40.9, 58.8, 43.6, 22.4, 44.1, 54.9),
+    "table1.cmm_ism": (dict(num_stages=2, rsm=False), 41.1, 58.6, 43.8, 22.7, 44.6, 55.6),
+    "table1.cmm_ism_rsm": (dict(num_stages=2), 41.3, 59.0, 44.1, 23.1, 44.8, 55.7),
+    "table2.cpm_r50": ({}, 41.5),
+    "table2.cpm_r101": (_R101, 43.2),
+    "table3.cascade": (dict(**_CASCADE, **_CMM), 39.8),
+    "table3.cascade_ism": (dict(**_CASCADE, rsm=False, ism_weight=1.5), 39.9),
+    "table3.cascade_rsm": (dict(**_CASCADE, ism=False, rsm_weight=0.2), 40.0),
+    "table3.cascade_ism_rsm": (dict(**_CASCADE, rsm_weight=0.2), 40.2),
+    "table4.baseline": (_GRID, 39.9, 22.3, 43.1, 53.3, 58.8, 49.7, 18.3),
+    "table4.stages2_test1": (_AT_OF_2[1], 39.9, 22.3, 43.3, 53.2, 58.8, 49.7, 18.5),
+    "table4.stages2_test2": (_AT_OF_2[2], 40.7, 22.5, 44.1, 54.5, 58.8, 47.6, 21.1),
+    "table4.stages3_test1": (_AT[1], 39.8, 22.2, 43.1, 53.1, 59.1, 47.1, 18.1),
+    "table4.stages3_test2": (_AT[2], 40.7, 22.6, 44.0, 54.6, 59.0, 47.5, 21.2),
+    "table4.stages3_test3": (_AT[3], 40.8, 22.7, 44.1, 54.7, 58.9, 47.6, 21.4),
+    "table5.same_test1": (_AT_SAME[1], 39.9, 22.3, 43.2, 53.2),
+    "table5.same_test2": (_AT_SAME[2], 40.4, 22.3, 43.7, 53.9),
+    "table5.same_test3": (_AT_SAME[3], 40.3, 22.5, 43.6, 53.8),
+    "table5.falling_test1": (_AT[1], 39.8, 22.2, 43.1, 53.1),
+    "table5.falling_test2": (_AT[2], 40.7, 22.6, 44.0, 54.6),
+    "table5.falling_test3": (_AT[3], 40.8, 22.7, 44.1, 54.7),
+    "table6.baseline": (_GRID, *_BASELINE),
+    "table6.l1": (dict(**_ISM, ism_loss="l1"), 40.0, 57.8, 43.0, 22.2, 43.4, 53.8),
+    "table6.smooth_l1": (dict(**_ISM, ism_loss="smooth_l1"), 40.3, 58.0, 43.3, 22.4, 43.6, 54.3),
+    "table6.l2": (dict(**_ISM, ism_loss="l2"), *_L2),
+    "table7.r50": ({}, 41.7, 59.2, 44.4, 23.1, 44.0, 54.7),
+    "table7.r101": (_R101, 43.3, 61.2, 46.1, 23.9, 46.3, 56.6),
+    "table7.x101": (_X101, 43.6, 62.0, 46.5, 24.7, 46.5, 57.3),
+    "table7.x101_dcn": (_DCN, 46.4, 65.3, 49.5, 26.8, 49.4, 61.0),
+    "table7.x101_dcn_ms": (_DCN_MS, 47.4, 66.6, 50.6, 28.5, 51.0, 61.1),
+    "table7.x101_dcn_ms_test": (_DCN_MS_TEST, 49.9, 68.7, 53.4, 31.5, 53.3, 63.8),
+    "table8.cpm_r101": (_R101, 43.2),  # 0.140 s an image, on a TITAN Xp
 }
-
-NOT_YET: dict[str, str] = {}
+ROWS: dict[str, dict] = {row: settings for row, (settings, *_) in _TABLES.items()}
+PAPER: dict[str, dict] = {
+    row: {k: v for k, v in zip(_AP4 if row[:6] in ("table4", "table5") else _AP, ap) if v}
+    for row, (_, *ap) in _TABLES.items()
+}
 
 TINY = dict(
     faster_rcnn.TINY,
@@ -526,7 +507,7 @@ TINY = dict(
 
 
 def main(argv=None):
-    return engine.run("cpm_rcnn", Config, Detector, ROWS, PAPER, NOT_YET, TINY, argv)
+    return engine.run("cpm_rcnn", Config, Detector, ROWS, PAPER, TINY, argv)
 
 
 if __name__ == "__main__":

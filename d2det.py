@@ -595,8 +595,6 @@ PAPER: dict[str, dict] = {
     "release.r50": dict(AP=43.7),  # README of the release, minival
 }
 
-NOT_YET: dict[str, str] = {}
-
 TINY = dict(
     faster_rcnn.TINY,
     conv_channels=48,
@@ -611,7 +609,7 @@ TINY = dict(
 
 
 def main(argv=None):
-    return engine.run("d2det", Config, Detector, ROWS, PAPER, NOT_YET, TINY, argv)
+    return engine.run("d2det", Config, Detector, ROWS, PAPER, TINY, argv)
 
 
 if __name__ == "__main__":

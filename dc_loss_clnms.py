@@ -445,13 +445,11 @@ PAPER: dict[str, dict] = {
     "extra.gfl_dc_cl": {},
 }
 
-NOT_YET: dict[str, str] = {}
-
 TINY = dict(retinanet.TINY)
 
 
 def main(argv=None):
-    return engine.run("dc_loss_clnms", Config, Detector, ROWS, PAPER, NOT_YET, TINY, argv)
+    return engine.run("dc_loss_clnms", Config, Detector, ROWS, PAPER, TINY, argv)
 
 
 if __name__ == "__main__":

@@ -480,8 +480,6 @@ PAPER: dict[str, dict] = {
     "extra.no_enlarging": {},
 }
 
-NOT_YET: dict[str, str] = {}
-
 TINY = dict(
     faster_rcnn.TINY,
     lr_batch=16,  # as in the other methods' tiny presets
@@ -490,7 +488,7 @@ TINY = dict(
 
 
 def main(argv=None):
-    return engine.run("double_head", Config, Detector, ROWS, PAPER, NOT_YET, TINY, argv)
+    return engine.run("double_head", Config, Detector, ROWS, PAPER, TINY, argv)
 
 
 if __name__ == "__main__":

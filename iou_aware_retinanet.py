@@ -311,13 +311,11 @@ PAPER: dict[str, dict] = {
     "table5.r101": dict(zip(_AP_IOU, (56.2, 80.5, 76.8, 68.5, 52.4, 22.8))),
 }
 
-NOT_YET: dict[str, str] = {}
-
 TINY = dict(retinanet.TINY)
 
 
 def main(argv=None):
-    return engine.run("iou_aware_retinanet", Config, Detector, ROWS, PAPER, NOT_YET, TINY, argv)
+    return engine.run("iou_aware_retinanet", Config, Detector, ROWS, PAPER, TINY, argv)
 
 
 if __name__ == "__main__":

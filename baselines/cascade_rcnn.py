@@ -246,13 +246,12 @@ class Detector(faster_rcnn.TwoStage):
 # The paper's row of this baseline is in cpm_rcnn.py: table3.cascade.
 ROWS: dict[str, dict] = {}
 PAPER: dict[str, dict] = {}
-NOT_YET: dict[str, str] = {}
 
 TINY = faster_rcnn.TINY
 
 
 def main(argv=None):
-    return engine.run("cascade_rcnn", Config, Detector, ROWS, PAPER, NOT_YET, TINY, argv)
+    return engine.run("cascade_rcnn", Config, Detector, ROWS, PAPER, TINY, argv)
 
 
 if __name__ == "__main__":

@@ -327,7 +327,6 @@ class Detector(TwoStage):
 # No rows: the papers' baselines are rows of the methods, which train them with their own settings.
 ROWS: dict[str, dict] = {}
 PAPER: dict[str, dict] = {}
-NOT_YET: dict[str, str] = {}
 
 TINY = dict(
     engine.TINY,
@@ -342,7 +341,7 @@ TINY = dict(
 
 
 def main(argv=None):
-    return engine.run("faster_rcnn", Config, Detector, ROWS, PAPER, NOT_YET, TINY, argv)
+    return engine.run("faster_rcnn", Config, Detector, ROWS, PAPER, TINY, argv)
 
 
 if __name__ == "__main__":

@@ -331,7 +331,6 @@ Detector = GFL  # under the name that it has in every script
 # The release's README: ResNet-50 40.2 AP on val 2017 after 12 epochs, these settings.
 ROWS: dict[str, dict] = {}
 PAPER: dict[str, dict] = {}
-NOT_YET: dict[str, str] = {}
 
 TINY = dict(
     engine.TINY,
@@ -343,7 +342,7 @@ TINY = dict(
 
 
 def main(argv=None):
-    return engine.run("gfl", Config, Detector, ROWS, PAPER, NOT_YET, TINY, argv)
+    return engine.run("gfl", Config, Detector, ROWS, PAPER, TINY, argv)
 
 
 if __name__ == "__main__":

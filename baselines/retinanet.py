@@ -331,7 +331,6 @@ Detector = RetinaNet  # under the name that it has in every script
 # The papers' rows of this baseline are in the methods' scripts: table2.baseline in both.
 ROWS: dict[str, dict] = {}
 PAPER: dict[str, dict] = {}
-NOT_YET: dict[str, str] = {}
 
 TINY = dict(
     engine.TINY,
@@ -343,7 +342,7 @@ TINY = dict(
 
 
 def main(argv=None):
-    return engine.run("retinanet", Config, Detector, ROWS, PAPER, NOT_YET, TINY, argv)
+    return engine.run("retinanet", Config, Detector, ROWS, PAPER, TINY, argv)
 
 
 if __name__ == "__main__":

@@ -24,24 +24,22 @@ def run(
     detector_class,
     rows: dict,
     paper: dict,
-    not_yet: dict,
     tiny: dict,
     argv=None,
 ):
     """A script's `main`: everything the command line can ask for. Returns the metrics.
 
-    `rows`: settings of the rows of the paper's tables, `paper`: their printed numbers, `not_yet`:
-    why a row cannot run; `tiny`: what --preset tiny changes.
+    `rows`: settings of the rows of the paper's tables, `paper`: their printed numbers; `tiny`: what
+    --preset tiny changes.
     """
     try:
         if hasattr(signal, "SIGPIPE") and "--help" in (sys.argv if argv is None else argv):
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` is no error
         config = parse(config_class, rows, tiny, name, argv)
         if config.rows:
-            return show_rows(rows, paper, not_yet)
+            return show_rows(rows, paper)
         if config.row and config.row not in rows:
-            reason = not_yet.get(config.row, "no such row, see --rows")
-            raise BadInput(f"--row {config.row}: {reason}")
+            raise BadInput(f"--row {config.row}: no such row, see --rows")
         device = start_processes(config.device)
         warn_of_busy_cores(device)
         torch.manual_seed(config.seed)

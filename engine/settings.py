@@ -195,9 +195,9 @@ def untrained(config: Config) -> Config:
     return config if scratch else dataclasses.replace(config, backbone_weights="random")
 
 
-def show_rows(rows: dict, paper: dict, not_yet: dict) -> None:
+def show_rows(rows: dict, paper: dict) -> None:
     for row, numbers in paper.items():
         printed = "  ".join(f"{k} {v}" for k, v in numbers.items())
-        flags = " ".join(flag(k, v) for k, v in rows.get(row, {}).items()) or "(defaults)"
+        flags = " ".join(flag(k, v) for k, v in rows[row].items()) or "(defaults)"
         print(f"{row:{max(map(len, paper))}}  {printed or 'not in the paper'}")
-        print(f"{'':4}{f'not yet: {not_yet[row]}' if row in not_yet else flags}")
+        print(f"{'':4}{flags}")
