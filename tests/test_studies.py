@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -277,8 +278,11 @@ def test_bad_input_ends_with_a_reason(trained, name, argv, message, capsys):
 def test_two_processes_find_what_one_finds(trained, tmp_path):
     folder, _ = trained("dc_loss_clnms")
     argv = ["dc_loss_clnms", "--weights", f"{folder}/last.pt", "--out"]
-    for module in (sweep, alignment):
-        module.main([*argv, f"{tmp_path}/one"])
+    (tmp_path / "b").mkdir()
+    beside = shutil.copy(folder / "last.pt", tmp_path / "b" / "last.pt")
+    also = ["--also", f"dc_loss_clnms={beside}"]
+    sweep.main([*argv, f"{tmp_path}/one"])
+    alignment.main([*argv, f"{tmp_path}/one", *also])
     both = tmp_path / "both.py"
     both.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
@@ -287,7 +291,7 @@ def test_two_processes_find_what_one_finds(trained, tmp_path):
         "checkpoint.end_processes = lambda: None\n"  # they meet once, for both studies
         "sweep.main(sys.argv[1:])\n"
         "checkpoint.start_processes = lambda _: torch.device('cpu')\n"
-        "alignment.main(sys.argv[1:])\n"
+        f"alignment.main([*sys.argv[1:], *{also}])\n"
     )
     done = subprocess.run(
         [*torchrun(2), str(both), *argv, f"{tmp_path}/two"],
