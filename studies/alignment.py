@@ -20,10 +20,11 @@ OUT/alignment.png. Checkpoints of --also see the images of the first one, under 
     Loc       There: how much the boxes that lie on an object lack to IoU 1, in the mean.
     FP, FN    There: the share of boxes that lie on no object, and of objects without a box.
 
-D2Det and CPM R-CNN do their NMS on proposals: what enters here are their final boxes. IoU-aware
-RetinaNet's oracle takes the true IoU for the predicted one in p^alpha IoU^(1 - alpha); its boxes
-are those whose class score alone passes the threshold, and it has a line before and one after
-fusion. D-ECE and LRP error are explained, with their sources, in studies/calibration.py.
+D2Det and CPM R-CNN do their NMS on proposals: what enters here are their final boxes. Soft-NMS
+lowers the score of a second box on an object however well it fits, so less of the correlation is
+left after it. IoU-aware RetinaNet's oracle takes the true IoU for the predicted one in
+p^alpha IoU^(1 - alpha); its boxes are those whose class score alone passes the threshold, and it
+has a line before fusion and one after. D-ECE and LRP error, with sources: studies/calibration.py.
 """
 
 from __future__ import annotations
