@@ -96,7 +96,7 @@ def to_coco(image_id, found: dict, categories: list[dict], size=None) -> list[di
 def coco_metrics(
     truth: dict, results: list[dict], detections=(1, 10, 100), sides=(0, 32, 96), masks=False
 ) -> dict:
-    """pycocotools' twelve numbers, AP60..AP90 and per-class AP, in [0, 1]; None where undefined.
+    """pycocotools' twelve numbers, AP55 to AP95 and per-class AP, in [0, 1]; None where undefined.
 
     `detections`: how many of an image AR1, AR10, AR100 count, AP the last; `sides`: where small,
     medium and large begin, roots of areas. With `masks` the results' segmentations are scored, by
@@ -127,7 +127,7 @@ def coco_metrics(
     metrics |= {f"AR_{name}": mean(recall[..., i, -1]) for i, name in areas}
     precision = torch.from_numpy(every).float()
     precision[precision < 0] = torch.nan
-    for iou in (60, 70, 80, 90):
+    for iou in (55, 60, 65, 70, 80, 85, 90, 95):
         metrics[f"AP{iou}"] = number(precision[(iou - 50) // 5].nanmean())
     if any("difficult" in a for a in truth["annotations"]):
         metrics["voc07_AP50"] = voc07_ap(truth, results)

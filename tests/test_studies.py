@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import dc_loss_clnms as dc_loss
 import double_head
 import iou_aware_retinanet as iou_aware
 from baselines import retinanet
-from studies import alignment, assignment, checkpoint, errors, sections, sweep
+from studies import alignment, assignment, calibration, checkpoint, errors, sections, sweep
 
 NAMES = ("sweep", "alignment", "assignment", "errors", "sections", "bench", "compare", "cost")
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,7 +129,8 @@ def test_sweeps_know_what_a_model_lacks():
 
 
 def test_correlation():
-    assert doctest.testmod(alignment).attempted >= 1 and doctest.testmod(alignment).failed == 0
+    for module in (alignment, calibration):
+        assert doctest.testmod(module).attempted >= 1 and doctest.testmod(module).failed == 0
     x = torch.tensor([0.0, 1, 2, 3])
     assert alignment.correlation(x, -2 * x) == dict(pearson=-1, spearman=-1)
     cube = alignment.correlation(x, x**3)  # means 1.5 and 9
@@ -161,10 +163,10 @@ SEEN = dict(  # on the first object, of each class, on the second, and on the cr
 )
 
 
-def test_candidates_with_iou_by_hand(monkeypatch):
-    monkeypatch.setattr(alignment, "detect", lambda *_: [({"image_id": 7}, SEEN)])
-    ((image_id, out),) = alignment.candidates_with_iou(None, Seven(), None, "cpu")
+def test_iou_by_hand():
+    ((image_id, objects),) = alignment.objects_by_image(Seven()).items()
     assert image_id == 7
+    out = alignment.with_iou(SEEN, objects)
     assert out["iou"].tolist() == [0.5, 0, 0.5, 0] and out["iou_any"].tolist() == [0.5, 0.5, 0.5, 0]
 
 
@@ -198,18 +200,19 @@ def test_alignment_of_a_score_that_is_the_iou(monkeypatch, tmp_path):
     for name, scores in (("same", iou), ("reverse", 1.1 - iou)):
         seen = dict(boxes=boxes, labels=labels, scores=scores, image=image)
         monkeypatch.setattr(alignment, "detect", lambda *_, s=seen: [({"image_id": 7}, s)])
-        found[name] = alignment.alignment(model, data, model.config, CPU, tmp_path)
+        written = alignment.alignment({name: (model, model.config)}, data, CPU, tmp_path)
+        found |= written
     same, reverse = found["same"], found["reverse"]
-    assert same["score"] == {k: dict(pearson=1, spearman=1) for k in ("matched", "all")}
-    assert reverse["score"]["all"] == dict(pearson=-1, spearman=-1)
-    assert (same["candidates"], same["matched"]) == (4, 3)
+    entered = {k: dict(pearson=1, spearman=1) for k in ("matched", "all")}
+    assert same["score"]["before NMS"] == {"boxes": 4, "matched boxes": 3, **entered}
+    assert reverse["score"]["before NMS"]["all"] == dict(pearson=-1, spearman=-1)
     first, last = (f["metrics"]["score"]["AP90"] for f in (same, reverse))
     half = pytest.approx(0.5)  # one class of two; NMS keeps the first of them, of IoU 1 or 0.4
     assert first == half and last == 0
     # the oracle ranks 0.28, 0.3, 0.24, 0.1, and keeps the second: IoU 0.6
     assert reverse["metrics"]["oracle"]["AP50"] == half
     assert reverse["metrics"]["oracle"]["AP70"] == 0
-    assert read(tmp_path, "alignment.json") == reverse and (tmp_path / "alignment.png").exists()
+    assert read(tmp_path, "alignment.json") == written and (tmp_path / "alignment.png").exists()
 
 
 @pytest.mark.parametrize("name", checkpoint.METHODS)
@@ -217,7 +220,9 @@ def test_alignment_of_every_method(trained, name):
     folder, metrics = trained(name)
     found = alignment.main([name, "--weights", f"{folder}/last.pt"])
     assert read(folder, "studies", "alignment.json") == found
-    assert (folder / "studies" / "alignment.png").exists() and found["candidates"] > 0
+    assert (folder / "studies" / "alignment.png").exists()
+    ((called, found),) = found.items()
+    assert called == name and found["weights"] == f"{folder}/last.pt"
     orders = {"score", "oracle"}
     if name == "iou_aware_retinanet":
         orders = {"class score", "fused", "oracle"}
@@ -227,13 +232,15 @@ def test_alignment_of_every_method(trained, name):
     else:
         assert found["metrics"]["score"] == metrics  # the method's own detections
     assert set(found["metrics"]) == orders
+    assert all(found[k]["before NMS"]["boxes"] > 0 for k in orders - {"oracle"})
 
 
 def test_alignment_without_an_iou_head(tmp_path):
     model, data = sure(make(iou_aware, iou_head=False)), common.SyntheticDetection(3, 64)
-    found = alignment.alignment(model, data, model.config, CPU, tmp_path)
+    found = alignment.alignment({"a": (model, model.config)}, data, CPU, tmp_path)["a"]
     assert set(found["metrics"]) == {"class score", "oracle"} and "fused" not in found
-    assert "predicted IoU" not in found and found["class score"]["all"]["pearson"] is not None
+    assert "predicted IoU" not in found
+    assert found["class score"]["before NMS"]["all"]["pearson"] is not None
 
 
 # ------------------------------------------------------------------------------ programs
@@ -271,8 +278,11 @@ def test_bad_input_ends_with_a_reason(trained, name, argv, message, capsys):
 def test_two_processes_find_what_one_finds(trained, tmp_path):
     folder, _ = trained("dc_loss_clnms")
     argv = ["dc_loss_clnms", "--weights", f"{folder}/last.pt", "--out"]
-    for module in (sweep, alignment):
-        module.main([*argv, f"{tmp_path}/one"])
+    (tmp_path / "b").mkdir()
+    beside = shutil.copy(folder / "last.pt", tmp_path / "b" / "last.pt")
+    also = ["--also", f"dc_loss_clnms={beside}"]
+    sweep.main([*argv, f"{tmp_path}/one"])
+    alignment.main([*argv, f"{tmp_path}/one", *also])
     both = tmp_path / "both.py"
     both.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
@@ -281,7 +291,7 @@ def test_two_processes_find_what_one_finds(trained, tmp_path):
         "checkpoint.end_processes = lambda: None\n"  # they meet once, for both studies
         "sweep.main(sys.argv[1:])\n"
         "checkpoint.start_processes = lambda _: torch.device('cpu')\n"
-        "alignment.main(sys.argv[1:])\n"
+        f"alignment.main([*sys.argv[1:], *{also}])\n"
     )
     done = subprocess.run(
         [*torchrun(2), str(both), *argv, f"{tmp_path}/two"],
