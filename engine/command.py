@@ -72,6 +72,8 @@ def _run(detector_class, config: Config, device: torch.device):
     model = detector_class(untrained(config) if loaded else config, len(categories)).to(device)
     if state:
         load_weights(model, state, config.weights, categories)
+    if config.compile:
+        model.compile_parts()
     metrics = None
     if config.train:
         metrics = train(model, config, train_data, val_data, out)

@@ -81,6 +81,17 @@ class BaseDetector(nn.Module):
     def candidates(self, images: list[Tensor]) -> dict[str, Tensor]:
         return self.select(self.outputs(images), self.config)
 
+    def compile_parts(self, **options) -> None:
+        """torch.compile backbone and heads in place, each once for all image sizes and numbers.
+
+        Weights keep their names. Of a head that has a trunk it is the trunk that is compiled, since
+        training also calls it alone. `options` are those of `nn.Module.compile`.
+        """
+        for part in self.children():
+            lists = (nn.ModuleList, nn.ModuleDict)
+            for module in part.children() if isinstance(part, lists) else [part]:
+                getattr(module, "trunk", module).compile(**{"dynamic": True, **options})
+
     def finish(self, candidates: dict, num_images: int, config: Config | None = None) -> list[dict]:
         """NMS inside each image and class, then each image's best, under this config or another."""
         config, keys = config or self.config, ("boxes", "scores", "labels", "image")

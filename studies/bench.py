@@ -2,15 +2,18 @@
 
     python -m studies.bench d2det                  # Faster R-CNN beside it, ResNet-50, 800x1333 px
     python -m studies.bench dc_loss_clnms --amp bf16                      # RetinaNet beside it
+    python -m studies.bench cpm_rcnn --compile                # ours through torch.compile
 
 Both in one process, with one image, taken in turns; random weights. Prints medians, multiply-adds
-and peak memory, writes OUT/bench.json. `ours / this` above 1: ours takes longer.
+and peak memory, on a GPU also how often a call waits for it; writes OUT/bench.json. `ours / this`
+above 1: ours takes longer.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -113,6 +116,9 @@ def bench(model, config: Config, num_classes: int, device, repeat: int = 5) -> l
             median = float(np.median([seconds for seconds, _, _ in measured[1:]]))
             row = {"job": job, "model": name, "seconds": median}
             row |= {"giga_multiply_adds": measured[0][1] / 1e9, "peak_mib": measured[-1][2] >> 20}
+            net, loss, predict = contenders[name]
+            net.train(job == "training step")
+            row["waits"] = host_waits(net, loss if net.training else predict, config, device)
             rows.append(row | {"ratio": float(ours / median)})
     return rows
 
@@ -135,6 +141,22 @@ def measure(net: nn.Module, work, config: Config, device, count: bool) -> tuple[
     return seconds, counter.get_total_flops() / 2 if count else 0.0, peak_memory(device)
 
 
+def host_waits(net: nn.Module, work, config: Config, device) -> int | None:
+    """How often the host waits for the GPU in a call, by torch's own count; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        with autocast(config.amp, device), torch.set_grad_enabled(net.training):
+            result = work()
+            if net.training:
+                sum(result.values()).backward()
+                net.zero_grad(set_to_none=True)
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(w.message) for w in caught)
+
+
 @dataclass
 class BenchOptions:
     method: Annotated[Literal[METHODS], tyro.conf.Positional]  # whose detector
@@ -151,6 +173,8 @@ def main(argv=None) -> list[dict]:
         device = start_processes(config.device)
         torch.manual_seed(config.seed)
         model = method_of(options.method).Detector(config, 80).to(device)
+        if config.compile:
+            model.compile_parts()
         rows = bench(model, config, 80, device, options.repeat)
         name = f"{torch.get_num_threads()} threads"
         name = torch.cuda.get_device_name() if device.type == "cuda" else name
@@ -161,6 +185,7 @@ def main(argv=None) -> list[dict]:
             say(
                 f"{r['job']:14} {r['model']:12} {r['seconds']:8.3f} s  {r['giga_multiply_adds']:8.1f} "
                 f"G multiply-adds  {r['peak_mib']:6d} MiB  ours / this: {r['ratio']:.2f}"
+                + f"  waits: {r['waits']}" * (r["waits"] is not None)
             )
         out = Path(options.out or f"runs/{options.method}/studies")
         if rank_and_world()[0] == 0:
