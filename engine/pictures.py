@@ -37,11 +37,9 @@ def draw(image: Tensor, boxes: Tensor, labels, names: list[str], scores=None, ma
     colours = [tuple(int(255 * c) for c in palette[shade % 10]) for shade in shades]
     if masks is not None:
         image = image.clone()
-        for i, (mask, colour) in enumerate(zip(masks, colours)):
+        for i, (mask, colour) in enumerate(zip(masks, torch.tensor(colours))):
             if i in order:
-                image[:, mask] = (
-                    0.45 * image[:, mask] + 0.55 * torch.tensor(colour)[:, None]
-                ).byte()
+                image[:, mask] = (0.45 * image[:, mask] + 0.55 * colour[:, None]).byte()
 
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     pen = ImageDraw.Draw(picture)
@@ -72,14 +70,17 @@ def draw(image: Tensor, boxes: Tensor, labels, names: list[str], scores=None, ma
         pen.text((x + w / 2, y + h / 2), text, fill=ink, anchor="mm")
 
     texts = [names[labels[i]] + (f" {scores[i]:.2f}" if scores is not None else "") for i in order]
-    corners = place_labels(boxes[order], [size(text) for text in texts], height, width)
+    note = "+ {} more, {} without label"  # the last to find room: in a corner of the whole image
+    framed = torch.cat([boxes[order], boxes.new_tensor([[0, 0, width, height]])])
+    sizes = [size(text) for text in (*texts, note.format(len(boxes), len(order)))]
+    *corners, note_corner = place_labels(framed, sizes, height, width)
     for i, text, corner in zip(order, texts, corners):
         if corner:
             write(text, corner, colours[i])
-    counts = {"+ {} more": len(boxes) - len(order), "{} without label": corners.count(None)}
-    note = ", ".join(words.format(n) for words, n in counts.items() if n)
+    counts = len(boxes) - len(order), corners.count(None)
+    note = ", ".join(part.format(n) for part, n in zip(note.split(", "), counts) if n)
     if note:
-        write(note, (0, height - size(note)[1]), (0, 0, 0))
+        write(note, note_corner or (0, height - size(note)[1]), (0, 0, 0))
     return rgb_tensor(picture)
 
 
