@@ -7,8 +7,9 @@
 that product with the fused score (Eq. 4), at boxes that the border of the image cuts: there, the
 paper says, ISM expects the whole object and RSM makes good for it.
 
-Shown are the boxes whose score rises most, and those whose score falls most: yellow the box, white
-the object of its class with the highest IoU. The true IoU stands above, but does not choose them.
+Shown are the boxes whose score rises most, and those whose score falls most, against the other boxes
+of their image: a factor that all have in common changes no order. Yellow is the box, white the
+object of its class with the highest IoU. The true IoU stands above, but does not choose the boxes.
 OUT/scores.png draws these boxes, and OUT/scores.json lists them. The latter also says of all boxes
 how the scores follow the IoU (Pearson's correlation), and how far from it they are (mean distance).
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+import torch.nn.functional as F
 import torchvision
 import tyro
 from torch import Tensor, nn
@@ -71,14 +73,18 @@ def pairs_of_scores(model: nn.Module, found: dict[str, Tensor], config: Config, 
 
 
 def boxes_under_two_scores(model: nn.Module, data: Dataset, config: Config, device) -> dict:
-    """By figure: a dict for each of its boxes, of this process's images."""
+    """By figure, of this process's images: IoU and both scores of all boxes [N, 3], and examples.
+
+    Examples are dicts: of each image the box whose score rises most and the one that falls most.
+    """
     label = {c["id"]: i for i, c in enumerate(data.categories)}
     names = [c["name"] for c in data.categories]
     objects: dict = {}
     for a in data.coco()["annotations"]:
         if not (a.get("iscrowd", 0) or a.get("difficult", 0)):
             objects.setdefault(a["image_id"], []).append((a["bbox"], label[a["category_id"]]))
-    rows: dict[str, list] = {}
+    values: dict[str, list] = {}
+    examples: dict[str, list] = {}
     everything = replace(config, ism=model.config.ism, rsm=model.config.rsm)
     for target, found in detect(Unsuppressed(model, everything), data, config, device):
         keep, _ = model.suppress(found["boxes"], found["scores"], found["labels"], everything)
@@ -86,45 +92,43 @@ def boxes_under_two_scores(model: nn.Module, data: Dataset, config: Config, devi
         mine = objects.get(target["image_id"], [])
         gt_boxes = xywh_to_xyxy([box for box, _ in mine])
         same = found["labels"][:, None] == torch.tensor([k for _, k in mine]).long()
-        ious = torchvision.ops.box_iou(found["boxes"], gt_boxes) * same
+        ious = torchvision.ops.box_iou(found["boxes"], gt_boxes) * same  # [N, G]
+        iou = F.pad(ious, (0, 1)).amax(1)  # [N]: an image may have no object
         for figure, pair in pairs_of_scores(model, found, everything, target["size"]).items():
-            mask, without, with_it = pair
-            for i in mask.nonzero()[:, 0].tolist():
-                iou = ious[i].max().item() if mine else 0.0
-                nearest = gt_boxes[ious[i].argmax()].tolist() if iou else None
-                box = dict(box=found["boxes"][i].tolist(), object=nearest, iou=iou)
-                scores = {k: found[k][i].item() for k in ("cls", "ism", "rsm")}
-                change = dict(without=without[i].item(), score=with_it[i].item())
+            mask, without, score = pair
+            values.setdefault(figure, []).append(torch.stack([iou, without, score], 1)[mask])
+            common_factor = score.sum() / without.sum().clamp(min=1e-12)  # it changes no order
+            change = torch.where(mask, score / common_factor.clamp(min=1e-12) - without, 0)
+            most = (change.argmax().item(), change.argmin().item()) if mask.any() else ()
+            for i in (i for i in most if change[i]):
                 about = dict(image_id=target["image_id"], category=names[found["labels"][i]])
-                rows.setdefault(figure, []).append({**about, **box, **scores, **change})
-    return rows
+                numbers = dict(iou=iou[i], without=without[i], score=score[i], change=change[i])
+                numbers |= {k: found[k][i] for k in ("cls", "ism", "rsm")}
+                about |= dict(box=found["boxes"][i].tolist())
+                about |= dict(object=gt_boxes[ious[i].argmax()].tolist() if iou[i] else None)
+                about |= {k: v.item() for k, v in numbers.items()}
+                examples.setdefault(figure, []).append(about)
+    return {k: (torch.cat(v), examples.get(k, [])) for k, v in values.items()}
 
 
-def largest_changes(rows: list[dict], count: int) -> list[dict]:
-    """Up to count / 2 boxes whose score rises most, then those whose score falls most.
+def largest_changes(examples: list[dict], count: int) -> list[dict]:
+    """Up to count / 2 boxes whose score rises most, then those whose score falls most."""
+    order = sorted(examples, key=lambda e: -e["change"])
+    rises = [e for e in order if e["change"] > 0][: count // 2]
+    falls = [e for e in reversed(order) if e["change"] < 0]
+    return rises + falls[: count - len(rises)]
 
-    At most one of an image among either. ISM can only lower a score.
+
+def summarise(values: Tensor) -> dict:
+    """Over all boxes: how the two scores follow the IoU, and how far from it they are.
+
+    values [N, 3]: IoU, score without, score with what the figure shows.
     """
-
-    def largest(sign: int, count: int) -> list[dict]:
-        best: dict = {}
-        for row in sorted(rows, key=lambda r: -sign * (r["score"] - r["without"])):
-            if sign * (row["score"] - row["without"]) > 0:
-                best.setdefault(row["image_id"], row)
-        return list(best.values())[:count]
-
-    rises = largest(1, count // 2)
-    return rises + largest(-1, count - len(rises))
-
-
-def summarise(rows: list[dict]) -> dict:
-    """Over all boxes: how the two scores follow the IoU, and how far from it they are."""
-    iou = torch.tensor([r["iou"] for r in rows])
-    numbers: dict = {"boxes": len(rows)}
-    for name in ("without", "score"):
-        values = torch.tensor([r[name] for r in rows])
-        distance = (values - iou).abs().mean().item() if rows else None
-        numbers[name] = dict(pearson=correlation(values, iou)["pearson"], distance=distance)
+    numbers: dict = {"boxes": len(values)}
+    for name, scores in (("without", values[:, 1]), ("score", values[:, 2])):
+        distance = (scores - values[:, 0]).abs().mean().item() if len(values) else None
+        pearson = correlation(scores, values[:, 0])["pearson"]
+        numbers[name] = dict(pearson=pearson, distance=distance)
     return numbers
 
 
@@ -173,9 +177,11 @@ def main(argv=None) -> dict:
             raise BadInput(f"{config.weights}: a model without ISM and RSM has one score alone")
         shares = gather(boxes_under_two_scores(model, data, config, study.device))
         figures = [k for k in ("ism", "rsm") if getattr(model.config, k)]
-        rows = {k: [r for share in shares for r in share.get(k, [])] for k in figures}
-        shown = {k: largest_changes(v, options.examples) for k, v in rows.items()}
-        numbers = {k: summarise(v) | {"examples": shown[k]} for k, v in rows.items()}
+        shares = [share for share in shares if share]  # a process may have had no image
+        values = {k: torch.cat([share[k][0] for share in shares]) for k in figures}
+        examples = {k: [e for share in shares for e in share[k][1]] for k in figures}
+        shown = {k: largest_changes(v, options.examples) for k, v in examples.items()}
+        numbers = {k: summarise(v) | {"examples": shown[k]} for k, v in values.items()}
         if rank_and_world()[0] == 0:
             write_json(study.out / "scores.json", numbers)
             if not any(shown.values()):

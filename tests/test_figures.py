@@ -143,7 +143,7 @@ class Scored(nn.Module):
             labels += [target["labels"][0]] * 3
             image += [i] * 3
         boxes, count = torch.tensor(boxes), len(images)
-        factors = dict(cls=[0.9, 0.8, 0.5], ism=[0.5, 0.75, 0.2], rsm=[0.9, 0.1, 0.8])
+        factors = dict(cls=[0.9, 0.8, 0.5], ism=[0.5, 0.75, 0.5], rsm=[0.9, 0.1, 0.8])
         factors = {k: torch.tensor(v * count) for k, v in factors.items()}
         return dict(boxes=boxes, labels=torch.tensor(labels), image=torch.tensor(image), **factors)
 
@@ -152,30 +152,32 @@ def test_both_scores_of_a_box_by_hand():
     data = common.SyntheticDetection(4, 64, 10**6)
     small = dict(scales=(64,), test_scales=(64,), max_size=64, gamma=0.5, workers=0, eval_batch=2)
     model = Scored(cpm_rcnn.Config(**small))
-    rows = scores.boxes_under_two_scores(model, data, model.config, CPU)
-    assert len(rows["ism"]) == 12
+    found = scores.boxes_under_two_scores(model, data, model.config, CPU)
+    values, examples = found["ism"]
+    assert len(values) == 12 and len(examples) == 8  # of each image a rise and a fall
+    factor = (0.45 + 0.6 + 0.25) / (0.9 + 0.8 + 0.5)  # that all boxes of an image have in common
     for i in range(4):
         target = data[i][1]
         name = data.categories[target["labels"][0]]["name"]
-        whole, half, _ = sorted(
-            (r for r in rows["ism"] if r["image_id"] == i), key=lambda r: -r["cls"]
-        )
+        whole, half = sorted((e for e in examples if e["image_id"] == i), key=lambda e: e["change"])
         assert whole["iou"] == 1 and whole["object"] == whole["box"] and whole["category"] == name
-        assert 0.5 - 1e-4 < half["iou"] < 1 and half["object"] != half["box"]
-        assert (whole["without"], half["without"]) == pytest.approx((0.9, 0.8))
-        assert (whole["score"], half["score"]) == pytest.approx((0.45, 0.6))
-        edge = [r for r in rows["rsm"] if r["image_id"] == i and r["box"][0] == 0]
-        assert 0.5 in [round(r["cls"], 3) for r in edge]  # the third box is cut by the border
-        for r in edge:
-            assert r["without"] == pytest.approx(r["cls"] * r["ism"])
-            assert r["score"] == pytest.approx((r["cls"] * r["ism"] * r["rsm"]) ** 0.5, rel=1e-5)
-    best = scores.largest_changes(rows["ism"], 3)
-    assert [round(r["score"] - r["without"], 3) for r in best] == [-0.45] * 3
-    assert len({r["image_id"] for r in best}) == 3
-    rise = dict(image_id=1, without=0.1, score=0.15)
-    mixed = [rise, {**rise, "score": 0.3}, {**rise, "score": 0.0}, {**rise, "image_id": 2}]
-    assert [r["score"] for r in scores.largest_changes(mixed, 2)] == [0.3, 0.0]
-    told = scores.summarise([dict(iou=v, without=0.5, score=v / 2) for v in (0.2, 0.4, 0.9)])
+        assert (whole["without"], whole["score"]) == pytest.approx((0.9, 0.45))
+        assert whole["change"] == pytest.approx(0.45 / factor - 0.9)
+        assert half["change"] == pytest.approx(0.6 / factor - 0.8)
+        assert 0.5 - 1e-4 < half["iou"] < 1 and half["object"] != half["box"]  # half as wide
+        mine = values[(values[:, 1] - 0.8).abs() < 1e-6]
+        assert mine.shape == (4, 3) and half["iou"] in mine[:, 0].tolist()
+    cut, examples = found["rsm"]  # the third box, and objects at the border
+    assert 4 <= len(cut) < 12
+    for e in examples:
+        assert min(e["box"][:2]) < 0.7 or max(e["box"][2:]) > 63.3
+        assert e["without"] == pytest.approx(e["cls"] * e["ism"])
+        assert e["score"] == pytest.approx((e["cls"] * e["ism"] * e["rsm"]) ** 0.5, rel=1e-5)
+    best = scores.largest_changes([dict(change=c) for c in (0.1, 0.3, -0.2, -0.4, 0.2, 0)], 4)
+    assert [e["change"] for e in best] == [0.3, 0.2, -0.4, -0.2]
+    falls = scores.largest_changes([dict(change=c) for c in (-0.1, -0.3, 0)], 4)
+    assert [e["change"] for e in falls] == [-0.3, -0.1]
+    told = scores.summarise(torch.tensor([[v, 0.5, v / 2] for v in (0.2, 0.4, 0.9)]))
     assert told["score"] == {"pearson": 1.0, "distance": pytest.approx(0.25)}
     assert told["without"]["pearson"] is None and told["boxes"] == 3
 
