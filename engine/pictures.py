@@ -59,8 +59,23 @@ def draw(image: Tensor, boxes: Tensor, labels, names: list[str], scores=None, ma
         outline(boxes[i].tolist(), line + 1, "black")  # seen where all is of the line's colour
         outline(boxes[i].tolist(), line, colours[i])
 
+    texts = [names[labels[i]] + (f" {scores[i]:.2f}" if scores is not None else "") for i in order]
+    shown = [colours[i] for i in order]
+    write_labels(pen, boxes[order], texts, shown, len(boxes) - len(order), (height, width))
+    return rgb_tensor(picture)
+
+
+def write_labels(
+    pen, boxes: Tensor, texts: list[str], colours: list, more: int, image_size
+) -> None:
+    """Each box's text on its colour where there is room; a line in a corner for what is left out.
+
+    `pen` is a PIL ImageDraw with a font; `more` boxes of the image are not drawn at all.
+    """
+    height, width = image_size
+
     def size(text: str) -> tuple[int, int]:
-        return math.ceil(pen.textlength(text)) + font_size // 2, round(1.3 * font_size)
+        return math.ceil(pen.textlength(text)) + pen.font.size // 2, round(1.3 * pen.font.size)
 
     def write(text: str, corner: tuple[float, float], colour: tuple) -> None:
         (x, y), (w, h) = corner, size(text)
@@ -69,19 +84,17 @@ def draw(image: Tensor, boxes: Tensor, labels, names: list[str], scores=None, ma
         ink = "black" if light else "white"
         pen.text((x + w / 2, y + h / 2), text, fill=ink, anchor="mm")
 
-    texts = [names[labels[i]] + (f" {scores[i]:.2f}" if scores is not None else "") for i in order]
     note = "+ {} more, {} without label"  # the last to find room: in a corner of the whole image
-    framed = torch.cat([boxes[order], boxes.new_tensor([[0, 0, width, height]])])
-    sizes = [size(text) for text in (*texts, note.format(len(boxes), len(order)))]
+    framed = torch.cat([boxes, boxes.new_tensor([[0, 0, width, height]])])
+    sizes = [size(text) for text in (*texts, note.format(more, len(texts)))]
     *corners, note_corner = place_labels(framed, sizes, height, width)
-    for i, text, corner in zip(order, texts, corners):
+    for text, corner, colour in zip(texts, corners, colours):
         if corner:
-            write(text, corner, colours[i])
-    counts = len(boxes) - len(order), corners.count(None)
+            write(text, corner, colour)
+    counts = more, corners.count(None)
     note = ", ".join(part.format(n) for part, n in zip(note.split(", "), counts) if n)
     if note:
         write(note, note_corner or (0, height - size(note)[1]), (0, 0, 0))
-    return rgb_tensor(picture)
 
 
 def place_labels(boxes: Tensor, sizes: list[tuple], height: int, width: int) -> list[tuple | None]:
@@ -123,6 +136,16 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
 
     figure = Figure(figsize=(width, height), layout="tight")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def frame(axis, box, colour: str) -> None:
+    """A box (x1, y1, x2, y2) on an image that `axis` shows, in its pixels; seen on any ground."""
+    from matplotlib.patches import Rectangle
+
+    x1, y1, x2, y2 = box
+    for width, ink in ((4, "black"), (2, colour)):  # imshow has pixels' centres at whole numbers
+        place = (x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1
+        axis.add_patch(Rectangle(*place, fill=False, edgecolor=ink, linewidth=width))
 
 
 def percent(value: float | None) -> float:

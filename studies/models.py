@@ -142,7 +142,7 @@ WAYS = (
 
 
 def lambdas(files: dict[str, Path], flags: list[str], out: Path) -> dict[str, dict]:
-    """Of each model its two lambdas and the metrics by way: lambdas.json, lambdas.png (Figure 6)."""
+    """Of each model its lambdas and its metrics by way: lambdas.json, lambdas.png (Figure 6)."""
     found: dict[str, dict] = {}
     for name, study in open_models(files, flags, out):
         model, config = study.model, study.config
@@ -165,7 +165,8 @@ def lambda_grid(found: dict[str, dict], way: str, key: str = "AP") -> tuple[np.n
     """Mean metric in percent by lambda_conv, falling, and lambda_fc, rising, and these; nan: none.
 
     >>> model = dict(lambda_fc=0.7, lambda_conv=0.8, metrics={"fc-head alone": {"AP": 0.25}})
-    >>> lambda_grid({"a": model, "b": {**model, "lambda_conv": 1.0, "metrics": {}}}, "fc-head alone")
+    >>> other = {**model, "lambda_conv": 1.0, "metrics": {}}
+    >>> lambda_grid({"a": model, "b": other}, "fc-head alone")
     (array([[nan],
            [25.]]), [1.0, 0.8], [0.7])
     """

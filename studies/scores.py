@@ -7,9 +7,9 @@
 that product with the fused score (Eq. 4), at boxes that the border of the image cuts: there, the
 paper says, ISM expects the whole object and RSM makes good for it.
 
-Shown are the boxes whose score rises most, and those whose score falls most, against the other boxes
-of their image: a factor that all have in common changes no order. Yellow is the box, white the
-object of its class with the highest IoU. The true IoU stands above, but does not choose the boxes.
+Shown are the boxes whose score rises most, and those whose score falls most, against the other
+boxes of their image: a factor that all have in common changes no order. Yellow is the box, white
+the object of its class with the highest IoU. The true IoU stands above, but chooses no box.
 OUT/scores.png draws these boxes, and OUT/scores.json lists them. The latter also says of all boxes
 how the scores follow the IoU (Pearson's correlation), and how far from it they are (mean distance).
 """
@@ -31,7 +31,7 @@ from common import BadInput, xywh_to_xyxy
 from cpm_rcnn import fused_score
 from engine.checkpoints import write_json
 from engine.metrics import detect
-from engine.pictures import new_figure
+from engine.pictures import frame, new_figure
 from engine.processes import gather, rank_and_world, say
 from engine.settings import Config
 from studies.alignment import Unsuppressed, correlation
@@ -142,8 +142,6 @@ TITLES = {
 
 def draw_scores(shown: dict[str, list[dict]], data: Dataset, path: Path) -> None:
     """A row for each figure, a column for each box: the image around it, both scores, the IoU."""
-    from matplotlib.patches import Rectangle
-
     wanted = {row["image_id"] for rows in shown.values() for row in rows}
     ids = [image["id"] for image in data.coco()["images"]]
     images = {ids[i]: data[i][0] for i in range(len(data)) if ids[i] in wanted}
@@ -157,10 +155,7 @@ def draw_scores(shown: dict[str, list[dict]], data: Dataset, path: Path) -> None
             axis.imshow(image.permute(1, 2, 0).numpy())
             for box, colour in ((row["object"], "white"), (row["box"], "yellow")):
                 if box:
-                    x1, y1, x2, y2 = box
-                    for width, ink in ((4, "black"), (2, colour)):
-                        frame = dict(fill=False, ec=ink, lw=width)
-                        axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, **frame))
+                    frame(axis, box, colour)
             scores = TITLES[name].format(**row)
             axis.set_title(f"{row['category']}: IoU {row['iou']:.2f}\n{scores}", fontsize=9)
     figure.savefig(path, dpi=90)

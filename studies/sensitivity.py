@@ -34,7 +34,7 @@ from baselines import gfl, retinanet
 from common import BadInput, Resized
 from engine.checkpoints import write_json
 from engine.data import to_device
-from engine.pictures import new_figure
+from engine.pictures import frame, new_figure
 from engine.processes import progress, say
 from studies.checkpoint import Options as CheckpointOptions
 from studies.checkpoint import open_study, read_options, reported
@@ -112,24 +112,20 @@ def shares(gradient: Tensor, box: Tensor) -> dict[str, float]:
 
 def draw_sensitivity(cases: list[dict], pictures: list[tuple], path: Path) -> None:
     """A row for each (image, gradients): the object, then both gradients over the dimmed image."""
-    from matplotlib.patches import Rectangle
-
     figure, axes = new_figure(11, 3.8 * len(pictures), len(pictures), 3)
     for line, case, (image, found) in zip(axes, cases, pictures):
         line[0].imshow(image.cpu().permute(1, 2, 0).numpy())
         line[0].set_title(case["category"])
+        sigma = max(image.shape) / 64
         for axis, task in zip(line[1:], TASKS):
-            blurred = gaussian_blur(found[task][None], 9, 2.0)[0].cpu()
+            blurred = gaussian_blur(found[task][None], 2 * int(2 * sigma) + 1, sigma)[0].cpu()
             axis.imshow(image.cpu().float().mean(0).numpy(), cmap="gray", vmin=0, vmax=510)
             axis.imshow(blurred.numpy(), cmap="inferno", alpha=0.75)
             share = case[task]["middle"]
             axis.set_title(f"{task} loss: {share:.0%} in the middle quarter")
-        x1, y1, x2, y2 = case["object"]
         for axis in line:
             axis.axis("off")
-            for width, ink in ((3, "black"), (1.5, "white")):
-                frame = dict(fill=False, ec=ink, lw=width)
-                axis.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, **frame))
+            frame(axis, case["object"], "white")
     figure.savefig(path, dpi=80)
 
 
@@ -147,7 +143,7 @@ def main(argv=None) -> dict:
             (image,), (target,) = to_device([data[i]], study.device)
             areas = torchvision.ops.box_area(target["boxes"]) * ~target["ignore"]
             largest = areas.argmax() if len(areas) else 0
-            if len(cases) == options.objects or not len(areas) or areas[largest] == 0:
+            if not len(areas) or areas[largest] == 0:
                 continue
             box = target["boxes"][largest].as_subclass(Tensor)
             found = gradients(model, image, target, box)
@@ -155,7 +151,9 @@ def main(argv=None) -> dict:
                 about = dict(image_id=target["image_id"], object=box.tolist())
                 about |= dict(category=names[target["labels"][largest]])
                 cases.append(about | {task: shares(found[task], box) for task in TASKS})
-                pictures += [(image, found)][: options.shown - len(pictures)]
+                pictures += [(image, found)] * (len(pictures) < options.shown)
+            if len(cases) == options.objects:
+                break
         if not cases:
             raise BadInput(f"{study.config.data}: no object has an anchor")
         means = {
