@@ -7,46 +7,127 @@ from pathlib import Path
 
 import torch
 import torchvision
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common import as_transformed, xywh_to_xyxy
+from common import as_transformed, rgb_tensor, xywh_to_xyxy
 from engine.detector import paste_mask
 from formats import decode_mask
+
+MOST_BOXES = 40  # choice: of more in one picture none can be read
 
 
 def draw(image: Tensor, boxes: Tensor, labels, names: list[str], scores=None, masks=None) -> Tensor:
     """uint8 [3, h, w] with boxes [G, 4], names and scores written on it.
 
-    Over masks, G bitmaps [h, w], if there are any: then a colour is an object's, else a class's.
+    Over masks, G bitmaps [h, w], if there are any: then a colour is an object's, else a class's. Of
+    more than MOST_BOXES objects the best are drawn, without scores the first. A line in a corner
+    counts the others, and the boxes that had no room for a label.
     """
     import matplotlib
 
     if not len(boxes):
         return image
+    height, width = image.shape[1:]
+    order = sorted(range(len(boxes)), key=lambda i: 0 if scores is None else -scores[i])
+    order = order[:MOST_BOXES]
     palette = matplotlib.colormaps["tab10"].colors
     shades = labels if masks is None else range(len(labels))
     colours = [tuple(int(255 * c) for c in palette[shade % 10]) for shade in shades]
     if masks is not None:
         image = image.clone()
-        for mask, colour in zip(masks, colours):
-            image[:, mask] = (0.45 * image[:, mask] + 0.55 * torch.tensor(colour)[:, None]).byte()
-    text = [f"{names[k]} {s:.2f}" for k, s in zip(labels, scores)] if scores is not None else None
-    text = text or [names[k] for k in labels]
+        for i, (mask, colour) in enumerate(zip(masks, torch.tensor(colours))):
+            if i in order:
+                image[:, mask] = (0.45 * image[:, mask] + 0.55 * colour[:, None]).byte()
+
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    pen = ImageDraw.Draw(picture)
+    side = math.sqrt(height * width)
+    crowd = max(1, len(order) / 15)  # choice: smaller letters where many labels share the room
+    line, font_size = max(2, round(side / 180)), max(11, round(side / 32 / math.sqrt(crowd)))
     font = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
-    side = min(image.shape[1:])
-    return torchvision.utils.draw_bounding_boxes(
-        image,
-        boxes,
-        text,
-        colours,
-        width=max(2, side // 130),
-        label_colors="white",
-        label_background_colors=colours,
-        fill_labels=True,
-        font=font,
-        font_size=max(12, side // 26),
-    )
+    pen.font = ImageFont.truetype(font, font_size)
+
+    def outline(box: list[float], thick: int, colour) -> None:
+        """Around the object, not over it, unless the image ends there."""
+        x1, y1 = (min(max(0, round(v) - thick), n - 1) for v, n in zip(box[:2], (width, height)))
+        x2, y2 = (min(round(v) + thick, n) - 1 for v, n in zip(box[2:], (width, height)))
+        pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=thick)
+
+    for i in reversed(order):  # the best ones last, over the others
+        outline(boxes[i].tolist(), line + 1, "black")  # seen where all is of the line's colour
+        outline(boxes[i].tolist(), line, colours[i])
+
+    texts = [names[labels[i]] + (f" {scores[i]:.2f}" if scores is not None else "") for i in order]
+    shown = [colours[i] for i in order]
+    write_labels(pen, boxes[order], texts, shown, len(boxes) - len(order), (height, width))
+    return rgb_tensor(picture)
+
+
+def write_labels(
+    pen, boxes: Tensor, texts: list[str], colours: list, more: int, image_size
+) -> None:
+    """Each box's text on its colour where there is room; a line in a corner for what is left out.
+
+    `pen` is a PIL ImageDraw with a font; `more` boxes of the image are not drawn at all.
+    """
+    height, width = image_size
+
+    def size(text: str) -> tuple[int, int]:
+        return math.ceil(pen.textlength(text)) + pen.font.size // 2, round(1.3 * pen.font.size)
+
+    def write(text: str, corner: tuple[float, float], colour: tuple) -> None:
+        (x, y), (w, h) = corner, size(text)
+        pen.rectangle((x, y, x + w - 1, y + h - 1), fill=colour)
+        light = 0.3 * colour[0] + 0.6 * colour[1] + 0.1 * colour[2] > 140
+        ink = "black" if light else "white"
+        pen.text((x + w / 2, y + h / 2), text, fill=ink, anchor="mm")
+
+    note = "+ {} more, {} without label"  # the last to find room: in a corner of the whole image
+    framed = torch.cat([boxes, boxes.new_tensor([[0, 0, width, height]])])
+    sizes = [size(text) for text in (*texts, note.format(more, len(texts)))]
+    *corners, note_corner = place_labels(framed, sizes, height, width)
+    for text, corner, colour in zip(texts, corners, colours):
+        if corner:
+            write(text, corner, colour)
+    counts = more, corners.count(None)
+    note = ", ".join(part.format(n) for part, n in zip(note.split(", "), counts) if n)
+    if note:
+        write(note, note_corner or (0, height - size(note)[1]), (0, 0, 0))
+
+
+def place_labels(boxes: Tensor, sizes: list[tuple], height: int, width: int) -> list[tuple | None]:
+    """Corner (x, y) of each box's label: at the box, inside the image, over no other label.
+
+    boxes [G, 4] and the labels' sizes (w, h) are in pixels of an image of height x width. One label
+    after the other takes the place that hides the least share of objects, or None if none is free.
+
+    >>> place_labels(torch.tensor([[10.0, 20, 50, 60]]).repeat(2, 1), [(30, 12)] * 2, 80, 60)
+    [(10.0, 8.0), (10.0, 60.0)]
+    """
+    corners: list[tuple | None] = []
+    taken = boxes[:0]
+    for (x1, y1, x2, y2), (w, h) in zip(boxes.tolist(), sizes):
+        lefts, tops = (x1, x2 - w), (y1, y2 - h)  # level with the box's ends
+        choices = [(x, y) for y in (y1 - h, y2) for x in lefts]  # above, below
+        choices += [(x, y) for x in (x2, x1 - w) for y in tops]  # right, left
+        choices += [(x, y) for y in tops for x in lefts]  # inside
+        choices = [(min(max(0, x), width - w), min(max(0, y), height - h)) for x, y in choices]
+        places = torch.tensor([(x, y, x + w, y + h) for x, y in choices])
+        free = (overlap(places, taken) == 0).all(1) & (places[:, :2] >= 0).all(1)
+        hidden = overlap(places, boxes) / torchvision.ops.box_area(boxes).clamp(min=1)
+        costs = hidden.sum(1).masked_fill(~free, math.inf).tolist()
+        best = costs.index(min(costs))
+        corners.append(choices[best] if costs[best] < math.inf else None)
+        taken = torch.cat([taken, places[best][None]]) if corners[-1] else taken
+    return corners
+
+
+def overlap(a: Tensor, b: Tensor) -> Tensor:
+    """Area [A, B] that boxes a [A, 4] and b [B, 4] share."""
+    shared = torch.minimum(a[:, None, 2:], b[:, 2:]) - torch.maximum(a[:, None, :2], b[:, :2])
+    return shared.clamp(min=0).prod(2)
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
@@ -55,6 +136,16 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
 
     figure = Figure(figsize=(width, height), layout="tight")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def frame(axis, box, colour: str) -> None:
+    """A box (x1, y1, x2, y2) on an image that `axis` shows, in its pixels; seen on any ground."""
+    from matplotlib.patches import Rectangle
+
+    x1, y1, x2, y2 = box
+    for width, ink in ((4, "black"), (2, colour)):  # imshow has pixels' centres at whole numbers
+        place = (x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1
+        axis.add_patch(Rectangle(*place, fill=False, edgecolor=ink, linewidth=width))
 
 
 def percent(value: float | None) -> float:
@@ -95,7 +186,7 @@ def draw_grid(data: Dataset, results: list[dict], score: float, path: Path, coun
         ):
             axis.imshow(picture.permute(1, 2, 0).numpy())
             axis.set_title(title)
-    figure.savefig(path, dpi=70)
+    figure.savefig(path, dpi=120)
 
 
 def draw_curves(log: list[dict], path: Path) -> None:

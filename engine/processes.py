@@ -59,13 +59,14 @@ def find_device(name: str) -> torch.device:
 
 
 def start_processes(name: str) -> torch.device:
-    """This process's device; joins the others if torchrun started it."""
+    """This process's device; joins the others, once, if torchrun started it."""
     device = find_device(name)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
 

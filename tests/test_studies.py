@@ -23,7 +23,19 @@ import iou_aware_retinanet as iou_aware
 from baselines import retinanet
 from studies import alignment, assignment, calibration, checkpoint, errors, sections, sweep
 
-NAMES = ("sweep", "alignment", "assignment", "errors", "sections", "bench", "compare", "cost")
+NAMES = (
+    "sweep",
+    "alignment",
+    "assignment",
+    "errors",
+    "sections",
+    "bench",
+    "compare",
+    "cost",
+    "models",
+    "scores",
+    "sensitivity",
+)
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = """--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 12 --num-val 4
  --batch 2 --steps 2 --workers 0 --fpn-channels 8 --norm gn --device cpu""".split()
