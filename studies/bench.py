@@ -185,7 +185,8 @@ def main(argv=None) -> list[dict]:
             say(
                 f"{r['job']:14} {r['model']:12} {r['seconds']:8.3f} s  {r['giga_multiply_adds']:8.1f} "
                 f"G multiply-adds  {r['peak_mib']:6d} MiB  ours / this: {r['ratio']:.2f}"
-                + f"  waits: {r['waits']}" * (r["waits"] is not None)
+                + f"  waits: {r['waits']}"
+                * (r["waits"] is not None)
             )
         out = Path(options.out or f"runs/{options.method}/studies")
         if rank_and_world()[0] == 0:

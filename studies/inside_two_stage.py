@@ -153,7 +153,8 @@ def cpm_panels(seen: Seen, pick: int) -> list:
         box, decoded, probs = rois[row, 1:], result[row, 1:], logits[row].float().sigmoid()
         corner, wh = cpm_rcnn.enlarge(box[None], ratios[stage])
         grid = torch.cat([corner, corner + wh], 2)[0, 0]
-        canvas, best = whole_grid(probs), probs.flatten(1).argmax(1)
+        shown = probs / probs.amax((1, 2), keepdim=True)  # the best cell of each map is bright
+        canvas, best = whole_grid(shown), probs.flatten(1).argmax(1)
         S, windows = probs.shape[-1], cpm_rcnn.unit_points(probs.device) * probs.shape[-1]
         cells = torch.stack([best % S, best // S], 1) + windows + 0.5  # [9, 2] on the 2S grid
         points = corner[0] + wh[0] * cells / (2 * S)
@@ -169,7 +170,7 @@ def cpm_panels(seen: Seen, pick: int) -> list:
 
         def draw(axis, box=box, decoded=decoded, grid=grid, canvas=canvas, points=points):
             show(axis, seen, area, margin=0.03)
-            heat(axis, canvas, grid, "inferno", alpha="value", limits=(0, 1))
+            heat(axis, canvas, grid, "inferno", "value", (0, 1), "of each map's best cell")
             axis.plot(*points.T.cpu(), "+", color="lime", ms=9, mew=2)
             outline(axis, truth, TRUTH)
             outline(axis, grid, "0.5", ":", 1.0)

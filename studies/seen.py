@@ -126,8 +126,8 @@ def outline(axis, box: Tensor | None, colour, style="-", width=2.0, alpha=1.0) -
     axis.add_patch(patch)
 
 
-def heat(axis, values: Tensor, box: Tensor, colours="viridis", alpha=0.75, limits=None) -> None:
-    """A map [S, S] over a box [4] of the image, with its scale beside it.
+def heat(axis, values: Tensor, box: Tensor, colours="viridis", alpha=0.75, limits=None, label=""):
+    """A map [S, S] over a box [4] of the image, with its scale and its label beside it.
 
     Where `alpha` is "value", what is low is transparent.
     """
@@ -139,7 +139,7 @@ def heat(axis, values: Tensor, box: Tensor, colours="viridis", alpha=0.75, limit
     limits = axis.get_xlim(), axis.get_ylim()
     drawn = axis.imshow(values, colours, extent=(x1, x2, y2, y1), alpha=alpha, vmin=low, vmax=high)
     axis.set(xlim=limits[0], ylim=limits[1])
-    scale(axis, drawn)
+    scale(axis, drawn, label)
 
 
 def scale(axis, drawn, label: str = "") -> None:

@@ -35,6 +35,14 @@ def make(method, **changes):
     return method.Detector(config, 10)
 
 
+def small(method, **changes):
+    """A two-stage model, on the flags of its tiny preset."""
+    sizes = dict(fpn_channels=16, fc_channels=32, norm="gn", workers=0, proposals_test=40)
+    torch.manual_seed(0)
+    config = dataclasses.replace(method.Config(), **{**method.TINY, **sizes, **changes})
+    return method.Detector(config, 10).eval()
+
+
 def sure(model):
     """The same model with class scores far apart, as after training."""
     torch.manual_seed(1)

@@ -6,8 +6,7 @@ import json
 
 import pytest
 import torch
-from methods import batch, make, sure
-from test_studies import small
+from methods import batch, make, small, sure
 
 import common
 import cpm_rcnn

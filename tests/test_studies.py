@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods import REAL, RUN, batch, make, sure, torchrun
+from methods import REAL, RUN, batch, make, small, sure, torchrun
 
 import common
 import cpm_rcnn
@@ -114,14 +114,6 @@ def test_each_row_of_a_sweep_is_its_own_settings(monkeypatch):
     model = make(retinanet)
     rows = sweep.evaluate_variants(model, {"a": model.config, "b": model.config}, data, None, CPU)
     assert rows["a"]["AP"] == 0 and rows["b"]["AP"] == pytest.approx(1)
-
-
-def small(method, **changes):
-    """A two-stage model, on the flags of its tiny preset."""
-    sizes = dict(fpn_channels=16, fc_channels=32, norm="gn", workers=0, proposals_test=40)
-    torch.manual_seed(0)
-    config = dataclasses.replace(method.Config(), **{**method.TINY, **sizes, **changes})
-    return method.Detector(config, 10).eval()
 
 
 def test_sweeps_know_what_a_model_lacks():
