@@ -788,7 +788,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torch
 
 def padded_size(image: Tensor, divisor: int = 32) -> tuple[int, ...]:
     """(H, W) of an image [3, h, w] that is padded alone."""
-    return tuple(math.ceil(side / divisor) * divisor for side in image.shape[1:])
+    return tuple((side + divisor - 1) // divisor * divisor for side in image.shape[1:])
 
 
 def check_image(image) -> None:

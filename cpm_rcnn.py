@@ -362,7 +362,7 @@ class Detector(faster_rcnn.TwoStage):
             keep = kernels.batched_nms(rois[row, 1:], cls, groups, config.nms_iou)
             keep = keep[first_per_image(image[row[keep]], len(images), config.grid_test)]
             rois, labels, cls = rois[row[keep]], labels[keep], cls[keep]
-            row = torch.arange(len(rois), device=rois.device)  # a box of its own for each score
+            row = torch.arange(rois.shape[0], device=rois.device)  # a box of its own for each score
             for stage, head in enumerate(self.grids[:last]):
                 logits, trunk = head(self.pool(features, rois, 14))
                 rois = self.decode_stage(stage, rois, logits, sizes)

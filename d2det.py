@@ -452,7 +452,7 @@ class Detector(faster_rcnn.TwoStage):
         probs = self.classify(pooled).float().softmax(1)[:, :-1]
         outputs = dict(features=features, sizes=sizes, rois=rois, image=image, probs=probs)
         if not self.config.dlr:
-            outputs["deltas"] = self.box_deltas(features, rois, pooled).view(len(rois), -1, 4)
+            outputs["deltas"] = self.box_deltas(features, rois, pooled).unflatten(1, (-1, 4))
         return outputs
 
     @torch.no_grad()

@@ -288,7 +288,8 @@ class TwoStage(BaseDetector):
             pool(i, features[i : i + 1], rois[m], self.strides[i : i + 1])
             for i, m in enumerate(members)
         ]
-        return torch.cat(pooled)[torch.cat(members).argsort()]
+        order = level.argsort(stable=True)  # members, one after the other
+        return torch.cat(pooled)[order.argsort()]
 
 
 class Detector(TwoStage):
@@ -317,7 +318,7 @@ class Detector(TwoStage):
         """Proposals, and of each its class probabilities [R, K] and deltas [R, K, 4]."""
         features, sizes, rois, image = self.test_rois(images)
         logits, deltas = self.head(features, rois)
-        probs, deltas = logits.float().softmax(1)[:, :-1], deltas.view(len(rois), -1, 4)
+        probs, deltas = logits.float().softmax(1)[:, :-1], deltas.unflatten(1, (-1, 4))
         return dict(sizes=sizes, rois=rois, image=image, probs=probs, deltas=deltas)
 
     def select(self, outputs: dict, config: Config) -> dict[str, Tensor]:

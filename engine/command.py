@@ -11,9 +11,10 @@ import torch
 from common import BadInput
 from engine.checkpoints import check_folder, load_checkpoint, load_weights
 from engine.data import load_data
+from engine.export import export_file
 from engine.metrics import evaluate, show_metrics
 from engine.predict import predict_files
-from engine.processes import end_processes, say, start_processes, warn_of_busy_cores
+from engine.processes import end_processes, rank_and_world, say, start_processes, warn_of_busy_cores
 from engine.settings import Config, parse, show_rows, untrained
 from engine.train import train
 
@@ -54,8 +55,8 @@ def run(
 
 def _run(detector_class, config: Config, device: torch.device):
     out, needs_data = Path(config.out), config.train or config.eval
-    if not (needs_data or config.predict):
-        raise BadInput("nothing to do: --train, --eval, --predict or --rows (see --help)")
+    if not (needs_data or config.predict or config.export):
+        raise BadInput("nothing to do: --train, --eval, --predict, --export or --rows (see --help)")
     state = load_checkpoint(config.weights) if config.weights else None
     if not (state or config.train):
         raise BadInput(f"this needs --weights (there is no {out / 'last.pt'})")
@@ -88,4 +89,7 @@ def _run(detector_class, config: Config, device: torch.device):
         say(
             f"{len(found)} detections: {folder}/predictions.json; {drawn} drawn: {folder}/pictures/"
         )
+    if config.export and rank_and_world()[0] == 0:
+        export_file(model, categories, config.export)
+        say(f"exported: {config.export}")
     return metrics

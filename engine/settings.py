@@ -25,6 +25,7 @@ class Config(common.Config):
     train: bool = False  # train, then evaluate
     eval: bool = False  # evaluate --weights on the validation set
     predict: tuple[str, ...] = ()  # detect in these image files and folders with --weights
+    export: str = ""  # write the network up to NMS into this file, which torch.export.load reads
     rows: bool = False  # print the paper's tables and the flags of each row
     row: str = ""  # take the settings of this row of the paper's tables (see --rows)
     preset: Literal["auto", "paper", "tiny"] = "auto"  # auto: tiny for synthetic data without a GPU
@@ -91,7 +92,9 @@ TINY = dict(
 
 
 # Flags that say what to do now; the others come with a checkpoint.
-ACTIONS = "train eval predict rows row preset weights resume out device workers compile".split()
+ACTIONS = (
+    "train eval predict export rows row preset weights resume out device workers compile".split()
+)
 
 
 # Flags that say where the data is; these come with it unless one of the first three is given.
@@ -137,7 +140,7 @@ def parse(config_class, rows: dict, tiny: dict, name: str, argv=None) -> Config:
     settings |= dataclasses.replace(asked, **row).brings(small) | row
     last = Path(asked.out or f"runs/{name}") / "last.pt"
     weights = asked.weights
-    if (asked.eval or asked.predict) and not asked.train:
+    if (asked.eval or asked.predict or asked.export) and not asked.train:
         weights = weights or (str(last) if last.exists() else "")
         source = weights
     else:

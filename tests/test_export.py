@@ -1,0 +1,71 @@
+"""--export: the file alone finds what the detector finds, in images of other sizes than its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from methods import make, small, sure
+
+import common
+import double_head
+import iou_aware_retinanet
+from engine.detector import BaseDetector
+from engine.export import export_file
+
+ROOT = Path(__file__).resolve().parent.parent
+CATEGORIES = common.SyntheticDetection(1, 64).categories
+ALONE = """
+import json, sys
+import torch
+import kernels
+
+for file in sys.argv[1:]:
+    extra = {"categories": ""}
+    network = torch.export.load(file, extra_files=extra).module()
+    images = torch.load(file + ".images")
+    torch.save([network(image) for image in images], file + ".found")
+    assert len(json.loads(extra["categories"])) == 10
+ours = [m for m in sys.modules if m.split(".")[0] in ("common", "engine", "baselines", "formats")]
+print(json.dumps(ours))
+"""
+
+
+def models() -> dict[str, BaseDetector]:
+    """A one-stage detector, and a two-stage one whose batch norms have seen something."""
+    two = small(double_head, conv_channels=16, score_threshold=0.05, norm="bn")
+    for layer in two.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(layer.running_mean, -0.1, 0.1)
+            torch.nn.init.uniform_(layer.running_var, 0.5, 2)
+    return {"one": sure(make(iou_aware_retinanet)).eval(), "two": two}
+
+
+def test_an_exported_file_finds_the_same_in_a_process_without_this_project(tmp_path):
+    sizes, files = [(160, 192), (224, 160), (192, 320)], []
+    images = [(torch.rand(3, *size) * 255).byte() for size in sizes]
+    made = models()
+    for name, model in made.items():
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        file = tmp_path / f"{name}.pt2"
+        export_file(model, CATEGORIES, file)
+        assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+        torch.save(images, f"{file}.images")
+        files.append(str(file))
+    command = [sys.executable, "-c", ALONE, *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == []
+    for file, model in zip(files, made.values()):
+        for image, found in zip(images, torch.load(f"{file}.found")):
+            want = model.candidates([image])
+            assert len(want["boxes"]) > 20 and found.keys() == {"boxes", "scores", "labels"}
+            for key, value in found.items():
+                torch.testing.assert_close(value, want[key], atol=1e-3, rtol=1e-4)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    with pytest.raises(common.BadInput, match="ends in .pt2"):
+        export_file(make(iou_aware_retinanet), CATEGORIES, tmp_path / "model.onnx")
