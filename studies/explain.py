@@ -83,7 +83,7 @@ def draw_page(seen: Seen, picks: list[int], panels, path: Path) -> list[dict]:
     lines = [Line2D([], [], color=colour, lw=3) for colour in meaning]
     legend = dict(loc="outside lower center", ncols=len(lines), facecolor="0.7", framealpha=1)
     figure.legend(lines, meaning.values(), **legend)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
     return numbers
 
 

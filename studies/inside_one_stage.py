@@ -125,7 +125,7 @@ def training_panels(seen: Seen, truth: Tensor) -> list:
             scale(axis, mapped)
 
         drawings.append(
-            (f"its {len(boxes)} positives' boxes;\ncolour: weight lambda'", draw_weights)
+            (f"boxes of its {len(boxes)} positives;\ncolour: weight lambda'", draw_weights)
         )
     if model.config.iac and model.config.base == "retinanet":
         thresholds = (model.config.fg_iou, model.config.bg_iou)
@@ -167,11 +167,12 @@ def nms_panel(seen: Seen, pick: int):
     seen.numbers |= dict(cluster=[numbers_of(b) for b in boxes], cluster_scores=numbers_of(scores))
     seen.numbers |= dict(centre=numbers_of(centre), kept=chosen)
     truth = seen.truth(pick)
-    title = f"a cluster of {len(boxes)}: plain, soft NMS\nkeep magenta, CL-NMS blue"
+    kept_by = ["plain, soft NMS: magenta", "CL-NMS: blue"]
     if truth is not None:
         plain, cl = aligned_iou(boxes[list(chosen.values())], truth[None]).tolist()
         seen.numbers |= dict(iou_plain=plain, iou_cl=cl)
-        title += f" (IoU {plain:.2f}, {cl:.2f})"
+        kept_by = [f"plain NMS: magenta, {plain:.2f}", f"CL: blue, {cl:.2f}"]
+    title = f"{len(boxes)} boxes, one is kept by\n{'; '.join(kept_by)}"
 
     def draw(axis):
         show(axis, seen, [*boxes, truth])
