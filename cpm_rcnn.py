@@ -26,7 +26,8 @@ Score and box. The class score was given to the proposal, not to the box drawn f
               score = (cls * ism)^0.8 * rsm^0.2; no NMS behind it
 
 Where paper and release differ, the release made the paper's numbers and decides:
-    ISM and RSM learn from the boxes that enter the last stage; the paper says, from the final ones.
+    ISM and RSM learn from the boxes that enter the last stage; the paper says, from the final ones
+    (Eq. 3, 3.3.2). In testing ISM still reads the entering box, RSM the final one.
     Gts join every later stage, of which the paper says nothing.
 All other deviations stand beside ROWS.
 
@@ -259,7 +260,10 @@ def grid_loss(heat_logits: Tensor, targets: Tensor, num_rois: Tensor | int | Non
 def iou_scoring_loss(
     predicted: Tensor, ious: Tensor, kind: str = "l2", num_rois: Tensor | int | None = None
 ) -> Tensor:
-    """Eq. 7: predicted [R, 2] against (1 - ious, ious), ious [R]; sum / (2 num_rois); num_rois: R."""
+    """Eq. 7: predicted [R, 2] against (1 - ious, ious), ious [R]; l2 counts e^2 / 2 of an error e.
+
+    Mean over both outputs and num_rois, which is R unless given.
+    """
     # choice: smooth l1's beta is 1/9; with 1 it would be l2 for all errors below 1
     losses = dict(l2=F.mse_loss, l1=F.l1_loss, smooth_l1=partial(F.smooth_l1_loss, beta=1 / 9))
     loss = losses[kind](predicted.float(), torch.stack([1 - ious, ious], 1), reduction="sum")
@@ -405,8 +409,8 @@ class Detector(faster_rcnn.TwoStage):
 # - Weight decay: 4e-5 | 1e-4 | release, whose settings made the numbers
 # - ISM's loss: l2 | half of it on two outputs, crashes with one box | mean of e^2 / 2 over all
 # - ISM's and RSM's boxes in training: from the final stage | those that enter it | release
-# - RSM's RoIs: those and the classifier's negatives | 512 an image of them, 25 % positive; Table 3:
-#   and of the last stage's negatives | all of them; Table 3 as the others
+# - RSM's RoIs: these boxes and the classifier's negatives | 512 an image drawn from them, 25 %
+#   positive; Table 3 adds the last stage's negatives | all of them, in Table 3 too
 # - Points outside the grid: - | rounded toward zero, so some are drawn in cell 0 | left out
 # - Heat maps' last bias: - | 0, though -log 99 is written down | 0; `--grid-init` is -log 99
 # - Smooth l1 (Table 6): no beta | - | 1/9

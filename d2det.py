@@ -1,4 +1,4 @@
-"""D2Det (Cao et al., CVPR 2020): regress a box from every cell, classify from the cells that matter.
+"""D2Det (Cao et al., CVPR 2020): regress a box from every cell, classify from the places that matter.
 Paper: https://openaccess.thecvf.com/content_CVPR_2020/html/Cao_D2Det_Towards_High_Quality_Object_Detection_and_Instance_Segmentation_CVPR_2020_paper.html
 Releases: https://github.com/JialeCao001/D2Det and https://github.com/JialeCao001/D2Det-mmdet2.1
 
@@ -8,10 +8,10 @@ class and box of it. D2Det gives each of the two what it needs:
 Dense local regression (DLR). One vector gives one box, and whatever goes wrong moves all of it. DLR
     keeps the grid of 7x7 cells, and each cell predicts its own distances to the object's four sides.
     The box is the mean of the cells' boxes, where single errors average out.
-Overlap prediction. A cell on the background sees nothing of the object. Each cell also says whether
-    it lies on the object, and the mean is over those that do.
+Overlap prediction. A cell on the background predicts a less precise box (3.1). So each cell also
+    says whether it lies on the object, and the mean is over the cells that do.
 Discriminative RoI pooling (DRP). A class shows in parts of an object, which do not lie in equal bins.
-    DRP moves each bin to where the evidence is, and weighs samples before it averages them.
+    DRP moves each bin to where the evidence is, and weights the samples before it averages them.
 Masks (`--masks`, off by default). Where masks are known, a cell is on the object if the object's
     pixels are there, not just its box. The overlap prediction then is a coarse mask, and two
     transposed convolutions refine what it is made from, 7x7 -> 28x28. A class score says nothing
@@ -31,9 +31,10 @@ Masks (`--masks`, off by default). Where masks are known, a cell is on the objec
               features are pooled anew, from DLR's boxes.
 
 Where paper and releases differ, the releases made the numbers and decide:
-    A cell is "inside" a sixth of the proposal away from the gt's sides (`--overlap-margin 0`: Eq. 3).
+    A cell is "inside" only if it is at least a sixth of the proposal away from each of the gt's
+    sides: 25 of 49 cells of a perfect proposal are (`--overlap-margin 0`: Eq. 3).
     Below an IoU of 0.1 the box loss is bounded (`iou_loss`): boxes start almost empty, and the plain
-    -log IoU ends the training of wide heads in its first steps.
+    -log IoU makes wide heads diverge in their first steps.
     With no cell over 0.5 the releases' box is (0, 0, 0, 0); ours is the mean over all cells.
 All other deviations stand beside ROWS.
 
@@ -375,7 +376,7 @@ def mask_losses(mask_logits: Tensor, iou: Tensor, targets: Tensor, areas: Tensor
 
     mask_logits [R, S, S], iou [R] of the gts' classes; targets [R, S, S], areas [R] to reach.
     Means over cells and over num_rois, which is R unless given. The IoU to predict is that of the
-    mask, where its probability is over 0.5, with the whole object; up to 0.1 none is (release).
+    mask, where its probability is over 0.5, with the whole object; up to 0.1 none trains (release).
     """
     num_rois = max(1, len(targets)) if num_rois is None else num_rois
     bce = F.binary_cross_entropy_with_logits(mask_logits.float(), targets, reduction="sum")

@@ -8,7 +8,7 @@ badly. The paper lets each task's success enter the other's work at three places
     Dynamic coefficient (DC) loss. A positive anchor whose predicted box fits badly weighs less in
       the class loss, so that the shared features can serve its box first.
     IoU-classification-aware (IAC) assignment. An anchor of low IoU can still see enough of an
-      object, say one that lies inside it. It is positive if it overlaps the object and already
+      object, for example one inside the object. It is positive if it overlaps the object and already
       gives the object's class a high probability.
     Classification-localisation balanced (CL) NMS. The best score need not have the best box. Among
       the boxes on one object, that with the best sum of score and nearness to their common centre
@@ -20,13 +20,13 @@ lets one in), their boxes are no worse than the others', and AP does not rise. C
 
     image -> ResNet-FPN -> P3..P7 -> two towers -> cls_logits [B, N, K], deltas [B, N, 4]
     training: IoU >= 0.5 or s > 0.5 -> positive     s: IAC score of an anchor and its gt
-              lambda = 1 / (error of the positive's box + eps) -> lambda', of which the sum of
-              lambda' * class loss over the positives is their plain sum
+              lambda = 1 / (error of the positive's box + eps); lambda' is lambda, scaled so that
+              the positives' sum of lambda' * class loss is their plain sum
               loss = (sum_pos lambda' L_cls + sum_neg L_cls + sum_pos L_box) / N_pos
     test:     scores over 0.05 -> boxes -> per class, until none is left: the cluster around the
               best p -> keep its best p + d, drop the rest     d: 1 - distance to the centre
 
-The text that we have lost its displayed equations. Each is rebuilt below where its function stands,
+In our copy of the text the displayed equations are missing. Each is rebuilt below where its function stands,
 beside the paper's words. Three readings change the method most:
     The errors of DC loss are shares of the gt's size, so that large and small objects count alike
     (`--dc-error pixels`: as they are).
@@ -36,8 +36,8 @@ beside the paper's words. Three readings change the method most:
 All other deviations stand beside ROWS. RetinaNet itself is in baselines/retinanet.py.
 
 `--base gfl` puts DC loss and CL-NMS on GFL (baselines/gfl.py), as in the last row of Table 1. GFL's
-score already is to be the IoU of the predicted box: of a box that fits badly it asks a low score,
-and DC loss makes this count less. How lambda' enters GFL's class loss is not published:
+score already learns the IoU of the predicted box. It asks a low score of a box that fits badly, and
+DC loss makes this demand count less. How lambda' enters GFL's class loss is not published:
     It weighs a positive's terms of all K classes, as on RetinaNet (`--gfl-dc anchor`, the default).
     It weighs that of the object's class; the other terms count in full (`--gfl-dc class`).
 
@@ -71,7 +71,9 @@ class Config(retinanet.Config, gfl.Config):
 
     base: Literal["retinanet", "gfl"] = "retinanet"  # gfl: with GFL's own settings, and without IAC
     dc_loss: bool = True  # weigh the positives' class loss by the coefficient (2.1)
-    dc_error: Literal["relative", "pixels"] = "relative"  # distances over the gt's size, or as are
+    dc_error: Literal["relative", "pixels"] = (
+        "relative"  # distances over the gt's size, or as they are
+    )
     dc_eps: Amount = 0.1  # of the coefficient's denominator; choice: the paper prints no number
     dc_normalise: bool = True  # keep the positives' total class loss (2.1)
     iac: bool = True  # also positive: anchors of a high IAC score (2.2)

@@ -107,7 +107,8 @@ def task_weights(heads: str, omega_fc=1.0, omega_conv=1.0, lambda_fc=1.0, lambda
 def fuse_scores(fc_probs: Tensor, conv_probs: Tensor, how: str = "complementary") -> Tensor:
     """Eq. 4 and its rivals in Table 3: two heads' probabilities, of any one shape, become one.
 
-    Complementary: 1 - (1 - s_fc) (1 - s_conv), the chance that one head is right, if they err apart.
+    Complementary: 1 - (1 - s_fc) (1 - s_conv), the chance that at least one is right, if their errors
+    are independent.
 
     >>> fuse_scores(torch.tensor([0.5, 1.0]), torch.tensor([0.5, 0.2]))
     tensor([0.7500, 1.0000])

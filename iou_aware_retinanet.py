@@ -59,7 +59,7 @@ class Config(retinanet.Config):
     iou_grad: bool = True  # the IoU loss also moves the box, through its target (release)
     iou_weight: Amount = 1.0  # weight of the loss of the predicted IoU (Eq. 4)
     alpha: Share = 0.5  # score = p^alpha IoU^(1-alpha) (Eq. 5; release; Table 3's best: 0.4, 0.5)
-    product: bool = False  # score = p * IoU instead ("none" in Tables 2 to 4)
+    product: bool = False  # score = p * IoU instead ("none" in Tables 3, 4; all of Table 2)
 
 
 # ------------------------------------------------------------------------------ equations
@@ -240,8 +240,9 @@ class Detector(retinanet.RetinaNet):
 #   P7: - | no ReLU between P6 and P7 | release.
 #   Anchors: - | "+1" box sizes, rounded | neither.
 
-# "none" in Tables 2 to 4 is p * IoU: the ranking of alpha = 0.5, whose square it is. The two differ
-# only through the score threshold, which cuts the square more often (35.4 and 35.5 in the paper).
+# "none" in Tables 3 and 4, and both losses of Table 2, are p * IoU, the square of the score of alpha =
+# 0.5: the same ranking. They differ only through the score threshold, which cuts the square more
+# often (35.4 and 35.5 in the paper).
 
 ALPHAS = tuple(round(1 - i / 10, 1) for i in range(11))  # Table 3
 _SMALL = dict(scales=(600,), test_scales=(600,), max_size=1000)  # the ablations' image scale

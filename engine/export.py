@@ -48,7 +48,7 @@ def export_file(model: nn.Module, categories: list[dict], path: str | Path) -> N
     """Write `BoxesBeforeNMS` of a model for `torch.export.load`, for images of any size in SIDES.
 
     Who loads it imports `kernels` before, whose operators it calls. Its extra file "categories" is
-    their list as JSON. Raises BadInput where the file cannot be written.
+    their list as JSON. Raises BadInput where the file has another ending.
     """
     path = Path(path)
     if path.suffix != ".pt2":

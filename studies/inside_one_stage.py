@@ -43,12 +43,12 @@ def iou_aware_panels(seen: Seen, pick: int) -> list:
     for name, values in maps.items():
 
         def draw(axis, values=values):
-            show(axis, seen)
+            show(axis, seen, grey=True)
             heat(axis, values, ground, alpha=0.7, limits=(0, 1))
             outline(axis, truth, TRUTH)
             outline(axis, seen.detections["boxes"][pick], FOUND)
 
-        drawings.append((f"{name} of the anchors\nof this shape on P{level + 3}", draw))
+        drawings.append((f"{name}: P{level + 3}'s anchors\nof the found box's shape", draw))
     return [
         *drawings,
         ("boxes on the object, ranked\nby class score and fused", ranking(seen, row)),
@@ -81,7 +81,7 @@ def ranking(seen: Seen, row: int, most: int = 12):
             ends = line["by_class"], line["fused"]
             if min(ends) <= most:
                 axis.plot((0, 1), ends, "o-", color=colours(norm(line["iou"])), lw=2)
-        axis.set(ylim=(most + 0.5, 0.5), xlim=(-0.15, 1.15), ylabel="place")
+        axis.set(ylim=(most + 0.5, 0.5), xlim=(-0.15, 1.15), ylabel="rank")
         axis.set_xticks((0, 1), ("class score", "fused"))
         scale(axis, matplotlib.cm.ScalarMappable(norm, colours), known)
 
@@ -167,12 +167,12 @@ def nms_panel(seen: Seen, pick: int):
     seen.numbers |= dict(cluster=[numbers_of(b) for b in boxes], cluster_scores=numbers_of(scores))
     seen.numbers |= dict(centre=numbers_of(centre), kept=chosen)
     truth = seen.truth(pick)
-    kept_by = ["plain, soft NMS: magenta", "CL-NMS: blue"]
+    kept_by = ["plain NMS", "CL-NMS"]
     if truth is not None:
         plain, cl = aligned_iou(boxes[list(chosen.values())], truth[None]).tolist()
         seen.numbers |= dict(iou_plain=plain, iou_cl=cl)
-        kept_by = [f"plain NMS: magenta, {plain:.2f}", f"CL: blue, {cl:.2f}"]
-    title = f"{len(boxes)} boxes, one is kept by\n{'; '.join(kept_by)}"
+        kept_by = [f"plain NMS (IoU {plain:.2f})", f"CL-NMS ({cl:.2f})"]
+    title = f"of {len(boxes)} boxes magenta is kept by\n{', blue by '.join(kept_by)}"
 
     def draw(axis):
         show(axis, seen, [*boxes, truth])

@@ -55,9 +55,10 @@ def d2det_panels(seen: Seen, pick: int) -> list:
             outline(axis, found, FOUND)
 
         def draw_overlap(axis):
-            show(axis, seen, area)
+            show(axis, seen, area, grey=True)
             heat(axis, overlap[0], proposal, limits=(0, 1))
             outline(axis, truth, TRUTH)
+            outline(axis, proposal, ENTERING, "--")
             outline(axis, found, FOUND)
 
         drawings.append(
@@ -71,10 +72,10 @@ def d2det_panels(seen: Seen, pick: int) -> list:
         fine = seen.candidates["masks"][row]
         box = seen.candidates["boxes"][row]
         coarse = F.adaptive_max_pool2d(fine[None], 7)[0]
-        for name, mask in (("coarse mask, 7x7 of the\nfine one", coarse), ("mask, 28x28", fine)):
+        for name, mask in (("its mask,\npooled to 7x7", coarse), ("its mask, 28x28", fine)):
 
             def draw_mask(axis, mask=mask):
-                show(axis, seen, [box, truth])
+                show(axis, seen, [box, truth], grey=True)
                 heat(axis, mask, box, alpha="value", limits=(0, 1))
                 outline(axis, box, FOUND)
 
@@ -169,11 +170,11 @@ def cpm_panels(seen: Seen, pick: int) -> list:
         seen.numbers["stages"].append(stage_numbers)
 
         def draw(axis, box=box, decoded=decoded, grid=grid, canvas=canvas, points=points):
-            show(axis, seen, area, margin=0.03)
-            heat(axis, canvas, grid, "inferno", "value", (0, 1), "of each map's best cell")
-            axis.plot(*points.T.cpu(), "+", color="lime", ms=9, mew=2)
+            show(axis, seen, area, margin=0.03, grey=True)
+            heat(axis, canvas, grid, "inferno", "value", (0, 1), "share of the map's best cell")
+            axis.plot(*points.T.cpu(), "+", color="lime", ms=7, mew=1.2)
             outline(axis, truth, TRUTH)
-            outline(axis, grid, "0.5", ":", 1.0)
+            outline(axis, grid, "yellow", ":", 1.2)
             outline(axis, box, ENTERING, "--")
             outline(axis, decoded, FOUND)
 
@@ -229,7 +230,7 @@ def double_head_panels(seen: Seen, pick: int) -> list:
         roi = double_head.enlarge(seen.outputs["rois"][at : at + 1], size)[0, 1:]
 
         def draw(axis, shown=shown, roi=roi):
-            show(axis, seen, [roi, truth])
+            show(axis, seen, [roi, truth], grey=True)
             most = float(shown.abs().max())
             heat(axis, shown, roi, "coolwarm", limits=(-most, most))
             outline(axis, truth, TRUTH)
@@ -263,7 +264,7 @@ def cell_evidence(model, name: str, seen: Seen, at: int, label: int) -> Tensor:
 
 @torch.no_grad()
 def slide(seen: Seen, box: Tensor, label: int, steps: int = 33) -> list:
-    """Both heads' scores and boxes as a proposal slides off the object (Figures 9 and 10)."""
+    """Both heads' scores and boxes as a proposal slides off the object (cf. 3.1, Figures 2, 7)."""
     model = seen.model
     shift = torch.linspace(-1, 1, steps, device=box.device)
     moved = box.repeat(steps, 1)

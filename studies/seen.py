@@ -94,11 +94,12 @@ def look(model: nn.Module, config: Config, image: Tensor, target: dict, names, r
 # ------------------------------------------------------------------------------ drawing
 
 
-def show(axis, seen: Seen, boxes: list[Tensor | None] = (), margin: float = 0.15) -> None:
-    """The image, or the part of it that these boxes [4] lie in."""
+def show(axis, seen: Seen, boxes: list[Tensor | None] = (), margin=0.15, grey=False) -> None:
+    """The image, or the part of it that these boxes [4] lie in; grey: as ground for a map."""
     h, w = seen.image.shape[1:]
     ground = (0, w, h, 0)  # pixel i lies between i and i + 1, as boxes have it
-    axis.imshow(seen.image.permute(1, 2, 0).cpu().numpy(), extent=ground)
+    image = seen.image.permute(1, 2, 0).cpu().numpy()
+    axis.imshow(image.mean(2) if grey else image, "gray", extent=ground, vmin=0, vmax=255)
     axis.set(xticks=[], yticks=[])
     known = [b for b in boxes if b is not None]
     if not known:
