@@ -305,6 +305,5 @@ def test_the_command_line(tmp_path, monkeypatch):
     assert {"pictures", "predictions.json"} <= {p.name for p in (tmp_path / "c").rglob("*")}
 
 
-@pytest.mark.parametrize("name", ["bccd", "coco_tiny"])
-def test_real_data(detection_data, tmp_path, name):
-    check_real_data(method, REAL, detection_data / name, tmp_path)
+def test_real_data(detection_data, tmp_path):
+    check_real_data(method, REAL, detection_data / "bccd", tmp_path)
