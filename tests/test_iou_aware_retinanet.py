@@ -15,6 +15,7 @@ from methods import (
     check_all_classes,
     check_all_crowd,
     check_batch_equals_singles,
+    check_command_line,
     check_gradients,
     check_overfits,
     check_real_data,
@@ -300,9 +301,8 @@ def test_flag_changes_the_run(known, flag):
 
 
 def test_the_command_line(tmp_path, monkeypatch):
-    metrics, where = check_resume(method, RUN, tmp_path, monkeypatch)
-    assert method.main([*RUN, "--eval", "--predict", f"{tmp_path}/a.png", *where]) == metrics
-    assert {"pictures", "predictions.json"} <= {p.name for p in (tmp_path / "c").rglob("*")}
+    check_command_line(method, RUN, tmp_path)
+    check_resume(method, RUN, tmp_path / "resumed", monkeypatch)
 
 
 def test_real_data(detection_data, tmp_path):
