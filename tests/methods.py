@@ -9,6 +9,7 @@ import torch
 import torchvision
 
 import common
+import d2det
 from baselines import retinanet
 from engine.checkpoints import load_checkpoint
 from engine.data import to_device
@@ -17,6 +18,18 @@ from engine.metrics import coco_metrics, detect, to_coco
 from engine.settings import Config as EngineConfig
 
 SMALL = dict(fpn_channels=16, tower_convs=1, tower_groups=0, anchor_scale=2.0, norm="gn", workers=0)
+SMALL_D2DET = dict(
+    d2det.TINY,
+    fpn_channels=16,
+    conv_channels=16,
+    num_convs=2,
+    groups=4,
+    fc_channels=32,
+    norm="gn",
+    proposals_train=100,
+    proposals_test=50,
+    workers=0,
+)
 RUN = """--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 12 --num-val 4
  --batch 2 --steps 6 --workers 0 --fpn-channels 8 --tower-convs 1 --tower-groups 0 --norm gn --log-every 1
  --save-every 2 --device cpu --score-threshold 0.005 --draw-score 0.01""".split()
@@ -204,11 +217,11 @@ def metrics_of(found, target, categories) -> dict:
     return coco_metrics(data, to_coco(0, found, categories))
 
 
-def check_overfits(model, image: int, steps: int, least_iou: float):
+def check_overfits(model, image: int, steps: int, least_iou: float, to_the_end=False):
     """Trained on one image, a model finds its objects before anything else. The image; their boxes.
 
-    A second box on an object may be left, with a lower score: how many is chance. Ends before `steps`
-    where all is found.
+    A second box on an object may be left, with a lower score: how many is chance. Ends before
+    `steps` where all is found, if not told to go to the end.
     """
     data = common.SyntheticDetection(image + 1, 96)
     target = data[image][1]
@@ -222,7 +235,7 @@ def check_overfits(model, image: int, steps: int, least_iou: float):
         best = metrics_of(found, target, data.categories)["AP50"] > 0.9
         return best and (iou * mine).amax(1).min() > least_iou
 
-    images, _, found = overfit(model, data[image], steps, good)
+    images, _, found = overfit(model, data[image], steps, None if to_the_end else good)
     assert good(found), (found, target)
     return images, target["boxes"]
 
@@ -252,7 +265,7 @@ def check_variants(method, configs: list):
 
 
 def check_command_line(method, run, folder, *flags):
-    """Trains two steps; what was saved gives the same metrics, and detects in a file. The metrics."""
+    """Trains two steps; what was saved gives the same metrics, and detects in a file: metrics."""
     metrics = method.main([*run, "--steps", "2", *flags, "--train", "--out", f"{folder}/a"])
     image = common.SyntheticDetection(1, 64)[0][0]
     common.Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / "a.png")

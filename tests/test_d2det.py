@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from methods import batch, check_all_crowd, metrics_of, overfit
+from methods import SMALL_D2DET, batch, check_all_crowd, metrics_of, overfit
 
 import common
 import d2det
@@ -16,23 +16,10 @@ import kernels
 from baselines.faster_rcnn import class_box_loss
 from d2det import Config, Detector
 
-SMALL = dict(
-    d2det.TINY,
-    fpn_channels=16,
-    conv_channels=16,
-    num_convs=2,
-    groups=4,
-    fc_channels=32,
-    norm="gn",
-    proposals_train=100,
-    proposals_test=50,
-    workers=0,
-)
-
 
 def make(**changes):
     torch.manual_seed(0)
-    config = dataclasses.replace(Config(), **{**SMALL, **changes})
+    config = dataclasses.replace(Config(), **{**SMALL_D2DET, **changes})
     return Detector(config, 10)
 
 

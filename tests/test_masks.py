@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from methods import check_command_line, without_objects
+from methods import SMALL_D2DET, check_command_line, without_objects
 
 import common
 import d2det
@@ -19,20 +19,7 @@ from engine.metrics import detect
 from engine.train import check_settings
 from formats import decode_mask
 
-SMALL = dict(
-    d2det.TINY,
-    fpn_channels=16,
-    conv_channels=16,
-    num_convs=2,
-    groups=4,
-    fc_channels=32,
-    norm="gn",
-    proposals_train=100,
-    proposals_test=50,
-    workers=0,
-    masks=True,
-    mask_channels=16,
-)
+SMALL = dict(SMALL_D2DET, masks=True, mask_channels=16)
 RUN = """--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 12
  --num-val 4 --batch 2 --steps 6 --workers 0 --fpn-channels 8 --conv-channels 8 --num-convs 2 --groups 2
  --fc-channels 16 --mask-channels 16 --norm gn --log-every 1 --save-every 2 --proposals-train 40
