@@ -1,8 +1,6 @@
 """Shared by all tests: where to import from, how Triton runs, and where real images lie."""
 
-import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +14,12 @@ import torch  # noqa: E402
 # Before triton is imported: on a machine without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    try:  # which asks of every sum of integers whether it overflows: a third of its time
+        from triton.runtime.interpreter import InterpreterOptions, interpreter_builder
+
+        interpreter_builder.options = InterpreterOptions(sanitize_overflow=False)
+    except (ImportError, TypeError):  # no Triton, or one that does not ask
+        pass
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
@@ -26,53 +30,3 @@ def detection_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("the environment variable DETECTION_DATA names no folder of real images")
     return Path(folder)
-
-
-_COMPILE = """
-import importlib, json, re, subprocess, sys, tempfile
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-module, name, signature, constants, options = json.loads(sys.argv[1])
-kernel = getattr(importlib.import_module(module), name)
-pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
-source = ASTSource(
-    kernel,
-    signature | dict.fromkeys(constants, "constexpr"),
-    constants,
-    {(i,): [["tt.divisibility", 16]] for i in pointers},
-)
-usage = {}
-for capability in (80, 90):
-    target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        dump = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\\d+)", text))
-    usage[capability] = {key: int(value) for key, value in found.items()}
-print(json.dumps(usage))
-"""
-
-
-@pytest.fixture(scope="session")
-def gpu_usage():
-    """Compiles a kernel for sm_80 and sm_90, no GPU needed: {"80": {"REG", "STACK", "LOCAL"}, ...}.
-
-    Spilled registers live on the stack. In a process of its own, since where TRITON_INTERPRET is
-    set a kernel is a Python function.
-    """
-
-    def usage(module, kernel, signature, constants, options) -> dict[str, dict[str, int]]:
-        job = json.dumps([module, kernel, signature, constants, options])
-        root = Path(__file__).resolve().parent.parent
-        env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        command = [sys.executable, "-c", _COMPILE, job]
-        done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(done.stdout.splitlines()[-1])
-
-    return usage

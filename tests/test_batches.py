@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+from itertools import product
 
 import numpy as np
 import pytest
@@ -50,8 +51,10 @@ def check_same(found, alone):
         assert near.any(side).float().mean() > 0.95
 
 
-@pytest.mark.parametrize("norm", ["gn", "bn", "frozen_bn"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name, norm",
+    [*((name, "gn") for name in NAMES), *product(["d2det", NAMES[3]], ["bn", "frozen_bn"])],
+)
 def test_an_image_is_detected_as_if_it_were_alone(name, norm):
     model, images = make(name, norm), pictures()
     for image, found in zip(images, model.predict(images), strict=True):

@@ -9,6 +9,7 @@ from methods import (
     RUN,
     behaviour,
     check_all_crowd,
+    check_command_line,
     every_size,
     make,
     own_flags,
@@ -102,7 +103,4 @@ def test_the_base_brings_its_settings():
 
 
 def test_the_command_line_of_dc_loss_on_gfl(tmp_path):
-    run = [*RUN, "--steps", "2", "--base", "gfl"]
-    metrics = method.main([*run, "--train", "--out", f"{tmp_path}/a"])
-    where = ["--weights", f"{tmp_path}/a/last.pt", "--out", f"{tmp_path}/b"]
-    assert method.main([*RUN, "--eval", *where]) == metrics
+    check_command_line(method, RUN, tmp_path, "--base", "gfl")

@@ -9,9 +9,9 @@ from methods import (
     batch,
     behaviour,
     check_all_crowd,
+    check_command_line,
     check_overfits,
     check_real_data,
-    check_resume,
     own_flags,
     without_objects,
 )
@@ -411,11 +411,9 @@ def test_settings_that_make_no_detector(changes, message):
     make(heads="fc", num_blocks=4)  # no conv-head, no rule
 
 
-def test_the_command_line(tmp_path, monkeypatch):
-    metrics, where = check_resume(method, RUN, tmp_path, monkeypatch)
-    assert method.main([*RUN, "--eval", *where]) == metrics
+def test_the_command_line(tmp_path):
+    check_command_line(method, RUN, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["bccd", "coco_tiny"])
-def test_real_data(detection_data, tmp_path, name):
-    check_real_data(method, REAL, detection_data / name, tmp_path)
+def test_real_data(detection_data, tmp_path):
+    check_real_data(method, REAL, detection_data / "bccd", tmp_path)

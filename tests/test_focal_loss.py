@@ -177,16 +177,3 @@ def test_nothing_is_kept_without_gradients():
     logits, labels, _ = case(9, 5)
     assert module._focal(logits, labels, 0.25, 2.0, False, "torch")[1].numel() == 0
     assert not focal_loss(logits, labels).requires_grad
-
-
-@pytest.mark.parametrize("dtype", ["*fp32", "*bf16"])
-def test_compiles_for_gpus_without_spills(dtype, gpu_usage):
-    signature = {"logits_ptr": dtype, "labels_ptr": "*i64", "loss_ptr": "*fp32"}
-    signature |= {"slope_ptr": dtype, "M": "i32", "K": "i32", "row_stride": "i32"}
-    signature |= {"slope_row_stride": "i32", "alpha": "fp32"}
-    constants = {"column_stride": 1, "slope_column_stride": 1, "GAMMA": 2.0, "SLOPE": True}
-    constants |= {"ROWS": 32, "COLUMNS": 16}
-    options = {"num_warps": 4, "enable_fp_fusion": True}
-    usage = gpu_usage("kernels.focal_loss", "_focal_kernel", signature, constants, options)
-    for one in usage.values():
-        assert one["STACK"] == one["LOCAL"] == 0 < one["REG"]

@@ -182,7 +182,7 @@ def test_ground_truth_as_detections_scores_one(name, request, tmp_path):
     else:
         source = request.getfixturevalue("detection_data") / name
         truth = json.loads((source / "annotations/instances_val2017.json").read_text())
-        truth["images"] = truth["images"][:20]
+        truth["images"] = truth["images"][:8]
         ids = {image["id"] for image in truth["images"]}
         truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] in ids]
         (tmp_path / "few.json").write_text(json.dumps(truth))

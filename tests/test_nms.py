@@ -106,9 +106,10 @@ def actual(method, boxes, scores, groups, threshold, impl):
     else:
         options = {"literal": method == "cl_literal", "impl": impl}
         padded, new, count = cl_nms_padded(*args, threshold, **options)
-        keep, p = cl_nms(*args, threshold, **options)
-        assert torch.equal(keep, padded[:count]) and torch.equal(p, args[1][keep])
-        new = new[:count]
+        keep, new = padded[:count], new[:count]
+        if impl == "torch":  # the public function's part: how it reads what is padded
+            found, p = cl_nms(*args, threshold, **options)
+            assert torch.equal(found, keep) and torch.equal(p, args[1][keep])
     return keep.tolist(), new.tolist()
 
 
@@ -139,7 +140,7 @@ def random_case(seed, most=12, kind=None):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_torch_against_python(method):
-    for seed in range(1000):
+    for seed in range(400):
         boxes, scores, groups, threshold = random_case(seed)
         if method in ("linear", "gaussian"):  # scores that tie in float64 need not in float32
             boxes, scores = boxes.double(), scores.double()
@@ -149,7 +150,7 @@ def test_torch_against_python(method):
 
 @pytest.mark.parametrize("impl", ["auto", "torchvision"])
 def test_torchvision_against_python(impl):
-    for seed in range(1000):
+    for seed in range(400):
         case = random_case(seed)
         check(actual("greedy", *case, impl), expected("greedy", *case))
 

@@ -1,4 +1,4 @@
-"""NMS on Triton against torch, compiled for GPUs, of fixed shape, in a graph; on real images."""
+"""NMS on Triton against torch, of fixed shape, in a graph; on real images."""
 
 import importlib
 
@@ -25,9 +25,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # its 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_triton_against_torch(method):
-    """Many small groups in one call."""
-    for kind, threshold in ((0, 0.5), (1, 0.25), (2, 0.5)):
-        cases = [random_case(seed, 8, kind) for seed in range(6)]
+    """Many small groups in one call: on a grid with ties, continuous, degenerate."""
+    for threshold in (0.25, 0.5):
+        cases = [random_case(seed, 8, seed % 3) for seed in range(6)]
         boxes, scores = (torch.cat([case[i] for case in cases]) for i in (0, 1))
         groups = torch.cat([case[2] + 7 * i for i, case in enumerate(cases)])
         case = boxes, scores, groups, threshold
@@ -65,13 +65,18 @@ def test_over_is_the_rounded_quotients_answer():
 @pytest.mark.parametrize("method", METHODS)
 def test_triton_groups_larger_than_a_block(method, monkeypatch):
     for name in ("_GREEDY_LAUNCH", "_SOFT_LAUNCH"):
-        monkeypatch.setitem(getattr(module, name), "BLOCK", 16)
-    g = torch.Generator().manual_seed(0)
-    centre = torch.randint(4, (90, 2), generator=g) * 10 + torch.randn((90, 2), generator=g)
+        monkeypatch.setitem(getattr(module, name), "BLOCK", 8)
+    g = torch.Generator().manual_seed(1)
+    centre = torch.randint(4, (48, 2), generator=g) * 10 + torch.randn((48, 2), generator=g)
     boxes = torch.cat([centre - 5, centre + 5], 1)
-    scores = torch.randint(0, 50, (90,), generator=g) / 50
+    scores = torch.randint(0, 50, (48,), generator=g) / 50
+    # Of one group more are kept than a block holds, and the last of them suppress others.
     scores[::4] = -torch.inf  # rows that are not there, among the others
-    case = boxes, scores, (torch.arange(90) % 9 == 0).long(), 0.4
+    groups = (torch.arange(48) % 5 == 0).long()
+    rows = (groups == 0).nonzero()[:, 0]
+    for values in (boxes, scores):  # twins a block apart: the first is kept
+        values[rows[24:32]] = values[rows[16:24]]
+    case = boxes, scores, groups, 0.4
     check(actual(method, *case, "triton"), actual(method, *case, "torch"))
 
 
@@ -132,21 +137,6 @@ def test_a_graph_without_boxes_and_with_a_varying_threshold():
             part = boxes[:rows], scores[:rows], floor
             (found, out), (wanted, expected) = compiled(*part), kept(*part)
             assert torch.equal(found, wanted) and all(map(torch.equal, out, expected))
-
-
-@pytest.mark.parametrize("kernel", ["_nms_kernel", "_soft_nms_kernel", "_cl_nms_kernel"])
-def test_compiles_for_gpus_without_spills(kernel, gpu_usage):
-    greedy, soft = kernel == "_nms_kernel", kernel == "_soft_nms_kernel"
-    signature = {"boxes": "*fp32", "live": "*fp32", "order": "*i64", "starts": "*i32"}
-    signature |= {"out": "*fp32", "N": "i32", "iou_threshold": "fp32"}
-    signature |= {"kept_boxes": "*fp32", "half_ulp": "fp32"} if greedy else {}
-    signature |= {"sigma": "fp32", "score_threshold": "fp32"} if soft else {}
-    options = dict(module._GREEDY_LAUNCH if greedy else module._SOFT_LAUNCH)
-    constants = {"BLOCK": options.pop("BLOCK")}
-    constants |= {"ODD": True} if greedy else {"GAUSSIAN": True} if soft else {"LITERAL": False}
-    for usage in gpu_usage("kernels.nms", kernel, signature, constants, options).values():
-        # ptxas stops at 128 registers on sm_80, and lays one down outside of the loops
-        assert usage["LOCAL"] == 0 < usage["REG"] and usage["STACK"] <= (8 if greedy else 0)
 
 
 @pytest.mark.parametrize("method", METHODS)
