@@ -1,5 +1,7 @@
 """Shared by all tests: where to import from, how Triton runs, and where real images lie."""
 
+import functools
+import json
 import os
 import sys
 from pathlib import Path
@@ -30,3 +32,44 @@ def detection_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("the environment variable DETECTION_DATA names no folder of real images")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def few_real_images(tmp_path_factory):
+    """folder of a real set -> a folder with four of its images to train and four to test on."""
+
+    def few(whole: Path) -> Path:
+        out = tmp_path_factory.mktemp(whole.name)
+        for path in whole.iterdir():
+            if path.name not in ("annotations", "ImageSets"):
+                (out / path.name).symlink_to(path.resolve())
+        for path in whole.glob("annotations/instances_*.json"):
+            coco = json.loads(path.read_text())
+            crowded = {a["image_id"] for a in coco["annotations"] if a["iscrowd"]}
+            coco["images"].sort(key=lambda image: image["id"] not in crowded)
+            coco["images"] = coco["images"][:4]
+            ids = {image["id"] for image in coco["images"]}
+            coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] in ids]
+            (out / "annotations").mkdir(exist_ok=True)
+            (out / "annotations" / path.name).write_text(json.dumps(coco))
+        for path in whole.glob("ImageSets/Main/*.txt"):
+            (out / "ImageSets" / "Main").mkdir(parents=True, exist_ok=True)
+            lines = path.read_text().splitlines()[:4]
+            (out / "ImageSets" / "Main" / path.name).write_text("\n".join(lines) + "\n")
+        return out
+
+    return functools.cache(few)
+
+
+@pytest.fixture(scope="module")
+def unpainted():
+    """Figures are built, and saved as empty files: drawing them takes as long as a short run.
+
+    The fixture is the function that draws, for the test that wants it back.
+    """
+    from matplotlib.figure import Figure
+
+    drawn = Figure.savefig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).touch())
+        yield drawn

@@ -1,6 +1,5 @@
-"""The command line and the promises about runs: resume, checkpoints, signals, processes, flags."""
+"""The command line and the promises about runs: resume, checkpoints, signals, flags."""
 
-import dataclasses
 import importlib
 import inspect
 import json
@@ -8,25 +7,19 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from methods import torchrun
 
 import common
-import cpm_rcnn
 import d2det
-from baselines.faster_rcnn import TwoStage
 from engine.checkpoints import load_checkpoint, load_weights, save_checkpoint
-from engine.data import to_device
-from engine.metrics import detect, evaluate, write_json
-from engine.processes import share_buffers
-from engine.train import LossOnly, signals_caught
+from engine.metrics import write_json
+from engine.train import signals_caught
+from studies.checkpoint import PAPERS
 
+pytestmark = pytest.mark.usefixtures("unpainted")
 ROOT = Path(__file__).resolve().parent.parent
 TINY_RUN = """--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 12 --num-val 4
  --batch 2 --steps 8 --workers 0 --fpn-channels 8 --conv-channels 8 --num-convs 2 --groups 2
@@ -90,58 +83,15 @@ def test_eval_and_predict_from_a_checkpoint(finished, tmp_path):
     assert common.read_image(pictures[2]).shape == (3, 50, 100)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_interrupted_run_resumes_bit_for_bit(finished, tmp_path, number):
-    flags = ["--train", "--out", str(tmp_path / "r"), "--workers", "1"]
-    command = [sys.executable, str(ROOT / "d2det.py"), *TINY_RUN, *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-        start_new_session=True,
-    )  # fmt: skip
-    seen = []
-    for line in process.stdout:
-        seen.append(line)
-        if line.startswith("step 5/"):
-            os.killpg(process.pid, number)  # the loader's workers too, as a scheduler does
-            break
-    seen += process.stdout.readlines()
-    code, text = process.wait(), "".join(seen)
-    saved = load_checkpoint(tmp_path / "r" / "last.pt")["step"]
-    if number == signal.SIGTERM:
-        assert code == 128 + signal.SIGTERM and "stopped by signal" in text, text
-        assert 5 <= saved <= 7, text
-    else:
-        assert code == -signal.SIGKILL and saved < 8, text
-    for _ in range(2):  # the second time there is nothing left but to evaluate
-        assert run("--train", "--resume", "--out", tmp_path / "r") == finished[1]
-        assert same(weights(tmp_path / "r"), weights(finished[0]))
-    with open(tmp_path / "r" / "log.jsonl", "a") as file:
-        file.write('{"step": 9, "lo')  # a kill may tear a line
-    run("--train", "--resume", "--out", tmp_path / "r")
-    log = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in log if "loss" in r] == list(range(1, 9))  # none twice, none lost
-
-
 @pytest.mark.parametrize("name", ["bccd", "coco_tiny"])
-def test_real_data_trains_evaluates_and_predicts(detection_data, tmp_path, name):
-    data = detection_data / name
+def test_real_data_trains_evaluates_and_predicts(detection_data, few_real_images, tmp_path, name):
+    data = few_real_images(detection_data / name)
     flags = ["--data", data, "--steps", "2", "--out", tmp_path, "--score-threshold", "0.05"]
-    small = [
-        "--preset",
-        "tiny",
-        "--train",
-        "--scales",
-        "96",
-        "--test-scales",
-        "96",
-        "--max-size",
-        "160",
-    ]
+    small = "--preset tiny --train --scales 96 --test-scales 96 --max-size 160".split()
     metrics = run(*small, *flags)
     assert 0 <= metrics["AP"] <= 1 and len(metrics["per_class"]) == (3 if name == "bccd" else 80)
     assert ("voc07_AP50" in metrics) == (name == "bccd")
-    files = sorted(data.rglob("*.jpg"))[:2]
+    files = sorted(detection_data.joinpath(name).rglob("*.jpg"))[:2]
     results = d2det.main(["--predict", *map(str, files), "--out", str(tmp_path)])
     assert results is None and len(list((tmp_path / "predict" / "pictures").iterdir())) == 2
     again = d2det.main(["--eval", "--out", str(tmp_path)])  # the data's place is remembered too
@@ -190,13 +140,12 @@ def test_resume_refuses_other_settings_and_starts_if_there_is_nothing(finished, 
     assert (tmp_path / "new" / "last.pt").exists()
 
 
-def test_resume_refuses_other_classes(tmp_path, capsys):
-    run("--train", "--out", tmp_path / "r", "--steps", "1")
-    state = load_checkpoint(tmp_path / "r" / "last.pt")
+def test_resume_refuses_other_classes(finished, tmp_path, capsys):
+    state = load_checkpoint(finished[0] / "last.pt")
     state["categories"][0]["name"] = "another"
-    save_checkpoint(tmp_path / "r" / "last.pt", state)
+    save_checkpoint(tmp_path / "last.pt", state)
     with pytest.raises(SystemExit):
-        run("--train", "--resume", "--out", tmp_path / "r", "--steps", "1")
+        run("--train", "--resume", "--out", tmp_path)
     assert "categories are others" in capsys.readouterr().err
 
 
@@ -281,13 +230,14 @@ def test_rows_lists_every_row(capsys):
     assert all(row in text for row in d2det.ROWS)
 
 
-def test_a_row_that_the_checkpoint_contradicts_is_refused(tmp_path, capsys):
-    run("--train", "--out", tmp_path / "r")
-    run("--eval", "--weights", tmp_path / "r" / "last.pt", "--row", "release.r50")  # the same
+def test_a_row_that_the_checkpoint_contradicts_is_refused(finished, tmp_path, capsys):
+    mine = ["--eval", "--weights", finished[0] / "last.pt", "--out", tmp_path / "e", "--num-val", 1]
+    run(*mine, "--row", "release.r50")  # the same
     with pytest.raises(SystemExit):
-        run("--eval", "--weights", tmp_path / "r" / "last.pt", "--row", "table2.dlr_no_overlap")
+        run(*mine, "--row", "table2.dlr_no_overlap")
     assert "given as flags: --no-drp --no-overlap" in capsys.readouterr().err
-    run("--train", "--out", tmp_path / "b", "--row", "table2.baseline", "--scales", 64)
+    few = ["--steps", 1, "--num-val", 1, "--scales", 64]
+    run("--train", "--out", tmp_path / "b", "--row", "table2.baseline", *few)
     with pytest.raises(SystemExit):  # that row says nothing of what the baseline leaves out
         run("--eval", "--weights", tmp_path / "b" / "last.pt", "--row", "table2.dlr")
     assert "given as flags: --dlr" in capsys.readouterr().err
@@ -309,133 +259,7 @@ def test_non_finite_loss_stops_and_names_it(tmp_path, monkeypatch, capsys):
     assert state["step"] == 4 and all(v.isfinite().all() for v in state["model"].values())
 
 
-# ------------------------------------------------------------------------------ processes
-
-
-DDP = {  # small, and with nothing left to chance: every anchor and RoI takes part
-    "d2det": dict(conv_channels=8, num_convs=2, groups=2, jitter=0.0, reg_rois=5000, masks=True),
-    "double_head": dict(conv_channels=16),
-    "cpm_rcnn": dict(point_channels=1, num_convs=1, grid_rois=5000),
-    "iou_aware_retinanet": dict(tower_groups=0),
-    "dc_loss_clnms": dict(tower_groups=0, dc_normalise=False),  # which is per process
-}
-
-
-def ddp_model(name):
-    method = importlib.import_module(name)
-    small = dict(fpn_channels=8, norm="gn", workers=0, batch=2, num_val=5, **DDP[name])
-    if issubclass(method.Detector, TwoStage):
-        small |= dict(fc_channels=16, roi_samples=5000, proposals_train=50)
-    model = method.Detector(dataclasses.replace(method.Config(), **{**method.TINY, **small}), 10)
-    if hasattr(model, "rpn"):
-        model.rpn.num_samples = 10**6
-    for layer in model.modules():  # whose statistics are per process in training
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            layer.eval()
-    return model
-
-
-def ddp_items():
-    data = common.SyntheticDetection(2, 64, masks=True)
-    items = [(image, common.as_transformed(t, (64, 64))) for image, t in (data[1], data[0])]
-    return to_device(items, "cpu")
-
-
-def keep_rois(model, patch):
-    """Every loss from now on sees the RoIs of the first: a last bit may decide which they are."""
-    first: dict = {}
-    if isinstance(model, TwoStage):
-        found = model.training_rois
-
-        def training_rois(*args):
-            result = found(*args)
-            return *result[:3], *first.setdefault("training", result[3:])
-
-        patch.setattr(model, "training_rois", training_rois, raising=False)
-    if isinstance(model, cpm_rcnn.Detector):  # whose stages make RoIs of their own
-        decode = cpm_rcnn.decode_grid
-
-        def decode_grid(boxes, maps, ratio, sizes):
-            return first.setdefault(ratio, decode(boxes, maps, ratio, sizes))
-
-        patch.setattr(cpm_rcnn, "decode_grid", decode_grid)
-
-
-@pytest.mark.parametrize("name", list(DDP))
-def test_losses_under_bf16_are_float32_and_close(name):
-    torch.manual_seed(0)
-    model, (images, targets) = ddp_model(name), ddp_items()
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        keep_rois(model, patch)
-        want = model.loss(images, targets)
-        with torch.autocast("cpu", torch.bfloat16):
-            found = model.loss(images, targets)
-    for k, v in found.items():
-        rel = 2e-2 if k == "mask_iou" else 2e-3  # whose target counts pixels
-        assert v.dtype == torch.float32 and v.item() == pytest.approx(want[k].item(), rel=rel), k
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert model.eval().predict(images)[0]["boxes"].dtype == torch.float32
-
-
-def ddp_process(rank, port, out):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    for name in DDP:
-        torch.manual_seed(rank)  # DDP sends the first process's weights
-        model = ddp_model(name)
-        wrapped = torch.nn.parallel.DistributedDataParallel(LossOnly(model))
-        images, targets = ddp_items()
-        sum(wrapped(images[rank : rank + 1], targets[rank : rank + 1]).values()).backward()
-        for buffer in model.buffers():  # as after steps that each process took on its own images
-            buffer += rank
-        share_buffers(model)
-        assert all(b.eq(0).all() for n, b in model.named_buffers() if n.endswith("running_mean"))
-        data, config = common.SyntheticDetection(5, 64), model.config
-        seen = [t["image_id"] for t, _ in detect(model, data, config, torch.device("cpu"))]
-        metrics = evaluate(model, data, config)
-        gradients = {n: p.grad for n, p in model.named_parameters()}
-        found = {"gradients": gradients, "seen": seen, "AP": metrics["AP"]}
-        torch.save(found, f"{out}/{name}{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_have_the_gradients_of_one_with_both_images(tmp_path):
-    mp.spawn(ddp_process, (29500 + os.getpid() % 2000, str(tmp_path)), nprocs=2)
-    for name in DDP:
-        one, two = (torch.load(tmp_path / f"{name}{r}.pt") for r in range(2))
-        torch.manual_seed(0)
-        model = ddp_model(name)
-        sum(model.loss(*ddp_items()).values()).backward()
-        largest = max(p.grad.abs().max().item() for p in model.parameters())
-        mine, theirs = one["gradients"], two["gradients"]
-        assert all(torch.equal(mine[n], theirs[n]) for n in mine), name
-        for n, p in model.named_parameters():
-            difference = (mine[n] - p.grad).abs().max().item()
-            limit = 1e-4 * max(p.grad.abs().max().item(), 1e-3 * largest)
-            assert difference < limit, (name, n)
-        assert sorted(one["seen"] + two["seen"]) == [0, 1, 2, 3, 4], name
-        assert one["AP"] == two["AP"] and one["AP"] == one["AP"], name
-
-
-def test_torchrun_trains_and_evaluates(tmp_path):
-    for i in range(3):
-        image = common.SyntheticDetection(3, 64)[i][0].permute(1, 2, 0).numpy()
-        (tmp_path / "in").mkdir(exist_ok=True)
-        common.Image.fromarray(image).save(tmp_path / "in" / f"{i}.png")
-    command = [*torchrun(2), str(ROOT / "d2det.py"), *TINY_RUN]
-    command += ["--train", "--out", str(tmp_path / "r")]
-    command += ["--predict", str(tmp_path / "in")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "8 steps of 2 images (2 x 1)" in done.stdout
-    state = load_checkpoint(tmp_path / "r" / "last.pt")
-    assert len(state["rng"]) == 2
-    assert state["config"]["eval_batch"] == 1  # of one process, whoever tests it later
-    results = json.loads((tmp_path / "r" / "predict" / "predictions.json").read_text())
-    assert {r["image_id"] for r in results} == {0, 1, 2}  # both processes' share
-    assert "AP" in json.loads((tmp_path / "r" / "metrics.json").read_text())
+# ------------------------------------------------------------------------------ the house
 
 
 def test_readme_snippet_runs():
@@ -458,7 +282,7 @@ BASES = ["faster_rcnn", "cascade_rcnn", "retinanet", "gfl"]
 SHARED = ["common", "engine.settings", *(f"baselines.{name}" for name in BASES)]
 
 
-@pytest.mark.parametrize("name", [*SHARED, *DDP])
+@pytest.mark.parametrize("name", [*SHARED, *PAPERS])
 def test_every_flag_has_a_help_text(name):
     """tyro takes the comment behind a field, or above it, and drops it where a line is broken."""
     config = importlib.import_module(name).Config

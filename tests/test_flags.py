@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from matplotlib.figure import Figure
 
 import common
 import d2det
@@ -36,6 +37,8 @@ ELSEWHERE = {
     "row": "test_row_and_preset_set_what_flags_override",
     "preset": "test_row_and_preset_set_what_flags_override",
     "device": "test_device_is_obeyed",
+    "compile": "test_compiled_are_backbone_and_heads",
+    "export": "test_an_exported_file_finds_the_same_in_a_process_without_this_project",
     "dcn": "test_d2det_trains_deformed",
     "data": "test_voc_layout",
     "train_json": "test_coco_explicit_paths",
@@ -48,7 +51,7 @@ ELSEWHERE = {
 
 CHANGED = dict(
     num_train=5, num_val=3, image_size=40, scales=(32,), test_scales=(32,), max_size=32, flip=1.0,
-    test_flip=True, workers=1, backbone="resnet34", backbone_weights="FILE", norm="bn",
+    test_flip=True, workers=1, backbone="resnet18", backbone_weights="none", norm="bn",
     frozen_stages=0, fpn_channels=16, batch=4, optimizer="adamw", lr=0.05, lr_batch=8, momentum=0.5,
     weight_decay=0.1, epochs=3.0, steps=2, drops=(0.4,), cosine=False, warmup=2, warmup_factor=0.5, clip_norm=0.01,
     amp="bf16", seed=1, log_every=2, save_every=1, eval_every=1, eval_batch=1, draw_score=0.2,
@@ -63,7 +66,7 @@ CHANGED = dict(
 # Flags that act only together with another one.
 GIVEN = {
     "frozen_stages": dict(backbone="resnet18", backbone_weights="FILE", norm="auto"),
-    "backbone_weights": dict(backbone="resnet18", norm="auto"),
+    "backbone_weights": dict(backbone="resnet18", backbone_weights="FILE", norm="auto"),
     "epochs": dict(steps=0),
     "drops": dict(cosine=False),
     "shared": dict(dlr=False),
@@ -77,6 +80,12 @@ def work(tmp_path_factory):
     torch.manual_seed(0)
     torch.save(torchvision.models.resnet18().state_dict(), folder / "FILE")
     return folder
+
+
+def shown(figure) -> list[str]:
+    """The images in a figure, which need not be drawn for that."""
+    images = [axis.images[0].get_array().tobytes() for axis in figure.axes if axis.images]
+    return [hashlib.sha256(image).hexdigest() for image in images]
 
 
 def behaviour(work, **changes):
@@ -102,6 +111,7 @@ def behaviour(work, **changes):
         spy(common, "pad_images", lambda images: [tuple(i.shape) for i in images])
         # drawn from the log, which is compared
         patch.setattr(sys.modules["engine.train"], "draw_curves", lambda *_: None)
+        patch.setattr(Figure, "savefig", lambda figure, *_, **__: seen.append(shown(figure)))
         spy(data, "DataLoader", lambda *args, **kwargs: kwargs["num_workers"])
         metrics = train(model, config, train_data, val_data, out)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -111,9 +121,8 @@ def behaviour(work, **changes):
     for name, value in model.state_dict().items():
         state.update(name.encode() + value.float().contiguous().numpy().tobytes())
     rates = [learning_rate(config, s, 100, 2) for s in range(0, 100, 5)]
-    picture = hashlib.sha256((out / "detections.png").read_bytes()).hexdigest()
     predictions = (out / "predictions.json").read_text()
-    return [log, state.hexdigest(), rates, picture, predictions, metrics, seen, rates]
+    return [log, state.hexdigest(), rates, predictions, metrics, seen]
 
 
 def test_every_flag_is_covered():
@@ -135,8 +144,9 @@ def test_flag_changes_the_run(work, known, flag):
     key = tuple(given)
     if key not in known:
         known[key] = behaviour(work, **given)
-        assert known[key] == behaviour(work, **given)  # the same settings do the same
-    assert behaviour(work, **given, **{flag: CHANGED[flag]}) != known[key]
+        if key in ((), tuple(GIVEN["frozen_stages"])):  # the same settings do the same
+            assert known[key] == behaviour(work, **given)
+    assert behaviour(work, **{**given, flag: CHANGED[flag]}) != known[key]
 
 
 def test_row_and_preset_set_what_flags_override():

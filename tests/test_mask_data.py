@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as rle
 
@@ -169,6 +170,10 @@ def through_28(target):
     return d2det.mask_targets(target["boxes"], target["boxes"], target["masks"])[0]
 
 
+def softly_through_28(target):  # shares of the cells, as probabilities may be
+    return F.adaptive_avg_pool2d(target["masks"].float(), 28)
+
+
 def half_a_pixel_off(target):
     boxes = target["boxes"]
     return d2det.mask_targets(boxes + 0.5, boxes, target["masks"], 112)[0]
@@ -203,6 +208,7 @@ def test_ground_truth_as_detections_scores_one(name, request, tmp_path):
         return
     coarse = score(through_28)  # 28 cells a side miss some objects at IoU 0.95, none at 0.75
     assert coarse["mask_AP75"] == pytest.approx(1) and 0.98 > coarse["mask_AP"] > 0.9
+    assert score(softly_through_28)["mask_AP"] > 0.97
     assert score(half_a_pixel_off)["mask_AP"] < min(0.92, coarse["mask_AP"])
     assert score(lambda target: whole(target).flip(-1))["mask_AP"] < 0.6
 

@@ -1,4 +1,4 @@
-"""Every method at the paper's widths, initial values, rate and warm-up: its first steps go downhill.
+"""Every method at the paper's widths, initial values and rate: its first steps go downhill.
 
 Small presets hide what only wide heads do: a box branch that dies in the first update. What costs
 time and does not matter for that is small: the backbone is ResNet-18, RoIs are few, and two images
@@ -24,15 +24,17 @@ METHODS = [d2det, double_head, cpm_rcnn, iou_aware_retinanet, dc_loss_clnms]
 SMALL = dict(backbone="resnet18", backbone_weights="none", workers=0)
 FEW = dict(roi_samples=4, roi_positive=0.25, proposals_train=100)
 IMAGES = (8, 16)  # an arc and a star, 31 to 60 px a side
-STEPS = {"paper": 5, "ten steps": 8}
+WARMUP = (
+    10  # steps: the first rate is the paper's, the next ones are larger, so that few steps show it
+)
 
 
-def first_steps(method, steps, **changes):
+def first_steps(method, steps):
     """Sum of losses, gradient norm and silent weights of each step on the same two images."""
     torch.manual_seed(0)
     config = method.Config(**SMALL)
     few = {k: v for k, v in FEW.items() if hasattr(config, k)}
-    config = dataclasses.replace(config, **few, **changes)
+    config = dataclasses.replace(config, **few, warmup=WARMUP)
     model = method.Detector(config, 10).train()
     data = common.SyntheticDetection(max(IMAGES) + 1, 96)
     images, targets = to_device([data[i] for i in IMAGES], "cpu")
@@ -55,11 +57,9 @@ def first_steps(method, steps, **changes):
     return zip(*history)
 
 
-@pytest.mark.parametrize("warmup", list(STEPS))
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.__name__)
-def test_first_steps_go_downhill(method, warmup):
-    changes = {} if warmup == "paper" else {"warmup": 10}
-    totals, norms, silent = first_steps(method, STEPS[warmup], **changes)
+def test_first_steps_go_downhill(method):
+    totals, norms, silent = first_steps(method, 7)
     assert max(norms) < 1000
     assert not any(silent[1:])  # in the first step all that stands behind a zero is silent
     assert sum(totals[-2:]) < sum(totals[:2])

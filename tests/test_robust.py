@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from methods import torchrun
 from PIL import Image
 from test_cli import ROOT, TINY_RUN, run
 
@@ -23,7 +22,8 @@ from common import BadInput, Config, load_data, read_image
 from engine.checkpoints import load_checkpoint, save_checkpoint
 from engine.data import broken_images
 
-NO_DOWNLOAD = ["--backbone", "resnet18", "--backbone-weights", "none"]
+NO_DOWNLOAD = ["--backbone", "small", "--backbone-weights", "none"]
+pytestmark = pytest.mark.usefixtures("unpainted")
 SLOW = 120  # seconds: no command here takes as many, unless it hangs
 
 
@@ -52,29 +52,6 @@ def edit(folder: Path, change, split: str = "train") -> None:
     whole = json.loads(path.read_text())
     change(whole)
     path.write_text(json.dumps(whole))
-
-
-def command(*argv, kill_at: str = "", number=signal.SIGKILL, processes: int = 1):
-    """A script in a process of its own: its code and its output. Killed where a line starts so."""
-    line = [*torchrun(processes), str(ROOT / "d2det.py"), *TINY_RUN, *map(str, argv)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(
-        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-        start_new_session=True,
-    )  # fmt: skip
-    text = ""
-    if kill_at:
-        for line in process.stdout:
-            text += line
-            if line.startswith(kill_at):
-                os.killpg(process.pid, number)
-                break
-    try:
-        text += process.communicate(timeout=SLOW)[0]
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise AssertionError(f"it hangs:\n{text}{process.communicate()[0]}") from None
-    return process.returncode, text
 
 
 def refused(code: int, text: str, *parts) -> None:
@@ -249,26 +226,52 @@ def log(folder: Path) -> list[dict]:
     return [{k: v for k, v in x.items() if k not in SPEED} for x in lines]
 
 
-@pytest.mark.parametrize(
-    "kill_at, number", [("step 3/", signal.SIGTERM), ("step 6: AP", signal.SIGKILL)]
-)
-def test_log_and_evaluations_are_those_of_an_unbroken_run(whole, tmp_path, kill_at, number):
-    flags = ["--train", "--out", tmp_path / "r", *WITH_TESTS]
-    code, text = command(*flags, kill_at=kill_at, number=number)
-    assert code in (-number, 128 + number), text
-    metrics = run(*flags, "--resume")
-    assert metrics == whole[1] and log(tmp_path / "r") == log(whole[0])
-    mine, theirs = (load_checkpoint(f / "last.pt") for f in (tmp_path / "r", whole[0]))
-    assert all(torch.equal(mine["model"][k], theirs["model"][k]) for k in theirs["model"])
+TWICE = """
+import os, runpy, sys
+script, *argv = sys.argv[1:]
+stops = [("step 3/", 15), ("step 9/", 9)]
+
+class Watched:
+    def write(self, text):
+        sys.__stdout__.write(text)
+        if stops and text.startswith(stops[0][0]):
+            sys.__stdout__.flush()
+            os.killpg(0, stops.pop(0)[1])  # the loader's workers too, as a scheduler does
+
+    flush = sys.__stdout__.flush
+
+sys.stdout = Watched()
+for more in ([], ["--resume"]):
+    sys.argv = [script, *argv, *more]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        print("ended with", end.code)
+"""
 
 
-def test_two_processes_agree_on_an_evaluation_that_is_owed(tmp_path):
-    flags = ["--train", "--out", tmp_path / "r", "--steps", "30"]
-    command(*flags, processes=2, kill_at="step 4/", number=signal.SIGTERM)
-    done = load_checkpoint(tmp_path / "r" / "last.pt")["step"]
-    assert 4 <= done < 30
-    code, text = command(*flags, "--resume", "--eval-every", str(done), processes=2)
-    assert code == 0 and f"step {done}: AP" in text, text
+def test_interrupted_run_resumes_bit_for_bit(whole, tmp_path):
+    """A SIGTERM ends it behind a step; resumed, a SIGKILL takes its last step."""
+    flags = ["--train", "--out", str(tmp_path / "r"), *WITH_TESTS]
+    often = ["--workers", "1", "--save-every", "2"]
+    done = subprocess.run(
+        [sys.executable, "-c", TWICE, str(ROOT / "d2det.py"), *TINY_RUN, *flags, *often],
+        capture_output=True, text=True, timeout=SLOW, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )  # fmt: skip
+    text = done.stdout + done.stderr
+    assert done.returncode == -signal.SIGKILL, text
+    assert "stopped by signal 15 after step 4;" in text and "ended with 143" in text, text
+    assert "resumed at step 4" in text
+    state = load_checkpoint(tmp_path / "r" / "last.pt")
+    assert state["step"] == 8 and state["method"] == "d2det"
+    with open(tmp_path / "r" / "log.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')  # a kill may tear a line
+    for _ in range(2):  # the second time there is nothing left but to evaluate
+        metrics = run(*flags, "--resume")
+        assert metrics == whole[1] and log(tmp_path / "r") == log(whole[0])
+        mine, theirs = (load_checkpoint(f / "last.pt") for f in (tmp_path / "r", whole[0]))
+        assert all(torch.equal(mine["model"][k], theirs["model"][k]) for k in theirs["model"])
 
 
 def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(whole, tmp_path, monkeypatch):

@@ -6,14 +6,12 @@ import functools
 import importlib
 import json
 import math
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from methods import REAL, RUN, batch, make, small, sure, torchrun
+from matplotlib.figure import Figure
+from methods import REAL, RUN, batch, make, small, sure
 
 import common
 import cpm_rcnn
@@ -36,7 +34,6 @@ NAMES = (
     "scores",
     "sensitivity",
 )
-ROOT = Path(__file__).resolve().parent.parent
 IMAGES = """--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 12 --num-val 4
  --batch 2 --steps 2 --workers 0 --fpn-channels 8 --norm gn --device cpu""".split()
 TWO_STAGE = (
@@ -50,6 +47,8 @@ OWN = {
     "cascade_rcnn": TWO_STAGE,
 }
 CPU = torch.device("cpu")
+# but for one sweep of each kind and the errors; the other studies draw in their own tests
+pytestmark = pytest.mark.usefixtures("unpainted")
 
 
 def read(*path):
@@ -79,9 +78,11 @@ def trained(tmp_path_factory):
     ("iou_aware_retinanet", 12, "0.5"), ("cpm_rcnn", 12, "0.8"), ("double_head", 6, "complementary"),
     ("dc_loss_clnms", 4, "cl"),
 ])  # fmt: skip
-def test_sweep_gives_what_eval_gives(trained, tmp_path, name, rows, own):
+def test_sweep_gives_what_eval_gives(trained, tmp_path, name, rows, own, unpainted, monkeypatch):
     """One pass under many settings: the model's own row is its --eval to the last digit."""
     folder, metrics = trained(name)
+    if name in ("cpm_rcnn", "dc_loss_clnms"):
+        monkeypatch.setattr(Figure, "savefig", unpainted)
     where = ["--weights", f"{folder}/last.pt"]
     found = sweep.main([name, *where, "--num-val", "4"])
     (what, *_) = sweep.SWEEPS[name]
@@ -279,33 +280,6 @@ def test_bad_input_ends_with_a_reason(trained, name, argv, message, capsys):
     assert end.value.code == 2 and "error" in error.lower() and message in error
 
 
-def test_two_processes_find_what_one_finds(trained, tmp_path):
-    folder, _ = trained("dc_loss_clnms")
-    argv = ["dc_loss_clnms", "--weights", f"{folder}/last.pt", "--out"]
-    (tmp_path / "b").mkdir()
-    beside = shutil.copy(folder / "last.pt", tmp_path / "b" / "last.pt")
-    also = ["--also", f"dc_loss_clnms={beside}"]
-    sweep.main([*argv, f"{tmp_path}/one"])
-    alignment.main([*argv, f"{tmp_path}/one", *also])
-    both = tmp_path / "both.py"
-    both.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import torch\n"
-        "from studies import alignment, checkpoint, sweep\n"
-        "checkpoint.end_processes = lambda: None\n"  # they meet once, for both studies
-        "sweep.main(sys.argv[1:])\n"
-        "checkpoint.start_processes = lambda _: torch.device('cpu')\n"
-        f"alignment.main([*sys.argv[1:], *{also}])\n"
-    )
-    done = subprocess.run(
-        [*torchrun(2), str(both), *argv, f"{tmp_path}/two"],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    for name in ("sweep_nms", "alignment"):
-        assert read(tmp_path, "one", f"{name}.json") == read(tmp_path, "two", f"{name}.json")
-
-
 def test_errors_by_hand():
     """Two objects of one class, one of them missed; boxes on a like class, another, and nothing."""
     square = lambda x, side=50: [x, 0, side, 50]  # noqa: E731
@@ -329,8 +303,9 @@ def test_errors_by_hand():
     assert curves["all"].mean(1)[:, 0] == pytest.approx([w / 3 for w in want[:6]] + [1])
 
 
-def test_errors_of_a_checkpoint(trained, capsys):
+def test_errors_of_a_checkpoint(trained, unpainted, monkeypatch, capsys):
     folder, metrics = trained("iou_aware_retinanet")
+    monkeypatch.setattr(Figure, "savefig", unpainted)
     argv = ["iou_aware_retinanet", "--weights", f"{folder}/last.pt"]
     numbers = errors.main([*argv, "--show", "all", "star"])
     assert read(folder, "studies", "errors.json") == numbers
@@ -369,21 +344,19 @@ def test_assignment_tells_what_the_iac_score_adds(trained):
     )
 
 
-@pytest.mark.parametrize("name", ["bccd", "coco_tiny"])
-def test_real_data(detection_data, tmp_path, name, monkeypatch):
-    monkeypatch.setattr(
-        sections, "draw_sections", lambda *_: None
-    )  # drawn elsewhere; takes a while
-    few = functools.partial(sections.sliding_windows, steps=5)
-    monkeypatch.setattr(sections, "sliding_windows", few)
-    data = ["--data", f"{detection_data / name}"]
+def test_alignment_on_voc(detection_data, few_real_images, tmp_path):
+    data = ["--data", f"{few_real_images(detection_data / 'bccd')}"]
     iou_aware.main([*REAL, "--train", *data, "--out", f"{tmp_path}/a"])
     alignment.main(["iou_aware_retinanet", *data, "--weights", f"{tmp_path}/a/last.pt"])
     assert (tmp_path / "a" / "studies" / "alignment.json").exists()
-    narrow = (
-        "--fpn-channels 8 --fc-channels 16 --conv-channels 16 --workers 0 --score-threshold 0.3"
-    )
-    real = "--preset tiny --steps 2 --scales 96 --test-scales 96 --max-size 160 --batch 2"
-    double_head.main([*real.split(), *narrow.split(), "--train", *data, "--out", f"{tmp_path}/b"])
+
+
+def test_sections_on_coco(detection_data, few_real_images, tmp_path, monkeypatch):
+    few = functools.partial(sections.sliding_windows, steps=5)
+    monkeypatch.setattr(sections, "sliding_windows", few)
+    flags = "--preset tiny --steps 2 --scales 96 --test-scales 96 --max-size 160 --batch 2"
+    flags += " --fpn-channels 8 --fc-channels 16 --conv-channels 16 --workers 0 --train"
+    data = ["--data", f"{few_real_images(detection_data / 'coco_tiny')}"]
+    double_head.main([*flags.split(), "--score-threshold", "0.3", *data, "--out", f"{tmp_path}/b"])
     found = sections.main(["double_head", "--objects", "1", "--weights", f"{tmp_path}/b/last.pt"])
     assert found["objects"] == 1 and found["windows_made"] == 625
