@@ -38,7 +38,7 @@ part() { # NAME SECONDS COMMAND...: at most so long, and not past the end
   tee -a "$out/summary.txt"
 # Are the kernels right, run natively?
 part kernel_tests 150 "$python" -m pytest -p no:cacheprovider $tests tests/test_roi_align.py tests/test_nms.py \
-  tests/test_nms_triton.py tests/test_dense_decode.py tests/test_focal_loss.py
+  tests/test_nms_triton.py tests/test_dense_decode.py tests/test_focal_loss.py tests/test_operators.py
 # How fast are they, beside torchvision's and a plain copy?
 part kernels 120 "$python" -m kernels.bench --json "$out/kernels.json" "${short[@]}"
 # Does the paper's preset learn from the first step on real images? (log.jsonl has every loss)
