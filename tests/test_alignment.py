@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from methods import RUN, make, sure
 
 import common
@@ -14,6 +15,7 @@ from studies import alignment
 from studies.calibration import calibration_error, lrp_errors, match_detections, optimal_lrp
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("unpainted")  # but for several checkpoints side by side
 
 
 class Two:
@@ -207,7 +209,7 @@ def checkpoints(tmp_path_factory):
     return {name: f"{out}/{name}/last.pt" for name in "abc"}
 
 
-def test_side_by_side_is_each_alone(checkpoints, tmp_path, capsys):
+def test_side_by_side_is_each_alone(checkpoints, tmp_path, capsys, unpainted, monkeypatch):
     """Under its own settings, on the first one's images: of these the flags say how many."""
     a, b, c = checkpoints.values()
     few = ["--num-val", "3", "--out"]
@@ -216,6 +218,7 @@ def test_side_by_side_is_each_alone(checkpoints, tmp_path, capsys):
     capsys.readouterr()
     also = [f"iou_aware_retinanet={b}", f"retinanet={c}"]
     argv = ["retinanet", "--weights", a, "--also", *also, *few, f"{tmp_path}/all"]
+    monkeypatch.setattr(Figure, "savefig", unpainted)
     found = alignment.main(argv)
     assert list(found) == ["retinanet a", "iou_aware_retinanet", "retinanet c"]
     assert found["iou_aware_retinanet"] == alone["iou_aware_retinanet"]

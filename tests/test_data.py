@@ -377,9 +377,10 @@ class Oracle(torch.nn.Module):
 @pytest.mark.parametrize("name", ["coco_tiny", "bccd", "synthetic"])
 def test_ground_truth_as_detections_scores_one(name, request, tmp_path):
     if name == "synthetic":
-        data = common.SyntheticDetection(20, 128)
+        data = common.SyntheticDetection(8, 128)
     else:
         folder = request.getfixturevalue("detection_data") / name
+        folder = request.getfixturevalue("few_real_images")(folder)
         data = load_data(Config(data=str(folder)), train=False)[1]
     settings = config(scales=(333,), test_scales=(333,), max_size=500)
     metrics = evaluate(Oracle(data, settings), data, settings, torch.device("cpu"), tmp_path)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from methods import batch, make, small, sure
 
 import common
@@ -199,7 +200,7 @@ def test_dc_loss_weights_anchors_and_clusters():
     assert total > 0
 
 
-def test_explain_runs_as_a_program(tmp_path, capsys, detection_data):
+def test_explain_runs_as_a_program(tmp_path, capsys, detection_data, monkeypatch):
     """On a number of the data and on a file; what cannot be is said in a line."""
     model = two_stage(d2det, conv_channels=16, num_convs=2, groups=4)
     config = vars(model.config) | dict(image_size=64, scales=(64,), test_scales=(64,), max_size=64)
@@ -212,6 +213,7 @@ def test_explain_runs_as_a_program(tmp_path, capsys, detection_data):
     page = tmp_path / "studies" / "explain_d2det_1"
     assert page.with_suffix(".png").stat().st_size > 10_000
     assert json.loads(page.with_suffix(".json").read_text()) == found and len(found) == 3
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)  # one is enough
     (second,) = explain.main(["d2det", "1", *where, "--detection", "2"])
     assert second == found[1]
     photo = sorted((detection_data / "bccd").rglob("*.jpg"))[0]

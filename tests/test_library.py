@@ -19,6 +19,7 @@ from engine.data import check_dataset
 from engine.metrics import coco_metrics
 from engine.predict import to_image
 
+pytestmark = pytest.mark.usefixtures("unpainted")
 README = Path(__file__).parent.parent / "README.md"
 SMALL = dict(
     image_size=64, scales=(64,), test_scales=(64,), max_size=128, batch=2, steps=2, workers=0,

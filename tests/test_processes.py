@@ -172,12 +172,16 @@ def test_two_processes(tmp_path, unpainted):
     dc_loss_clnms.main([*RUN, "--steps", "2", "--train", "--out", f"{weights}"])
     (weights / "also").mkdir()
     shutil.copy(weights / "last.pt", weights / "also")
-    done = subprocess.run(
+    process = subprocess.Popen(
         [*torchrun(2), __file__, str(tmp_path)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=300,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    text = done.stdout + done.stderr
+    try:
+        text, _ = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its processes
+        raise AssertionError(f"it hangs:\n{process.communicate()[0]}") from None
     assert all((tmp_path / f"end{rank}").exists() for rank in (0, 1)), text[-4000:]
     check_gradients(tmp_path)
     check_run(tmp_path, text)

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import torchvision
+from matplotlib.figure import Figure
 
 import common
 import double_head as method
@@ -37,8 +38,8 @@ def sure(model):
 
 
 @pytest.fixture
-def few_windows(monkeypatch):
-    """625 windows of an object, not 14,641."""
+def few_windows(monkeypatch, unpainted):
+    """625 windows of an object, not 14,641; no figure is drawn."""
     few = functools.partial(windows.sliding_windows, steps=5)
     monkeypatch.setattr(sections, "sliding_windows", few)
 
@@ -159,7 +160,7 @@ def test_proposals_and_final_boxes_by_hand():
     assert len(kept) == 5 and kept[0] == [0, 0, 20, 20] and [160, 160, 20, 20] in kept
 
 
-def test_the_program(tmp_path, capsys, few_windows):
+def test_the_program(tmp_path, capsys, few_windows, unpainted, monkeypatch):
     """Two runs, the second drawn beside the first; what is refused."""
     fc, both = tmp_path / "fc", tmp_path / "both"
     method.main([*RUN, "--train", "--row", "table1.fc", "--out", str(fc)])
@@ -168,7 +169,9 @@ def test_the_program(tmp_path, capsys, few_windows):
     other = sections.main([*one, "--weights", f"{fc}/last.pt"])
     assert other["absent"] == [] and set(other["windows"]) == {"fc"} == set(other["final"])
     where = ["--weights", f"{both}/last.pt"]
-    found = sections.main([*one, *where, "--compare", f"{fc}/studies/sections.json"])
+    with monkeypatch.context() as patch:
+        patch.setattr(Figure, "savefig", unpainted)
+        found = sections.main([*one, *where, "--compare", f"{fc}/studies/sections.json"])
     names = {p.name for p in (both / "studies").iterdir()}
     figures = {f"sections_{k}.png" for k in ("bins", "pearson", "weights", "features")}
     assert names == figures | {"sections.json"}
