@@ -86,9 +86,7 @@ class TorchvisionFasterRCNN(BaseDetector):
 
 
 def train_torchvision(argv: list[str]) -> dict:
-    return engine.run(
-        "torchvision", d2det.Config, TorchvisionFasterRCNN, {}, {}, {}, d2det.TINY, argv
-    )
+    return engine.run("torchvision", d2det.Config, TorchvisionFasterRCNN, {}, {}, d2det.TINY, argv)
 
 
 # ------------------------------------------------------------------------------ table
