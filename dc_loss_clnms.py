@@ -71,9 +71,7 @@ class Config(retinanet.Config, gfl.Config):
 
     base: Literal["retinanet", "gfl"] = "retinanet"  # gfl: with GFL's own settings, and without IAC
     dc_loss: bool = True  # weigh the positives' class loss by the coefficient (2.1)
-    dc_error: Literal["relative", "pixels"] = (
-        "relative"  # distances over the gt's size, or as they are
-    )
+    dc_error: Literal["relative", "pixels"] = "relative"  # distances over the gt's size, or plain
     dc_eps: Amount = 0.1  # of the coefficient's denominator; choice: the paper prints no number
     dc_normalise: bool = True  # keep the positives' total class loss (2.1)
     iac: bool = True  # also positive: anchors of a high IAC score (2.2)
