@@ -57,6 +57,8 @@ def _run(detector_class, config: Config, device: torch.device):
     out, needs_data = Path(config.out), config.train or config.eval
     if not (needs_data or config.predict or config.export):
         raise BadInput("nothing to do: --train, --eval, --predict, --export or --rows (see --help)")
+    if config.compile and config.export:
+        raise BadInput("--export is not of a compiled model: leave --compile out")
     state = load_checkpoint(config.weights) if config.weights else None
     if not (state or config.train):
         raise BadInput(f"this needs --weights (there is no {out / 'last.pt'})")

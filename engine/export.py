@@ -14,7 +14,8 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from common import BadInput
 
-SIDES = 160, 4096  # px; below, a map of the pyramid is a single cell, which torch treats apart
+# px. In smaller images a map of the pyramid may be one cell, which torch treats apart. choice: 4096
+SIDES = 160, 4096
 
 
 class BoxesBeforeNMS(nn.Module):

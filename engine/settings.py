@@ -50,7 +50,7 @@ class Config(common.Config):
     warmup_factor: Share = 1 / 3  # ... from this share of the rate; choice: papers do not say
     clip_norm: Amount = 0.0  # largest gradient norm; 0: no clipping
     amp: Literal["auto", "off", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it
-    compile: bool = False  # torch.compile backbone and heads: minutes at the start, faster steps
+    compile: bool = False  # torch.compile backbone and heads; starts slowly, not with --export
     # Testing and book-keeping
     log_every: Natural = 20  # steps between lines of the log
     save_every: Natural = 1000  # steps between checkpoints

@@ -24,9 +24,7 @@ METHODS = [d2det, double_head, cpm_rcnn, iou_aware_retinanet, dc_loss_clnms]
 SMALL = dict(backbone="resnet18", backbone_weights="none", workers=0)
 FEW = dict(roi_samples=4, roi_positive=0.25, proposals_train=100)
 IMAGES = (8, 16)  # an arc and a star, 31 to 60 px a side
-WARMUP = (
-    10  # steps: the first rate is the paper's, the next ones are larger, so that few steps show it
-)
+WARMUP = 10  # steps: the first rate is the paper's, the next ones are larger: few steps show it
 
 
 def first_steps(method, steps):
