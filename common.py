@@ -241,8 +241,8 @@ def match(
     boxes [..., N, 4], gt_boxes [..., G, 4] (leading dimensions broadcast), gt_valid and gt_ignore
     [..., G] bool -> labels [..., N] (1: IoU >= high, 0: IoU < low, -1: between), gt index [..., N],
     the box's best IoU with any gt [..., N]. Only valid gts are assigned. A box of which at least
-    half lies in an ignored gt (crowd, difficult) is -1 instead of 0. With `low_quality`, a gt's best
-    boxes are positive for it whatever `high` says, if their IoU is above 0 and at least
+    half lies in an ignored gt (crowd, difficult) is -1 instead of 0. With `low_quality`, a gt's
+    best boxes are positive for it whatever `high` says, if their IoU is above 0 and at least
     `low_quality`; of two gts that want one box the later gets it. Runs over gts in chunks: memory
     stays bounded.
     """
@@ -561,8 +561,8 @@ class FolderDetection(Dataset):
         if self.dropped:
             some = ", ".join(str(annotations[i].get("id", f"no. {i}")) for i in self.dropped[:10])
             self.note = (
-                f"{self.source}: dropped {len(self.dropped)} of {len(whole)} boxes (not finite, no area "
-                f"or outside the image{', or no mask in it' * self.masks}): annotations {some}"
+                f"{self.source}: dropped {len(self.dropped)} of {len(whole)} boxes (not finite, no "
+                f"area or outside the image{', or no mask in it' * self.masks}): annotations {some}"
             )
         ignore = [bool(a.get("iscrowd", 0) or a.get("difficult", 0)) for a in annotations]
         order = np.argsort(rows, kind="stable")
@@ -924,7 +924,7 @@ def make_deformable(net: ResNet, dcn: str) -> None:
 
 
 class ResNetFPN(nn.Module):
-    """torchvision's ResNet or ResNeXt under a feature pyramid: [B, 3, H, W] -> 5 maps [B, C, .., ..].
+    """torchvision's ResNet or ResNeXt under a feature pyramid: [B, 3, H, W] -> 5 maps [B, C, h, w].
 
     extra="pool": P2..P6, strides 4..64, P6 by subsampling P5 (two-stage detectors).
     extra="conv": P3..P7, strides 8..128, P6 and P7 by convolution (RetinaNet); "conv_p5": P6 on P5.

@@ -1,16 +1,16 @@
 """CPM R-CNN (Zhu et al., 2020): draw the box as nine points, three times, and score it again.
 Paper: https://arxiv.org/abs/2003.03570   Release: https://github.com/zhubinQAQ/CPM-R-CNN
 
-Grid R-CNN draws a box as nine points on heat maps; Faster R-CNN (baselines/faster_rcnn.py) predicts
-four numbers. In Grid R-CNN two things do not fit together, and CPM R-CNN calibrates both:
+Faster R-CNN (baselines/faster_rcnn.py) predicts a box as four numbers, Grid R-CNN as nine points on
+heat maps. Two pairs of things in Grid R-CNN do not match, and CPM R-CNN mends both:
 
-Points and features. Features come from the box itself, but points may land anywhere in a box of
+Points and features. Features come from the proposal alone, but points may land anywhere in a box of
     twice its sides. Cascade mapping (CMM) repeats the grid branch on its own boxes, which moves the
-    features to the object. Better boxes need less room around them: later stages spend the same 56x56
-    cells on a smaller area.
-Score and box. The class score was given to the proposal, not to the box drawn from it. IoU scoring
-    (ISM) predicts how well a box fits, but misjudges objects that the image cuts off: it expects the
-    whole object. So resampling scoring (RSM) classifies the final box, too.
+    features to the object. Better boxes need less room around them: later stages spend the same
+    56x56 cells on a smaller area.
+Score and box. The class score was given to the proposal, not to the box drawn from it. IoU
+    scoring (ISM) predicts how well a box fits, but misjudges objects that the image cuts off: it
+    expects the whole object. So resampling scoring (RSM) classifies the final box, too.
 
     image -> ResNet-FPN -> P2..P6 -> RPN -> proposals
       class: RoIAlign 7x7 -> 2 fc -> cls [R, K + 1]
@@ -19,23 +19,18 @@ Score and box. The class score was given to the proposal, not to the box drawn f
              the box enlarged 2, 1.5, 1.25 times -> 9 points -> box -> next stage
       ISM  : last trunk -> 3 fc -> (1 - IoU, IoU) of the box that enters the last stage
       RSM  : RoIAlign 7x7 of the final boxes -> 2 fc -> rsm [R, K + 1]
-    training: all sampled RoIs train cls; the positives, at most 96 an image, enter the first stage.
-              The next one takes what a stage made of them, from IoU 0.6 (then 0.7) on, and every gt
-              as a perfect RoI. The last stage's RoIs train ISM and, with cls' negatives, RSM.
+    training: all sampled RoIs train cls; the positives, at most 96 an image, train stage 1. Stage 2
+              trains on the boxes of stage 1 that reach IoU 0.6, stage 3 on those of stage 2 that
+              reach 0.7, both also on every gt, as a perfect RoI (release). The last stage's RoIs
+              train ISM and, with cls' negatives, RSM.
     test:     cls -> NMS 0.3 on the proposals -> at most 96 boxes an image -> 3 stages -> RSM
               score = (cls * ism)^0.8 * rsm^0.2; no NMS behind it
-
-Where paper and release differ, the release made the paper's numbers and decides:
-    ISM and RSM learn from the boxes that enter the last stage; the paper says, from the final ones
-    (Eq. 3, 3.3.2). In testing ISM still reads the entering box, RSM the final one.
-    Gts join every later stage, of which the paper says nothing.
-All other deviations stand beside ROWS.
 
 Table 3 adds ISM and RSM to Cascade R-CNN (`--base cascade`, baselines/cascade_rcnn.py). Its stages
 classify every box and move it by deltas, and ISM reads the hidden features of the last one.
 
 In comments "(3.4)" is a section of the paper, "(release)" a value seen in the release, "choice:"
-our own where neither decides.
+our own where neither decides. Where paper and release differ stands above ROWS.
 """
 
 from __future__ import annotations
@@ -120,9 +115,9 @@ def grid_targets(
 
     The boxes [R, 4] are enlarged and cut into a grid of 2 size x 2 size cells. Each point has a
     window of size x size cells, which starts at cell 0, size / 2 or size in x and in y. A point of
-    gt_boxes [R, 4] sets the cells of its window that are at most `radius` steps away: a plus of five.
-    Points outside the grid set nothing, nor does any where a side of the grid is 3 px or less
-    (release). To half a cell `decode_grid` gives back, with radius 0, a gt inside its windows.
+    gt_boxes [R, 4] sets the cells of its window at most `radius` steps away: a plus of five. Points
+    outside the grid set nothing, nor does any where a side of the grid is 3 px or less
+    (release). `decode_grid` gives back a gt whose points lie in their windows, to half a cell.
 
     >>> box = torch.tensor([[0., 0., 28., 28.]])  # enlarged -14..42: cells of one pixel
     >>> grid_targets(box, box, radius=0)[0, 2].nonzero()  # lower left: row 42 - 28, column 14
@@ -143,8 +138,8 @@ def decode_grid(
 ) -> Tensor:
     """Boxes [R, 4] of heat maps [R, 9, S, S] over `boxes` enlarged: back from points to sides.
 
-    A point is the centre of its map's highest cell. A side is the mean of its three points, weighted
-    by their probabilities. Boxes are cut to images of sizes [R, 2] (h, w), if these are given.
+    A point is the centre of its map's highest cell. A side is the mean of its three points, each
+    weighted by its probability. Boxes are cut to images of sizes [R, 2] (h, w), if these are given.
 
     >>> box = torch.tensor([[0., 0., 28., 28.]])
     >>> decode_grid(box, grid_targets(box, box, radius=0))
@@ -180,7 +175,7 @@ def select_boxes(rois: Tensor, objects: tuple, threshold: float):
 
 
 def fused_score(cls: Tensor, ism: Tensor, rsm: Tensor, gamma: float) -> Tensor:
-    """Eq. 4: (cls * ism)^gamma * rsm^(1 - gamma). All are in [0, 1]; gamma 1 leaves out rsm, exactly.
+    """Eq. 4: (cls * ism)^gamma * rsm^(1 - gamma), of numbers in [0, 1]. Gamma 1 leaves out rsm.
 
     >>> fused_score(torch.tensor(0.5), torch.tensor(0.5), torch.tensor(0.25), 0.5)
     tensor(0.2500)
@@ -195,12 +190,11 @@ class GridHead(nn.Module):
     """g_j in Eq. 1: pooled features -> the nine points' heat maps, and the trunk for ISM.
 
     [R, C, S/2, S/2] -> logits [R, 9, S, S], trunk [R, 9 point_channels, S/4, S/4]. R may be 0. Each
-    point has channels of its own behind the trunk. With grid_init every cell starts at probability
-    0.01, as in Grid R-CNN, else at 0.5.
+    point has channels of its own behind the trunk.
 
-    >>> logits, trunk = GridHead(8, point_channels=4, num_convs=2, groups=9)(torch.rand(3, 8, 14, 14))
-    >>> logits.shape, trunk.shape
-    (torch.Size([3, 9, 28, 28]), torch.Size([3, 36, 7, 7]))
+    >>> head = GridHead(8, point_channels=4, num_convs=2, groups=9)
+    >>> [out.shape for out in head(torch.rand(3, 8, 14, 14))]
+    [torch.Size([3, 9, 28, 28]), torch.Size([3, 36, 7, 7])]
     """
 
     def __init__(self, in_channels=256, point_channels=64, num_convs=8, groups=36, grid_init=False):
@@ -352,7 +346,7 @@ class Detector(faster_rcnn.TwoStage):
 
     @torch.no_grad()
     def outputs(self, images: list[Tensor]) -> dict[str, Tensor]:
-        """Final boxes, labels, image, and the three factors cls, ism, rsm of their score (3.4.3)."""
+        """Final boxes, labels, image, and cls, ism, rsm, of which the score is made (3.4.3)."""
         config, last = self.config, self.config.test_stage or self.config.num_stages
         features, sizes, rois, image = self.test_rois(images)
         pool = partial(self.pool, features, size=7)
@@ -404,24 +398,20 @@ class Detector(faster_rcnn.TwoStage):
 
 # Deviations (paper | release | here). Those that change what is learned:
 # - Stages without CMM: - | two of ratio 2 and IoU 0.5 where there is RSM | the same in Table 1
-# - Ground truth enters every later stage as a perfect RoI: - | yes, and what a stage makes of a
-#   copy of it does not go on | release
+# - Ground truth enters stages 2 and 3: - | yes; the box made of it does not go on | release
 # - Weight decay: 4e-5 | 1e-4 | release, whose settings made the numbers
 # - ISM's loss: l2 | half of it on two outputs, crashes with one box | mean of e^2 / 2 over all
-# - ISM's and RSM's boxes in training: from the final stage | those that enter it | release
+# - ISM and RSM learn from: the final boxes (3.3.2) | those that enter the last stage | release
 # - RSM's RoIs: these boxes and the classifier's negatives | 512 an image drawn from them, 25 %
 #   positive; Table 3 adds the last stage's negatives | all of them, in Table 3 too
 # - Points outside the grid: - | rounded toward zero, so some are drawn in cell 0 | left out
-# - Heat maps' last bias: - | 0, though -log 99 is written down | 0; `--grid-init` is -log 99
-# - Smooth l1 (Table 6): no beta | - | 1/9
 # - Crowd regions: - | plain background | proposals at least half inside one are no negatives
 # - Table 3, ISM: - | targets of all positives beside predictions of the RoIs drawn, other boxes
 #   | both of the positives drawn
 # - Table 3, weight of ISM: 1 | 1.5, with RSM 1 | release. Weight of RSM: 1 | 0.2 | release
 # Those of the test alone:
 # - Table 3, RSM: in the score | learned, but never asked | in the score, Eq. 4
-# - Score: Eq. 4 | Eq. 4, but in one config, that of Table 1's last row, ISM stands in for the class
-#   score | Eq. 4; `--ism-use replace` is that config
+# - Score of Table 1's last row: Eq. 4 | ISM's, to the power 0.8 | Eq. 4, or `--ism-use replace`
 # - ISM's score: - | any number, NaN under the power when negative | clamped to [0, 1]
 # - Final clip: - | does nothing | boxes end at the image's border
 # - Boxes seen at several scales or mirrored: soft-NMS | linear, on fused scores over 0.03 |
@@ -451,11 +441,10 @@ _L2 = (40.5, 58.1, 43.5, 22.4, 43.9, 54.2)
 _AP = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _AP4 = ("AP", "APs", "APm", "APl", "AP50", "AP70", "AP90")
 # Each row's settings, then the numbers that the paper prints, in the order of _AP (Tables 4 and 5:
-# _AP4). Rows of the same settings, and rows that differ only in how they are tested, are one training.
+# _AP4). Rows that differ in nothing, or only in how they are tested, are one training.
 _TABLES: dict[str, tuple] = {
     "table1.baseline": (_GRID, *_BASELINE),
-    # of the next four rows the text we have shows only AP75: .cmm is also in Table 4, .ism in Table
-    # 6, and the AP of .rsm is in the release's README
+    # the next four rows have AP75 alone in our text; the rest is of Tables 4 and 6 and the release
     "table1.cmm": (dict(num_stages=2, **_CMM), 40.7, 58.8, 43.3, 22.5, 44.1, 54.5),
     "table1.ism": (_ISM, *_L2),  # choice: the release has ISM@1 and ISM@2
     "table1.rsm": (dict(**_TWICE, ism=False), 40.6, None, 43.5),
@@ -499,15 +488,8 @@ PAPER: dict[str, dict] = {
     for row, (_, *ap) in _TABLES.items()
 }
 
-TINY = dict(
-    faster_rcnn.TINY,
-    point_channels=8,
-    num_convs=3,
-    groups=9,
-    grid_init=True,  # few cells are ones: from 50 % it takes 300 steps to learn that much
-    grid_rois=12,
-    grid_test=50,
-)
+TINY = dict(faster_rcnn.TINY, point_channels=8, num_convs=3, groups=9, grid_rois=12, grid_test=50)
+TINY |= dict(grid_init=True)  # few cells are ones: from 50 % it takes 300 steps to learn that much
 
 
 def main(argv=None):

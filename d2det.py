@@ -1,4 +1,4 @@
-"""D2Det (Cao et al., CVPR 2020): regress a box from every cell, classify from the places that matter.
+"""D2Det (Cao et al., CVPR 2020): regress a box from every cell, classify from places that matter.
 Paper: https://openaccess.thecvf.com/content_CVPR_2020/html/Cao_D2Det_Towards_High_Quality_Object_Detection_and_Instance_Segmentation_CVPR_2020_paper.html
 Releases: https://github.com/JialeCao001/D2Det and https://github.com/JialeCao001/D2Det-mmdet2.1
 
@@ -6,12 +6,12 @@ Faster R-CNN (baselines/faster_rcnn.py) flattens a proposal's features into one 
 class and box of it. D2Det gives each of the two what it needs:
 
 Dense local regression (DLR). One vector gives one box, and whatever goes wrong moves all of it. DLR
-    keeps the grid of 7x7 cells, and each cell predicts its own distances to the object's four sides.
-    The box is the mean of the cells' boxes, where single errors average out.
+    keeps the grid of 7x7 cells, and each cell predicts its own distances to the object's four
+    sides. The box is the mean of the cells' boxes, where single errors average out.
 Overlap prediction. A cell on the background predicts a less precise box (3.1). So each cell also
     says whether it lies on the object, and the mean is over the cells that do.
-Discriminative RoI pooling (DRP). A class shows in parts of an object, which do not lie in equal bins.
-    DRP moves each bin to where the evidence is, and weights the samples before it averages them.
+Discriminative RoI pooling (DRP). A class shows in parts of an object, which do not lie in equal
+    bins. DRP moves each bin to where the evidence is, and weights samples before it averages them.
 Masks (`--masks`, off by default). Where masks are known, a cell is on the object if the object's
     pixels are there, not just its box. The overlap prediction then is a coarse mask, and two
     transposed convolutions refine what it is made from, 7x7 -> 28x28. A class score says nothing
@@ -33,8 +33,8 @@ Masks (`--masks`, off by default). Where masks are known, a cell is on the objec
 Where paper and releases differ, the releases made the numbers and decide:
     A cell is "inside" only if it is at least a sixth of the proposal away from each of the gt's
     sides: 25 of 49 cells of a perfect proposal are (`--overlap-margin 0`: Eq. 3).
-    Below an IoU of 0.1 the box loss is bounded (`iou_loss`): boxes start almost empty, and the plain
-    -log IoU makes wide heads diverge in their first steps.
+    Below an IoU of 0.1 the box loss is bounded (`iou_loss`): boxes start almost empty, and the
+    plain -log IoU makes wide heads diverge in their first steps.
     With no cell over 0.5 the releases' box is (0, 0, 0, 0); ours is the mean over all cells.
 All other deviations stand beside ROWS.
 
@@ -120,7 +120,7 @@ def dense_offset_targets(
 ) -> tuple[Tensor, Tensor]:
     """Eq. 2 and, with margin 0, Eq. 3: what each cell should predict.
 
-    proposals, gt_boxes [R, 4] -> offsets (l, t, r, b) [R, 4, S, S], distances from the cell's centre
+    proposals, gt_boxes [R, 4] -> offsets (l, t, r, b) [R, 4, S, S], distances from a cell's centre
     to the gt's sides over the proposal's w, h, w, h (negative outside the gt); inside [R, 1, S, S],
     1.0 where all four are at least `margin` (release; 0 is Eq. 3). `decode` of both gives the gt.
 
@@ -146,7 +146,7 @@ def cell_boxes(proposals: Tensor, offsets: Tensor) -> Tensor:
 def decode(proposals: Tensor, offsets: Tensor, overlap_logits: Tensor) -> Tensor:
     """The proposals' boxes [R, 4]: the mean of the cells' boxes where the overlap is > 0.5 (3.1).
 
-    With no such cell it is the mean over all. `kernels.decode_dense_offsets` is faster; no gradient.
+    With no such cell: the mean over all. `kernels.decode_dense_offsets` is faster; no gradient.
 
     >>> box = torch.tensor([[0., 0., 14., 14.]])
     >>> offsets, inside = dense_offset_targets(box, torch.tensor([[2., 1., 12., 14.]]))
@@ -163,8 +163,8 @@ def iou_loss(boxes: Tensor, gt_boxes: Tensor) -> Tensor:
     """-log IoU of boxes [R, 4, ...] with gt_boxes [R, 4, 1...] -> [R, ...], bounded (release).
 
     The paper names no box loss. Both releases take -log IoU, but -log(IoU + 0.1) where IoU <= 0.1:
-    boxes start almost empty, and the slope of the plain logarithm, 1 / IoU, would end the training at
-    its start. The loss is between 0 and -log 0.1, and falls by log 2 where IoU drops below 0.1.
+    boxes start almost empty, and the slope of the plain logarithm, 1 / IoU, would end the training
+    at its start. The loss is between 0 and -log 0.1, and falls by log 2 where IoU drops below 0.1.
     """
     x1, y1, x2, y2 = boxes.unbind(1)
     gx1, gy1, gx2, gy2 = gt_boxes.unbind(1)
@@ -211,7 +211,7 @@ def jitter_boxes(boxes: Tensor, amount: float, sizes: Tensor) -> Tensor:
 class DenseLocalHead(nn.Module):
     """DLR (3.1): pooled features -> each cell's offsets and overlap logit.
 
-    [R, C, 2S, 2S] -> offsets [R, 4, S, S] (l, t, r, b >= 0), overlap_logits [R, 1, S, S]. R may be 0.
+    [R, C, 2S, 2S] -> offsets [R, 4, S, S] (l, t, r, b >= 0), overlap_logits [R, 1, S, S]. R >= 0.
 
     Beware of offset_bias 0, the release's: 29 to 57 % of the cells inside start without a gradient
     of `dense_losses` (five seeds at full width, random features), because the ReLU closes both l
@@ -356,8 +356,8 @@ def dense_losses(
 ) -> dict[str, Tensor]:
     """DLR's losses over R positives: `reg`, `iou_loss` of the cells' boxes, and `overlap`, BCE.
 
-    offsets [R, 4, S, S], overlap_logits [R, 1, S, S], proposals and gt_boxes [R, 4]. Both losses are
-    sums over cells divided by num_rois * S * S; num_rois is R unless given. A cell that is not inside
+    offsets [R, 4, S, S], overlap_logits [R, 1, S, S], proposals, gt_boxes [R, 4]. Both losses are
+    sums over cells divided by num_rois * S * S; num_rois is R unless given. A cell not inside
     adds nothing to `reg`, unless `cells` is "all", but counts in its divisor (second release).
     `inside` [R, 1, S, S], 1.0 or 0.0: which cells are, if a mask says it instead of the gt's box.
     """
@@ -447,7 +447,7 @@ class Detector(faster_rcnn.TwoStage):
 
     @torch.no_grad()
     def outputs(self, images: list[Tensor]) -> dict:
-        """Proposals and their class probabilities [R, K]; without DLR also their deltas [R, K, 4]."""
+        """Proposals and their class probabilities [R, K]; without DLR also deltas [R, K, 4]."""
         features, sizes, rois, image = self.test_rois(images)
         pooled = self.class_features(features, rois)
         probs = self.classify(pooled).float().softmax(1)[:, :-1]
@@ -458,7 +458,7 @@ class Detector(faster_rcnn.TwoStage):
 
     @torch.no_grad()
     def select(self, outputs: dict, config: Config) -> dict[str, Tensor]:
-        """NMS on the proposals, then DLR on the best (4.1): DLR is slow, and nearby proposals agree."""
+        """NMS on the proposals, then DLR on the best (4.1): DLR is slow, and neighbours agree."""
         if not self.config.dlr:
             return faster_rcnn.best_boxes(outputs, config.score_threshold)
         features, sizes = outputs["features"], outputs["sizes"]

@@ -8,15 +8,15 @@ badly. The paper lets each task's success enter the other's work at three places
     Dynamic coefficient (DC) loss. A positive anchor whose predicted box fits badly weighs less in
       the class loss, so that the shared features can serve its box first.
     IoU-classification-aware (IAC) assignment. An anchor of low IoU can still see enough of an
-      object, for example one inside the object. It is positive if it overlaps the object and already
-      gives the object's class a high probability.
+      object, for example one inside the object. It is positive if it overlaps the object and
+      already gives the object's class a high probability.
     Classification-localisation balanced (CL) NMS. The best score need not have the best box. Among
       the boxes on one object, that with the best sum of score and nearness to their common centre
       survives.
 
-In our experiments (docs/results.md) all of the gain is the loss's. IAC adds 3 to 4 % of positives
-over a training, most of them late. The classifier already knows these (p > 0.40 is the least that
-lets one in), their boxes are no worse than the others', and AP does not rise. CL-NMS adds 0.1 AP at most.
+In our experiments (docs/results.md) all the gain is the loss's. IAC adds 3 to 4 % of positives over
+a training, most of them late. The classifier already knows these (p > 0.40 is the least that lets
+one in), their boxes are no worse than others', and AP does not rise. CL-NMS adds 0.1 AP at most.
 
     image -> ResNet-FPN -> P3..P7 -> two towers -> cls_logits [B, N, K], deltas [B, N, 4]
     training: IoU >= 0.5 or s > 0.5 -> positive     s: IAC score of an anchor and its gt
@@ -26,8 +26,8 @@ lets one in), their boxes are no worse than the others', and AP does not rise. C
     test:     scores over 0.05 -> boxes -> per class, until none is left: the cluster around the
               best p -> keep its best p + d, drop the rest     d: 1 - distance to the centre
 
-In our copy of the text the displayed equations are missing. Each is rebuilt below where its function stands,
-beside the paper's words. Three readings change the method most:
+In our copy of the text the displayed equations are missing. Each is rebuilt below where its
+function stands, beside the paper's words. Three readings change the method most:
     The errors of DC loss are shares of the gt's size, so that large and small objects count alike
     (`--dc-error pixels`: as they are).
     The IAC score is a product of powers (`--iac-form sum`).
@@ -141,10 +141,10 @@ def normalise_coefficient(coefficient: Tensor, losses: Tensor) -> Tensor:
         lambda'_i = lambda_i * sum_j L_j / sum_j (lambda_j L_j)
 
     "To make sure that the value range of the overall loss function remains invariant, we then
-    normalize the coefficient [lambda] by employing the classification loss function." So sum(lambda' L) = sum(L)
-    always, and lambda' can only act by how it scales gradients. It has to be a constant for them: a
-    lambda' that is differentiated with the rest gives the gradient of sum(L), as if it were not
-    there.
+    normalize the coefficient [lambda] by employing the classification loss function." So
+    sum(lambda' L) = sum(L) always, and lambda' can only act by how it scales gradients. It has to
+    be a constant for them: a lambda' that is differentiated with the rest gives the gradient of
+    sum(L), as if it were not there.
 
     >>> normalise_coefficient(torch.tensor([1., 3.]), torch.tensor([2., 2.]))
     tensor([0.5000, 1.5000])
@@ -293,10 +293,10 @@ class Detector(retinanet.RetinaNet):
         if not self.config.dc_loss:
             return focal
         weights = torch.ones_like(focal)
-        weights[positives.index] = self.weights(focal[positives.index], positives)
+        weights[positives.index] = self.coefficients(focal[positives.index], positives)
         return focal * weights
 
-    def weights(self, losses: Tensor, positives: retinanet.Positives) -> Tensor:
+    def coefficients(self, losses: Tensor, positives: retinanet.Positives) -> Tensor:
         """lambda' [P] of positives with class losses [P]."""
         config, boxes = self.config, (positives.boxes(), positives.gt_boxes)
         how = (config.dc_eps, config.dc_error, config.dc_normalise)
@@ -326,7 +326,7 @@ class OnGFL(Detector, gfl.GFL):
         quality = common.aligned_iou(positives.boxes().detach(), positives.gt_boxes)
         logits = positives.cls_logits.gather(1, classes)  # [P, 1]: a problem of one class
         own = gfl.quality_focal_loss(logits, classes[:, 0] * 0, quality, config.qfl_beta)
-        more = (self.weights(own, positives) - 1) * own
+        more = (self.coefficients(own, positives) - 1) * own
         return losses.index_put(positives.index, more, accumulate=True)
 
 
@@ -342,21 +342,21 @@ class OnGFL(Detector, gfl.GFL):
 #       `--iac-form sum`, `--iac-alpha 0.25`.
 #   p of the IAC score: "classification score" | - | of the class of the anchor's best gt, in the
 #       same step's forward pass, without gradient.
-#   Who counts in N_pos: N | positives, at least one an image | the latter, IAC's among them; these
-#       train both tasks.
-#   A gt's best anchor, IoU up to 0.5: by the printed labels not positive | positive | the latter.
+#   Who counts in N_pos: N | positives, at least one an image | as there; IAC's count too and train
+#       both tasks.
+#   A gt's best anchor, IoU up to 0.5: by the printed labels not positive | positive | positive.
 #   CL-NMS: p + distance | plain NMS | p + 1 - distance; `--cl-literal`.
 #   Scale of its distance: "normalized" | - | the diagonal of the box that encloses the cluster.
 #   lambda' on GFL: not said | - | of all terms of a positive; `--gfl-dc class`.
 #   CL-NMS on GFL: p not said | - | the score, whose target is an IoU; clusters by GFL's IoU of 0.6.
 #   Table 1's X-101 with RetinaNet: ResNeXt-101, no more | - | 32x8d.
 #   Boxes that enter NMS: - | all classes of a level's best 1000 anchors | its best 1000 (anchor,
-#       class) pairs; `--all-classes` is the latter.
+#       class) pairs; with `--all-classes` as there.
 #   Anchors in the batch's padding: - | plain background | do not train. In crowd regions: - | plain
 #       background | are no negatives; IAC may still make them positive.
 # Those that do not, or hardly:
-#   IoU = 0.5 exactly: not positive | positive | the latter, as in the baseline.
-#   P7: - | no ReLU between P6 and P7 | the latter.
+#   IoU = 0.5 exactly: not positive | positive | positive.
+#   P7: - | no ReLU between P6 and P7 | as there.
 #   Anchors: - | "+1" box sizes, rounded | neither.
 
 _PLAIN = dict(iac=False, dc_loss=False, nms="plain")

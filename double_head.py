@@ -6,10 +6,10 @@ Section 3) that the two tasks want different heads, and gives each task the head
 
 fc-head classifies. It has weights of its own for each cell of the proposal, so it can tell a whole
     object from a part of one, and its score follows how well the proposal fits.
-conv-head regresses. It treats all cells alike, so its box depends less on where things lie in the
-    proposal.
-Double-Head-Ext also trains each head on the other's task. The second task teaches fc-head more about
-    the box, and two different classifiers err differently: their scores are fused.
+conv-head regresses. It has the same weights for every cell, so it is worse at telling a part from
+    the whole, but places the box of the whole more exactly.
+Double-Head-Ext also trains each head on the other's task. Two different classifiers err
+    differently, so their scores are fused.
 
     image -> ResNet-FPN -> P2..P6 -> RPN -> proposals
       fc-head:   RoIAlign of the proposal [R, C, 7, 7] -> 2 fc -> [R, 1024]
@@ -107,8 +107,8 @@ def task_weights(heads: str, omega_fc=1.0, omega_conv=1.0, lambda_fc=1.0, lambda
 def fuse_scores(fc_probs: Tensor, conv_probs: Tensor, how: str = "complementary") -> Tensor:
     """Eq. 4 and its rivals in Table 3: two heads' probabilities, of any one shape, become one.
 
-    Complementary: 1 - (1 - s_fc) (1 - s_conv), the chance that at least one is right, if their errors
-    are independent.
+    Complementary: 1 - (1 - s_fc) (1 - s_conv), the chance that at least one is right, if they err
+    independently.
 
     >>> fuse_scores(torch.tensor([0.5, 1.0]), torch.tensor([0.5, 0.2]))
     tensor([0.7500, 1.0000])
@@ -191,9 +191,9 @@ class NonLocalBlock(nn.Module):
     """Figure 5 (c) as released: cells add what they attend to, [R, C, S, S] -> the same.
 
     y_i = sum_j (theta_i . phi_j) / N g_j over the N = S*S cells j. The C / 2 inner channels come in
-    `groups`, and each group attends by itself. With `softmax` the products are not divided by N, but
-    go through a softmax over j. The result is relu(x + BN(out(y))); it starts as relu(x), because
-    BN starts at zero. R may be 0.
+    `groups`, and each group attends by itself. With `softmax` the products are not divided by N,
+    but go through a softmax over j. The result is relu(x + BN(out(y))); it starts as relu(x),
+    because BN starts at zero. R may be 0.
 
     >>> x = torch.rand(3, 8, 7, 7)
     >>> torch.equal(NonLocalBlock(8)(x), x)
@@ -211,8 +211,8 @@ class NonLocalBlock(nn.Module):
         self.phi = nn.Conv2d(channels, channels // 2, 1)
         self.g = nn.Conv2d(channels, channels // 2, 1)
         self.out = nn.Sequential(nn.Conv2d(channels // 2, channels, 1), nn.BatchNorm2d(channels))
-        # choice: BN starts at zero, in the release the convolution before it. BN blows up what the
-        # first step makes of a convolution of zeros: our first gradient was 30 times as long so.
+        # choice: BN's weight starts at zero; in the release the convolution's does. BN divides by
+        # the deviation of what it gets, near 0 then: our first gradient was 30 times as long.
         nn.init.zeros_(self.out[1].weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -262,8 +262,8 @@ class ConvHead(nn.Module):
 class Detector(faster_rcnn.TwoStage):
     """Figure 1. What each method of a detector does: `engine/detector.py`.
 
-    `heads`, their class outputs `cls` and box outputs `box` are by the heads' names, and those whose
-    loss weighs nothing are not built.
+    `heads`, `cls` and `box` hold the modules by the heads' names: the heads, and their outputs. An
+    output whose loss weighs nothing is not built.
     """
 
     def __init__(self, config: Config, num_classes: int):

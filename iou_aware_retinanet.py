@@ -2,11 +2,11 @@
 Paper: https://arxiv.org/abs/1912.05992
 Release: https://github.com/ShengkaiWu/IoU-aware-single-stage-object-detector
 
-RetinaNet ranks boxes by their class score, which does not know how well they fit. In NMS a box that
-fits badly therefore suppresses a better one of lower score, and in the computation of AP it stands
-before it. Here one more 3x3 convolution on the box tower predicts the IoU of each regressed anchor
-with its object, and boxes are ranked by p^alpha * IoU^(1 - alpha). The prediction shares the box
-tower, because a tower of its own would cost a third more of the head.
+RetinaNet ranks boxes by class score, which says nothing of how well they fit. So a sure box that
+fits badly removes a better one in NMS, and comes first in the ranking that AP is computed from.
+Here one more 3x3 convolution predicts the IoU of each regressed anchor with its object, and boxes
+are ranked by p^alpha * IoU^(1 - alpha). It reads the box tower: a tower of its own would make the
+head a third larger.
 The IoU is a target that the network itself makes, and the release lets the gradient through it: so
 the IoU loss also trains the box. In our experiments (docs/results.md) most of the gain at high IoU
 comes from this, at a cost in AP50, and little from the ranking.
@@ -240,9 +240,9 @@ class Detector(retinanet.RetinaNet):
 #   P7: - | no ReLU between P6 and P7 | release.
 #   Anchors: - | "+1" box sizes, rounded | neither.
 
-# "none" in Tables 3 and 4, and both losses of Table 2, are p * IoU, the square of the score of alpha =
-# 0.5: the same ranking. They differ only through the score threshold, which cuts the square more
-# often (35.4 and 35.5 in the paper).
+# "none" in Tables 3 and 4, and both losses of Table 2, are p * IoU, the square of the score of
+# alpha = 0.5: the same ranking. They differ only through the score threshold, which cuts the square
+# more often (35.4 and 35.5 in the paper).
 
 ALPHAS = tuple(round(1 - i / 10, 1) for i in range(11))  # Table 3
 _SMALL = dict(scales=(600,), test_scales=(600,), max_size=1000)  # the ablations' image scale

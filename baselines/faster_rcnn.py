@@ -65,7 +65,7 @@ def take(boxes: Tensor, index: Tensor) -> Tensor:
 class RPN(nn.Module):
     """Region proposal network: which anchors lie on an object, and where that is.
 
-    Its convolutions are the same for all levels. NMS sees the best `pre_nms` boxes of each level and
+    Its convolutions are the same for all levels. NMS sees each level's best `pre_nms` boxes and
     leaves the best `post_nms` of each image (in training, in testing). `proposals` and `loss` take
     what `forward` returns as `output`.
     """
@@ -242,7 +242,7 @@ def best_boxes(outputs: dict, threshold: float) -> dict[str, Tensor]:
 
 
 class TwoStage(BaseDetector):
-    """All of a two-stage detector but heads, `loss`, `outputs`, `select`: see `engine/detector.py`."""
+    """A two-stage detector without heads, `loss`, `outputs`, `select`: see `engine/detector.py`."""
 
     def __init__(self, config: Config, num_classes: int):
         super().__init__(config, num_classes)
@@ -293,7 +293,7 @@ class TwoStage(BaseDetector):
 
 
 class Detector(TwoStage):
-    """Faster R-CNN. The class and the deltas of an RoI are two outputs of the same hidden layers."""
+    """Faster R-CNN. Class and deltas of an RoI are two outputs of the same hidden layers."""
 
     def __init__(self, config: Config, num_classes: int):
         super().__init__(config, num_classes)

@@ -16,8 +16,8 @@ entropy by (1 - p)^gamma, p the probability of the right answer: what is known h
     test:     best 1000 (anchor, class) pairs of each level over 0.05 -> boxes -> NMS per class ->
               best 100
 
-Each tower is shared by the levels. A method changes RetinaNet at five places: which anchors
-are positive (`assign`), how much a positive counts in the class loss (`weigh`), what else is learned
+Each tower is shared by the levels. A method changes RetinaNet at five places: which anchors are
+positive (`assign`), how much a positive counts in the class loss (`weigh`), what else is learned
 (`further_losses`), what score ranks a box (`score`), all below, and who survives NMS (`suppress`).
 
 In comments "(MMDetection)" is a value seen there, "choice:" our own.

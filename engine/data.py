@@ -227,8 +227,8 @@ def fingerprint(data) -> str:
 def make_loader(data: Dataset, config: Config, device: torch.device, **sampling) -> DataLoader:
     """Batches as lists of (image, target), read by `config.workers` processes."""
     workers = config.workers
-    if workers < 0:  # on a CPU they take cores from the training
-        workers = 4 if device.type == "cuda" else min(2, max(1, (os.cpu_count() or 1) - 1))
+    if workers < 0:  # on a CPU they take cores from the training, whose threads wait for each other
+        workers = 4 if device.type == "cuda" else min(2, max(0, (os.cpu_count() or 1) - 2))
     return DataLoader(
         data,
         num_workers=workers,

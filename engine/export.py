@@ -36,7 +36,7 @@ class BoxesBeforeNMS(nn.Module):
 
 
 def freeze_norms(module: nn.Module) -> None:
-    """Batch norms become fixed scales and shifts: torch.export wants to know the batch of others."""
+    """Batch norms become fixed scale and shift: torch.export wants to know the batch of others."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             frozen = FrozenBatchNorm2d(child.num_features, child.eps)

@@ -27,8 +27,8 @@ from formats import UAVDT, encode_mask
 def detect(
     model: nn.Module, data: Dataset, config: Config, device: torch.device | str, shared: bool = True
 ):
-    """Yield (target, detections in the original image's pixels) for this process's images: its share
-    of them or, not `shared`, all.
+    """Yield (target, detections in the original image's pixels) for this process's images: its
+    share of them or, not `shared`, all.
 
     With several test scales, or the mirrored image too, the candidates of all are merged before
     the last NMS. Every image is seen exactly once over all processes, in order of aspect: a batch

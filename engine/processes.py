@@ -78,8 +78,9 @@ def warn_of_busy_cores(device: torch.device) -> None:
     load, cores = os.getloadavg()[0], os.cpu_count()
     if load > 0.5 * cores:
         say(
-            f"other programs kept {load:.1f} of {cores} cores busy in the last minute; if they still do, "
-            "OMP_WAIT_POLICY=passive in the environment makes this up to three times as fast"
+            f"other programs kept {load:.1f} of {cores} cores busy in the last minute; "
+            "if they still do, OMP_WAIT_POLICY=passive in the environment makes this "
+            "up to three times as fast"
         )
 
 

@@ -33,7 +33,7 @@ class Config(common.Config):
     resume: bool = False  # go on from OUT/last.pt, if there is one
     out: str = ""  # results folder (default: runs/<script>)
     device: str = "auto"  # auto: cuda if there is one, else cpu
-    # loader processes per training process; -1: 2 on a CPU (of two cores: 1), 4 on a GPU
+    # loader processes per training process; -1: 2 on a CPU (of two cores: none), 4 on a GPU
     workers: Annotated[int, Range(-1, 1000)] = -1
     # Training
     batch: Whole = 0  # images per step over all processes; 0: 2 per process

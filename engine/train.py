@@ -49,7 +49,7 @@ from formats import BadInput, read_json
 
 
 def learning_rate(config: Config, step: int, total: int, batch: int) -> float:
-    """Linear scaling rule and warm-up from warmup_factor; then a tenth at each drop, or a cosine."""
+    """Linear scaling rule, warm-up from warmup_factor; then a tenth at each drop, or a cosine."""
     base = config.lr * batch / config.lr_batch
     warmup = min(config.warmup, total // 10)
     share = min(1.0, step / warmup) if warmup else 1.0
@@ -79,7 +79,7 @@ def check_settings(path: Path, settings: dict, saved: dict) -> None:
 def begin(out: Path, config: Config, settings, model, optimizer, about) -> tuple[int, list]:
     """Take up the run in `out` if config.resume, or make room for a new one.
 
-    `about`: the data's categories and fingerprint. Returns the steps done, the losses not yet logged.
+    `about`: the data's categories and fingerprint. Returns steps done, losses not yet logged.
     """
     path, known, again = out / "last.pt", out / "config.json", config.resume
     defaults = dataclasses.asdict(type(config)())  # of what an older run did not know yet

@@ -1,8 +1,8 @@
 """Detection ops with a plain torch reference, a Triton implementation and a benchmark each.
 
 Every file here also works when copied alone, and the folder wherever it is copied: it needs torch
-and numpy, and uses triton and torchvision where they are installed. `python -m kernels.bench`, which needs
-torchvision, checks and times all of them.
+and numpy, and uses triton and torchvision where they are installed. `python -m kernels.bench`,
+which needs torchvision, checks and times all of them.
 """
 
 from .dense_decode import decode_dense_offsets

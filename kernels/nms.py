@@ -7,9 +7,9 @@ Contract, the same for every function here:
 - A score that is not finite marks a row that is not there: it is never kept and suppresses nothing.
   So a fixed buffer is padded with scores of -inf. A box that is not finite overlaps nothing.
 - All is computed in the boxes' dtype, half precision in float32. IoU = inter / (area + area -
-  inter), each operation rounded on its own, as torchvision does on a CPU (on a GPU torchvision, which
-  `nms` of one group uses there, may fuse two). A box is suppressed where IoU > iou_threshold; equal
-  to it, or 0 / 0 of two boxes without area, suppresses nothing.
+  inter), each operation rounded on its own, as torchvision does on a CPU (on a GPU torchvision,
+  which `nms` of one group uses there, may fuse two). A box is suppressed where IoU > iou_threshold;
+  equal to it, or 0 / 0 of two boxes without area, suppresses nothing.
 - The higher score goes first, of equals the lower index; results are in this order of their final
   scores. No gradient flows through any.
 - ValueError for other shapes or dtypes, mixed devices, or an `impl` ("auto", "triton", "torch", for
@@ -55,8 +55,8 @@ def pairwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
 def _lockstep(boxes, scores, groups, step):
     """Repeats `step` on the best remaining box of all groups at once.
 
-    `step(boxes [G, M, 4], live [G, M], best [G, 1], IoU with the best [G, M])` returns whom it keeps
-    [G, 1], the score to report [G, 1] and the scores that remain [G, M]; the best is taken out here.
+    `step(boxes [G, M, 4], live [G, M], best [G, 1], IoU with best [G, M])` returns whom it keeps
+    [G, 1], the score to report [G, 1] and the remaining scores [G, M]; the best is taken out here.
     Returns the reported scores [N], -inf for boxes that are not kept.
     """
     out = torch.full_like(scores, -torch.inf)
@@ -208,11 +208,11 @@ def _cluster(boxes, live, at, end, best, reference, iou_threshold):
     return box, p, (over | (at == best)) & (p > -float("inf"))
 
 
-# All three kernels: grid (N,), as many programs as there can be groups. Program i owns group i, whose
+# All three kernels: grid (N,), as many programs as there can be groups. Program i owns group i; its
 # rows lie together, from starts[i] to starts[i + 1]; behind the last group starts [N + 1] is N, and
 # there is nothing to do. order [N] is the original index of each row; out [N], by original index,
-# comes filled with -inf and receives the scores to report. Loops are `while` because the interpreter
-# of some Triton releases cannot count to a loaded number.
+# comes filled with -inf and receives the scores to report. Loops are `while` because the
+# interpreter of some Triton releases cannot count to a loaded number.
 
 
 @jit("N")
@@ -220,7 +220,7 @@ def _nms_kernel(
     boxes, live, order, starts, out, N, iou_threshold, kept_boxes, half_ulp,
     ODD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Greedy. boxes [N, 4] and live [N], the scores, by group, then by descending score; -inf where a
+    """Greedy. boxes [N, 4] and live [N], the scores, by group, then descending score; -inf where a
     row is not there. kept_boxes [N, 4] is scratch: what a group has kept, from its first row on."""
     lane = tl.arange(0, BLOCK)
     start = tl.load(starts + tl.program_id(0))
@@ -242,8 +242,8 @@ def _nms_kernel(
             first += BLOCK
         hit = tl.max(hits.to(tl.int32), 1)  # once: across warps it costs a barrier
         alive = ((score > -float("inf")) & (hit == 0)).to(tl.int32)
-        # Within the tile: kept = alive and not hit by an earlier kept box. Iterated from kept = alive,
-        # box k is settled after k + 1 rounds: the fixed point is the greedy result, a few rounds do.
+        # In the tile: kept = alive and not hit by an earlier kept box. Iterated from kept = alive,
+        # box k is final after k + 1 rounds: the fixed point is the greedy result, a few rounds do.
         over = _over(box, _load_boxes(boxes, at, at < end), iou_threshold, half_ulp, ODD)
         over = (over & (lane[None, :] < lane[:, None])).to(tl.int32)
         kept = alive
@@ -266,8 +266,8 @@ def _soft_nms_kernel(
     boxes, live, order, starts, out, N, iou_threshold, sigma, score_threshold,
     GAUSSIAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """boxes [N, 4] by group, then by original index; live [N], their present scores: -inf for rows not
-    there, picked or under the threshold."""
+    """boxes [N, 4] by group, then by original index; live [N], their present scores: -inf for rows
+    not there, picked or under the threshold."""
     lane = tl.arange(0, BLOCK)
     start = tl.load(starts + tl.program_id(0))
     end = tl.load(starts + tl.program_id(0) + 1)
@@ -403,7 +403,7 @@ INTERPRETED = triton is not None and not isinstance(_nms_kernel, triton.JITFunct
 
 
 def _torchvision_nms(boxes, scores, groups, iou_threshold):
-    """Kept indices, best first, by torchvision's compiled op: one call a group, some 25 us on a CPU.
+    """Kept indices, best first: torchvision's compiled op, one call a group, some 25 us on a CPU.
 
     torchvision's batched_nms shifts the groups of small inputs apart in float32: faster, not exact.
     """

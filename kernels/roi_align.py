@@ -39,8 +39,8 @@ from torch.autograd.function import once_differentiable
 # ------------------------------------------------------------------------------ reference
 
 # Also the fastest path on a CPU: every bin is a weighted sum of 4 * sampling_ratio ** 2 rows of one
-# [cells, C] table (a copy of the maps). embedding_bag gathers and sums in one parallel pass, forward
-# and backward, so nothing of size [R * S * S * 16, C] ever exists.
+# [cells, C] table (a copy of the maps). embedding_bag gathers and sums in one parallel pass,
+# forward and backward, so nothing of size [R * S * S * 16, C] ever exists.
 
 
 def pool_reference(
@@ -86,7 +86,7 @@ class _TableGradient(torch.autograd.Function):
 
 
 def _by_row(index: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Taps [N] in order of the row that they read, int64, and where each row's begin, [rows + 1]."""
+    """Taps [N] in order of the row they read, int64, and where each row's begin, [rows + 1]."""
     index, order = torch.sort(index, stable=True)
     every = torch.arange(rows + 1, dtype=index.dtype, device=index.device)
     return order, torch.searchsorted(index, every, out_int32=True)
@@ -192,9 +192,9 @@ def _locate(
     rois, offsets, heights, widths, num_images, gamma, C,
     SIZE: tl.constexpr, STRIDES: tl.constexpr, BINS: tl.constexpr, CH: tl.constexpr,
 ):  # fmt: skip
-    """This program's RoI, bins and chunk of channels (chunks vary fastest, then blocks of bins); the
-    RoI's level and image; and its box: map size, the bins' corners and size in cells, and which bins
-    there are (none where the image is not there)."""
+    """This program's RoI, bins and chunk of channels (chunks vary fastest, then blocks of bins);
+    the RoI's level and image; and its box: map size, the bins' corners and size in cells, and which
+    bins there are (none where the image is not there)."""
     blocks: tl.constexpr = (SIZE * SIZE + BINS - 1) // BINS
     chunks, program = tl.cdiv(C, CH), tl.program_id(0)
     bins = (program // chunks) % blocks * BINS + tl.arange(0, BINS)
@@ -241,8 +241,8 @@ def _sample(corner, side, i, cells, valid, SAMPLES: tl.constexpr, SKIP: tl.const
 @jit()
 def _tap(box, sample, corner: tl.constexpr, SAMPLES: tl.constexpr, SKIP: tl.constexpr):
     """One of the four cells around one sample of each bin: its place in the map, its bilinear
-    weight, and the weight's derivatives by x and y (zero where the sample is clamped). A sample that
-    does not count has a place in the map too, and weight and derivatives of zero."""
+    weight, and the weight's derivatives by x and y (zero where the sample is clamped). A sample
+    that does not count has a place in the map too, and weight and derivatives of zero."""
     height, width, x, y, bin_w, bin_h, valid = box
     in_x, x0, x1, fx, free_x = _sample(x, bin_w, sample % SAMPLES, width, valid, SAMPLES, SKIP)
     in_y, y0, y1, fy, free_y = _sample(y, bin_h, sample // SAMPLES, height, valid, SAMPLES, SKIP)

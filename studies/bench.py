@@ -124,7 +124,7 @@ def bench(model, config: Config, num_classes: int, device, repeat: int = 5) -> l
 
 
 def measure(net: nn.Module, work, config: Config, device, count: bool) -> tuple[float, float, int]:
-    """Seconds, multiply-adds (if counted) and peak bytes of a loss and its gradient, or of `work`."""
+    """Seconds, multiply-adds (if counted), peak bytes of a loss and its gradient, or of `work`."""
     reset_peak_memory(device)
     counter = flop_counter() if count else contextlib.nullcontext()
     start = time.perf_counter()
@@ -183,8 +183,9 @@ def main(argv=None) -> list[dict]:
         say(where)
         for r in rows:
             say(
-                f"{r['job']:14} {r['model']:12} {r['seconds']:8.3f} s  {r['giga_multiply_adds']:8.1f} "
-                f"G multiply-adds  {r['peak_mib']:6d} MiB  ours / this: {r['ratio']:.2f}"
+                f"{r['job']:14} {r['model']:12} {r['seconds']:8.3f} s  "
+                f"{r['giga_multiply_adds']:8.1f} G multiply-adds  {r['peak_mib']:6d} MiB  "
+                f"ours / this: {r['ratio']:.2f}"
                 + f"  waits: {r['waits']}"
                 * (r["waits"] is not None)
             )

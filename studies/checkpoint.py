@@ -1,4 +1,4 @@
-"""What the studies begin with: their command line, a checkpoint, and the data to look at it with."""
+"""What studies begin with: their command line, a checkpoint, and the data to look at it with."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Train a method and its own baseline from scratch on synthetic images, several seeds, one table.
 
     python -m studies.compare iou_aware_retinanet --seeds 0 1 2
-    python -m studies.compare d2det --torchvision    # torchvision's Faster R-CNN on the same data too
+    python -m studies.compare d2det --torchvision  # torchvision's Faster R-CNN on the same data too
 
 Each line is the method's own command, `python METHOD.py --train` with the tiny preset; nothing but
 the flags of `BASELINES` differs, and a seed gives all the same images in the same order. Runs are

@@ -1,6 +1,6 @@
 """Parameters and multiply-adds of every method and of its baseline, at the paper's size.
 
-    python -m studies.cost            # ResNet-50, one image of 800x1333, 80 classes; no data, no GPU
+    python -m studies.cost            # ResNet-50, one 800x1333 image, 80 classes; no data, no GPU
     python -m studies.cost d2det --backbone resnet101
 
 A prediction is counted with a score threshold of 0 and random weights: as many boxes go through

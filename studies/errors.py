@@ -15,7 +15,7 @@ between two of them is what that kind costs:
     FN   also: objects that are missed do not count: 1 everywhere
 
 Each number is the mean over 101 recalls, and for a supercategory, or all, the mean over classes.
-OUT/errors.json has them for all, each supercategory and each class, by objects' size; OUT/errors.png
+OUT/errors.json has them for all, each supercategory and each class, by object size; OUT/errors.png
 draws those that --show names, a row each. The rules are those of COCO's own MATLAB program: objects
 of other classes are ignored like those out of a size range; each excuses one box, not any number.
 """

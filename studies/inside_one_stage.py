@@ -102,13 +102,13 @@ def training_panels(seen: Seen, truth: Tensor) -> list:
     """The coefficients of the object's positives, and those that the IAC score adds."""
     model, drawings = seen.model, []
     if "assign" not in seen.calls:  # a training step of this image, once a page
-        with torch.no_grad(), recorded(model, ["assign", "weights"]) as calls:
+        with torch.no_grad(), recorded(model, ["assign", "coefficients"]) as calls:
             model.loss([seen.image], [seen.target])
         seen.calls |= calls
     (out, targets), (labels, gt_boxes, _) = seen.calls["assign"][0]
     own = (labels[0] == 1) & (gt_boxes[0] == truth).all(1)  # positives of this object
-    if seen.calls["weights"]:
-        (_, positives), weights = seen.calls["weights"][0]
+    if seen.calls["coefficients"]:
+        (_, positives), weights = seen.calls["coefficients"][0]
         mine = (positives.gt_boxes == truth).all(1)
         boxes, weights = positives.boxes()[mine], weights[mine]
         seen.numbers |= dict(weights=numbers_of(weights), boxes=[numbers_of(b) for b in boxes])

@@ -1,11 +1,11 @@
 """Double-Head R-CNN's Section 3 on a checkpoint: which head's score and box follow the IoU?
 
-    python -m studies.sections --weights CKPT
-    python -m studies.sections --weights B/last.pt --compare A/studies/sections.json
+    python -m studies.sections double_head --weights CKPT
+    python -m studies.sections double_head --weights B/last.pt --compare A/studies/sections.json
 
 Windows are slid around each object (3.1) and judged by every head, and so are the detector's own
-proposals and final boxes; cells of the heads' maps and weights are correlated (3.4, Appendix A). The
-paper looks at two models with one head each, an Ext model has both heads in one: --compare draws
+proposals and final boxes; cells of the heads' maps and weights are correlated (3.4, Appendix A).
+The paper looks at two models with one head each, an Ext model has both in one: --compare draws
 other runs beside this one. Writes OUT/sections.json and, as sections_*.png, Figures 2 and 7 (bins),
 3 (pearson), 4 (weights) and 8 (features).
 """

@@ -35,7 +35,7 @@ from common import BadInput, Resized
 from engine.checkpoints import write_json
 from engine.data import to_device
 from engine.pictures import frame, new_figure
-from engine.processes import progress, say
+from engine.processes import progress, rank_and_world, say
 from studies.checkpoint import Options as CheckpointOptions
 from studies.checkpoint import open_study, read_options, reported
 
@@ -135,6 +135,8 @@ def main(argv=None) -> dict:
         if options.objects < 1 or options.shown < 1:
             raise BadInput("--objects and --shown: 1 is the least")
         study = open_study(options, flags)
+        if rank_and_world()[0]:
+            return {}  # one process does it: it is a minute's work
         model, data = study.model.eval(), Resized(study.data, study.config, False)
         names = [c["name"] for c in study.data.categories]
         cases: list[dict] = []

@@ -1,4 +1,4 @@
-"""Kills, broken input and odd flags by the hundred; prints how many ended badly. Not part of pytest.
+"""Kills, broken input and odd flags by the hundred; prints how many ended badly. No part of pytest.
 
     python tests/campaign.py              # all four parts, some 20 minutes on two cores
     python tests/campaign.py kills --kills 12

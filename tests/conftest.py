@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-# Before torch is imported, and for the processes that tests start: on such small tensors threads cost
-# more than they give, and where cores are shared they wait for each other.
+# Before torch is imported, and for the processes that tests start: on such small tensors threads
+# cost more than they give, and where cores are shared they wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
 

@@ -31,8 +31,8 @@ SMALL_D2DET = dict(
     workers=0,
 )
 RUN = """--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 12 --num-val 4
- --batch 2 --steps 6 --workers 0 --fpn-channels 8 --tower-convs 1 --tower-groups 0 --norm gn --log-every 1
- --save-every 2 --device cpu --score-threshold 0.005 --draw-score 0.01""".split()
+ --batch 2 --steps 6 --workers 0 --fpn-channels 8 --tower-convs 1 --tower-groups 0 --norm gn
+ --log-every 1 --save-every 2 --device cpu --score-threshold 0.005 --draw-score 0.01""".split()
 REAL = """--preset tiny --steps 2 --scales 96 --test-scales 96 --max-size 160 --batch 2 --workers 0
  --tower-convs 1 --tower-groups 4 --fpn-channels 16 --score-threshold 0.2""".split()
 
@@ -165,7 +165,7 @@ def check_batch_equals_singles(model):
 
 
 def check_all_classes(method):
-    """`top_scores` limits pairs, or with all_classes anchors: all their pairs over the threshold."""
+    """`top_scores` limits pairs, with all_classes anchors: all their pairs over the threshold."""
     model, (images, _) = sure(make(method, top_scores=3, score_threshold=0.1)).eval(), batch(2)
     out = model.outputs(images)
     scores = model.score(out["cls_logits"].sigmoid(), out, (slice(None), slice(None)), model.config)
@@ -186,7 +186,8 @@ def check_all_classes(method):
 def overfit(model, item, steps: int, good=None):
     """Trains a model on one item of a data set. Its image and target, and what is found in it.
 
-    Ends before `steps` where what is found is `good(found)`. Whatever else chance decides, the loss falls to less than half of what it was.
+    Ends before `steps` where what is found is `good(found)`. Whatever else chance decides, the loss
+    falls to less than half of what it was.
     """
     images, targets = to_device([item], "cpu")
     optimizer, totals = torch.optim.AdamW(model.parameters()), []

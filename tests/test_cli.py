@@ -195,8 +195,9 @@ def test_checkpoints_that_are_unsafe_or_foreign_are_refused(finished, tmp_path):
 
 
 def test_class_count_mismatch_is_named(finished, detection_data, capsys):
+    argv = ["--data", f"{detection_data}/coco_tiny", "--weights", f"{finished[0]}/last.pt"]
     with pytest.raises(SystemExit):
-        d2det.main(["--eval", "--data", f"{detection_data}/coco_tiny", "--weights", f"{finished[0]}/last.pt"])  # fmt: skip
+        d2det.main(["--eval", *argv])
     assert "category" in capsys.readouterr().err
     model = torch.nn.Linear(2, 2)
     with pytest.raises(common.BadInput, match="made for 10 classes, the data has 3"):

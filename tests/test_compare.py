@@ -14,8 +14,8 @@ from studies import bench, checkpoint, compare, cost
 
 pytestmark = pytest.mark.usefixtures("unpainted")
 SMALL = """--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 12 --num-val 4
- --batch 2 --workers 0 --fpn-channels 8 --norm gn --device cpu --fc-channels 16 --score-threshold 0.05
- --proposals-train 40 --proposals-test 20 --conv-channels 8 --num-convs 2 --groups 2""".split()
+ --batch 2 --workers 0 --fpn-channels 8 --norm gn --device cpu --fc-channels 16 --proposals-test 20
+ --proposals-train 40 --score-threshold 0.05 --conv-channels 8 --num-convs 2 --groups 2""".split()
 
 
 def read(*path):

@@ -17,7 +17,7 @@ def test_compiled_are_backbone_and_heads(monkeypatch):
 
 
 def test_a_head_compiles_whole_and_for_all_sizes():
-    """fullgraph: a graph break raises. A second program is for maps of one cell, and that is all."""
+    """fullgraph: a graph break raises. A second program is for maps of one cell; that is all."""
     head, graphs = make(retinanet).head, []
 
     def backend(graph, _):

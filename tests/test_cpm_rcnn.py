@@ -252,12 +252,12 @@ def test_one_image_can_be_overfitted():
 # ------------------------------------------------------------------------------ flags, command line
 
 CHANGED = dict(
-    base="cascade", num_stages=2, ratios=(1.8, 1.5, 1.25), stage_ious=(0.6, 0.7, 0.8), test_stage=2, ism=False,
-    rsm=False, ism_loss="l1", ism_use="replace", gamma=0.5, point_channels=4, num_convs=2, groups=3,
-    grid_init=False, fc_channels=16, grid_weight=5.0, stage_decay=1.0, ism_weight=2.0, rsm_weight=2.0,
-    grid_rois=1, roi_samples=8, roi_positive=0.25, anchor_scale=3.0, rpn_samples=4, proposals_train=20,
-    proposals_test=10, score_threshold=0.2, nms_iou=0.1, grid_test=5, soft_nms=True, merge_iou=0.1,
-    soft_nms_score=0.3, max_detections=3,
+    base="cascade", num_stages=2, ratios=(1.8, 1.5, 1.25), stage_ious=(0.6, 0.7, 0.8), test_stage=2,
+    ism=False, rsm=False, ism_loss="l1", ism_use="replace", gamma=0.5, point_channels=4,
+    num_convs=2, groups=3, grid_init=False, fc_channels=16, grid_weight=5.0, stage_decay=1.0,
+    ism_weight=2.0, rsm_weight=2.0, grid_rois=1, roi_samples=8, roi_positive=0.25, anchor_scale=3.0,
+    rpn_samples=4, proposals_train=20, proposals_test=10, score_threshold=0.2, nms_iou=0.1,
+    grid_test=5, soft_nms=True, merge_iou=0.1, soft_nms_score=0.3, max_detections=3,
 )  # fmt: skip
 GIVEN = {"merge_iou": dict(soft_nms=True), "soft_nms_score": dict(soft_nms=True)}
 

@@ -87,7 +87,7 @@ def test_only_cells_on_the_object_are_averaged():
 
 
 def test_losses_by_hand():
-    """Proposal 14x14, gt its right part 8..14: 3 of 7 columns of cells (centres 9, 11, 13) inside."""
+    """Proposal 14x14, gt its right part 8..14: 3 of 7 cell columns (centres 9, 11, 13) inside."""
     proposal, gt = torch.tensor([[0.0, 0, 14, 14]]), torch.tensor([[8.0, 0, 14, 14]])
     offsets = torch.full((1, 4, 7, 7), 0.5)  # each cell says: a 14x14 box centred on me
     logits = torch.zeros(1, 1, 7, 7)

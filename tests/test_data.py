@@ -98,9 +98,8 @@ def test_synthetic_box_and_mask_disagree_for_thin_and_hollow_shapes():
 
 def test_synthetic_sizes_are_spread_over_the_thirds():
     data = common.SyntheticDetection(60, 384)
-    sides = torch.cat([
-        (t["boxes"][:, 2:] - t["boxes"][:, :2]).prod(1).sqrt() for _, t in map(data.__getitem__, range(60))
-    ])  # fmt: skip
+    boxes = [data[i][1]["boxes"] for i in range(60)]
+    sides = torch.cat([(b[:, 2:] - b[:, :2]).prod(1).sqrt() for b in boxes])
     thirds = torch.bucketize(sides, torch.tensor([32.0, 96.0])).bincount(minlength=3) / len(sides)
     assert thirds.min() > 0.1
 
@@ -198,7 +197,8 @@ def test_coco_layout_maps_categories_and_crowds(coco_dir):
     assert target["labels"].tolist() == [1, 0] and target["ignore"].tolist() == [False, True]
     assert target["boxes"][0].tolist() == [10, 5, 30, 35] and target["image_id"] == 5
     assert len(train[1][1]["boxes"]) == 0
-    result = to_coco(5, {k: target[k] for k in ("boxes", "labels")} | {"scores": torch.ones(2)}, train.categories)  # fmt: skip
+    found = {k: target[k] for k in ("boxes", "labels")} | {"scores": torch.ones(2)}
+    result = to_coco(5, found, train.categories)
     assert result[0] == {"image_id": 5, "category_id": 7, "bbox": [10, 5, 20, 30], "score": 1.0}
 
 
@@ -371,7 +371,8 @@ class Oracle(torch.nn.Module):
 
     def finish(self, candidates, num_images):
         first = torch.arange(0, len(candidates["image"]) // self.views)
-        return split_images(*[candidates[k][first] for k in ("boxes", "scores", "labels", "image")], num_images)  # fmt: skip
+        names = ("boxes", "scores", "labels", "image")
+        return split_images(*[candidates[k][first] for k in names], num_images)
 
 
 @pytest.mark.parametrize("name", ["coco_tiny", "bccd", "synthetic"])
@@ -401,9 +402,11 @@ def test_ground_truth_as_detections_scores_one(name, request, tmp_path):
 def test_scales_are_merged_in_original_pixels():
     data = common.SyntheticDetection(4, 128)
     settings = config(scales=(128,), test_scales=(64, 192), max_size=128)
-    seen = {t["image_id"]: f for t, f in detect(Oracle(data, settings), data, settings, torch.device("cpu"))}  # fmt: skip
+    found = detect(Oracle(data, settings), data, settings, torch.device("cpu"))
+    seen = {t["image_id"]: f for t, f in found}
     for i in range(4):
-        torch.testing.assert_close(seen[i]["boxes"], data[i][1]["boxes"].as_subclass(torch.Tensor), atol=1e-3, rtol=0)  # fmt: skip
+        want = data[i][1]["boxes"].as_subclass(torch.Tensor)
+        torch.testing.assert_close(seen[i]["boxes"], want, atol=1e-3, rtol=0)
 
 
 def truth_of(boxes, difficult=(), crowd=()):

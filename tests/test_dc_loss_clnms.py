@@ -78,7 +78,8 @@ def test_the_models_loss_total_equals_the_plain_one_but_not_its_gradient():
     ]
     assert (grads[1] - grads[0]).norm() > 0.01 * grads[0].norm()
     # the coefficient is a constant: the class loss does not move the boxes
-    assert torch.autograd.grad(models[1].loss(images, targets)["cls"], models[1].head.box_deltas.weight, allow_unused=True) == (None,)  # fmt: skip
+    loss, weight = models[1].loss(images, targets)["cls"], models[1].head.box_deltas.weight
+    assert torch.autograd.grad(loss, weight, allow_unused=True) == (None,)
 
 
 def test_weights_by_hand():
@@ -119,7 +120,8 @@ def test_iac_score_by_hand():
 
 def test_a_threshold_that_no_score_exceeds_is_exactly_the_plain_assignment():
     images, targets = batch(4)
-    plain, never, often = (sure(make(method, **c)) for c in (OFF, dict(OFF, iac=True, iac_threshold=1.0), dict(OFF, iac=True)))  # fmt: skip
+    settings = (OFF, dict(OFF, iac=True, iac_threshold=1.0), dict(OFF, iac=True))
+    plain, never, often = (sure(make(method, **s)) for s in settings)
     out = plain.outputs(images)
     want, found, more = (m.assign(out, targets) for m in (plain, never, often))
     assert all(torch.equal(a, b) for a, b in zip(want, found))
@@ -161,7 +163,8 @@ def test_cl_nms_of_isolated_boxes_equals_nms_and_of_clusters_does_not():
     alone = torch.cat([corner, corner + 20], 1)
     # three boxes on one object: the surest lies farthest from their centre
     crowd = torch.tensor([[0.0, 0, 20, 20], [3, 3, 23, 23], [4, 4, 24, 24]])
-    for name, boxes, scores in (("alone", alone, torch.rand(20)), ("crowd", crowd, torch.tensor([0.7, 0.69, 0.68]))):  # fmt: skip
+    surest = torch.tensor([0.7, 0.69, 0.68])
+    for name, boxes, scores in (("alone", alone, torch.rand(20)), ("crowd", crowd, surest)):
         same = torch.zeros(len(boxes), dtype=torch.long)
         candidates = dict(boxes=boxes, scores=scores, labels=same, image=same)
         for nms in ("plain", "cl", "soft"):
@@ -238,10 +241,9 @@ def test_one_image_can_be_overfitted():
 CHANGED = dict(
     dc_loss=False, dc_error="pixels", dc_eps=1.0, dc_normalise=False, iac=False, iac_alpha=0.4,
     iac_threshold=0.7, iac_form="sum", nms="plain", nms_iou=0.3, cl_literal=True, soft_nms_iou=0.2,
-    soft_nms_score=0.9, cls_weight=2.0, box_weight=2.0, focal_alpha=0.5, focal_gamma=1.0, box_beta=0.5,
-    fg_iou=0.6, bg_iou=0.3, tower_convs=2, tower_groups=4, anchor_scale=3.0, score_threshold=0.95,
-    top_scores=5,
-    max_detections=3,
+    soft_nms_score=0.9, cls_weight=2.0, box_weight=2.0, focal_alpha=0.5, focal_gamma=1.0,
+    box_beta=0.5, fg_iou=0.6, bg_iou=0.3, tower_convs=2, tower_groups=4, anchor_scale=3.0,
+    score_threshold=0.95, top_scores=5, max_detections=3,
 )  # fmt: skip
 
 

@@ -249,9 +249,9 @@ def test_parameters_of_d2dets_deformable_resnet101():
     assert counts[1] - counts[0] == 27 * (9 * (4 * 128 + 23 * 256 + 3 * 512) + 4 + 23 + 3)
 
 
-RUN = """--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 2 --num-val 1 --batch 2
- --steps 1 --workers 0 --fpn-channels 8 --conv-channels 8 --num-convs 1 --groups 2 --fc-channels 8
- --device cpu --log-every 1""".split()
+RUN = """--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 2 --num-val 1
+ --batch 2 --steps 1 --workers 0 --fpn-channels 8 --conv-channels 8 --num-convs 1 --groups 2
+ --fc-channels 8 --device cpu --log-every 1""".split()
 
 
 def test_d2det_trains_deformed(tmp_path, narrow, capsys):

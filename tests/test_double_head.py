@@ -193,7 +193,7 @@ def test_enlarged_rois_keep_their_level():
 
 @pytest.mark.parametrize("heads", ["double_head", "fc", "conv", "double_fc", "double_conv"])
 def test_conv_heads_alone_see_enlarged_rois_on_their_first_level(heads, monkeypatch):
-    """On maps that say x, an RoI's mean is its centre and its spread its width: 1.3 times as wide."""
+    """On maps that say x, an RoI's mean is its centre, its spread its width: 1.3 times as wide."""
     model = sure(make(heads=heads)).eval()
     maps = []
     for i, stride in enumerate((4, 8, 16, 32, 64)):  # a level adds 1000 to what its cells say
@@ -371,8 +371,8 @@ def test_one_image_can_be_overfitted():
 CHANGED = dict(
     heads="double_fc", lambda_fc=0.5, lambda_conv=0.5, omega_fc=1.0, omega_conv=1.0, fusion="max",
     alone="fc", fc_channels=16, conv_channels=16, num_blocks=3, non_local=False, conv_scale=1.0,
-    non_local_softmax=True, roi_samples=8, roi_positive=0.1, anchor_scale=2.0, rpn_samples=4, proposals_train=10, proposals_test=5,
-    score_threshold=0.9, nms_iou=0.2, max_detections=3,
+    non_local_softmax=True, roi_samples=8, roi_positive=0.1, anchor_scale=2.0, rpn_samples=4,
+    proposals_train=10, proposals_test=5, score_threshold=0.9, nms_iou=0.2, max_detections=3,
 )  # fmt: skip
 
 

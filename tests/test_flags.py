@@ -19,10 +19,11 @@ from engine.train import learning_rate, train
 
 BASE = dict(
     d2det.TINY, image_size=48, scales=(48,), test_scales=(48,), max_size=48, num_train=4, num_val=2,
-    steps=3, batch=2, workers=0, fpn_channels=8, conv_channels=8, num_convs=2, groups=2, fc_channels=8,
-    norm="gn", optimizer="sgd", lr=0.1, clip_norm=0.0, proposals_train=30, proposals_test=20,
-    reg_test=15, score_threshold=0.05, draw_score=0.01, log_every=1, save_every=10, eval_every=0,
-    device="cpu", roi_samples=16, roi_positive=0.5, weight_decay=1e-4, flip=0.5,
+    steps=3, batch=2, workers=0, fpn_channels=8, conv_channels=8, num_convs=2, groups=2,
+    fc_channels=8, norm="gn", optimizer="sgd", lr=0.1, clip_norm=0.0, proposals_train=30,
+    proposals_test=20, reg_test=15, score_threshold=0.05, draw_score=0.01, log_every=1,
+    save_every=10, eval_every=0, device="cpu", roi_samples=16, roi_positive=0.5, weight_decay=1e-4,
+    flip=0.5,
 )  # fmt: skip
 
 # What else decides what to do is tested where it is done: flag -> the test's name.
@@ -53,14 +54,16 @@ CHANGED = dict(
     num_train=5, num_val=3, image_size=40, scales=(32,), test_scales=(32,), max_size=32, flip=1.0,
     test_flip=True, workers=1, backbone="resnet18", backbone_weights="none", norm="bn",
     frozen_stages=0, fpn_channels=16, batch=4, optimizer="adamw", lr=0.05, lr_batch=8, momentum=0.5,
-    weight_decay=0.1, epochs=3.0, steps=2, drops=(0.4,), cosine=False, warmup=2, warmup_factor=0.5, clip_norm=0.01,
-    amp="bf16", seed=1, log_every=2, save_every=1, eval_every=1, eval_batch=1, draw_score=0.2,
-    dlr=False, drp=False, overlap=False, weighting=False, conv_channels=16, num_convs=1, groups=4,
-    fc_channels=16, offset_bias=0.3, drp_per_level=False, gamma=0.5, overlap_margin=0.0, reg_cells="all", cls_weight=1.0,
-    reg_weight=1.0, overlap_weight=2.0, jitter=0.0, reg_rois=1, roi_samples=8, roi_positive=0.1,
-    anchor_scale=2.0, rpn_samples=4, proposals_train=10, proposals_test=5, score_threshold=0.13, nms_iou=0.2,
-    reg_test=3, drp_samples=1, shared=True, soft_nms=False, soft_nms_iou=0.1, soft_nms_score=0.09, max_detections=2,
-    masks=True, mask_channels=16, metric_detections=(1, 5), metric_sides=(1, 8, 16),
+    weight_decay=0.1, epochs=3.0, steps=2, drops=(0.4,), cosine=False, warmup=2, warmup_factor=0.5,
+    clip_norm=0.01, amp="bf16", seed=1, log_every=2, save_every=1, eval_every=1, eval_batch=1,
+    draw_score=0.2, dlr=False, drp=False, overlap=False, weighting=False, conv_channels=16,
+    num_convs=1, groups=4, fc_channels=16, offset_bias=0.3, drp_per_level=False, gamma=0.5,
+    overlap_margin=0.0, reg_cells="all", cls_weight=1.0, reg_weight=1.0, overlap_weight=2.0,
+    jitter=0.0, reg_rois=1, roi_samples=8, roi_positive=0.1, anchor_scale=2.0, rpn_samples=4,
+    proposals_train=10, proposals_test=5, score_threshold=0.13, nms_iou=0.2, reg_test=3,
+    drp_samples=1, shared=True, soft_nms=False, soft_nms_iou=0.1, soft_nms_score=0.09,
+    max_detections=2, masks=True, mask_channels=16, metric_detections=(1, 5),
+    metric_sides=(1, 8, 16),
 )  # fmt: skip
 
 # Flags that act only together with another one.
@@ -162,8 +165,9 @@ def test_row_and_preset_set_what_flags_override():
 
 
 def test_device_is_obeyed(tmp_path):
-    argv = [f"--{k.replace('_', '-')} {' '.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in BASE.items()]  # fmt: skip
-    argv = " ".join(argv).replace("--device cpu", "").replace("cosine True", "cosine").split()
+    base = {k: " ".join(map(str, v)) if isinstance(v, tuple) else v for k, v in BASE.items()}
+    argv = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in base.items())
+    argv = argv.replace("--device cpu", "").replace("cosine True", "cosine").split()
     with pytest.raises(Exception, match="meta"):
         d2det.main([*argv, "--train", "--device", "meta", "--out", str(tmp_path / "m")])
 

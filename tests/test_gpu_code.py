@@ -51,8 +51,9 @@ def dense_decode(dtype):
     types |= {"sizes_ptr": "*fp32", "out_ptr": "*fp32", "R": "i32"}
     types |= {"height": "fp32", "width": "fp32"}
     types |= dict.fromkeys("off_r off_c off_y off_x log_r log_y log_x".split(), "i32")
-    constants = {"S": 7, "CELLS": 64, "ROIS": 8, "CLIP": 2}
-    return ["dense_decode", "_decode_kernel", (80, 90), types, constants, {}]
+    constants = {"S": 7, "CELLS": 64, "ROIS": 4, "CLIP": 2}
+    options = {"num_warps": 1, "enable_fp_fusion": True}
+    return ["dense_decode", "_decode_kernel", (80, 90), types, constants, options]
 
 
 def focal_loss(dtype):

@@ -159,8 +159,10 @@ def test_padding_and_crowds_do_not_train():
     """A gt's best anchor is one in the image; who meets only a crowd is given no gt."""
     anchors = torch.tensor([[40.0, 0, 60, 20], [30, 0, 50, 20]])  # the first's centre is outside
     target = dict(
-        boxes=torch.tensor([[42.0, 0, 48, 4]]), labels=torch.tensor([3]), ignore=torch.tensor([False])
-    )  # fmt: skip
+        boxes=torch.tensor([[42.0, 0, 48, 4]]),
+        labels=torch.tensor([3]),
+        ignore=torch.tensor([False]),
+    )
     assert common.aligned_iou(anchors, target["boxes"]).tolist() == pytest.approx([0.06, 0.06])
     labels, _, _ = match_anchors(anchors, torch.tensor([[48.0, 48]]), [target])
     assert labels.tolist() == [[-1, 1]]
@@ -240,20 +242,20 @@ def test_one_image_can_be_overfitted():
 # ------------------------------------------------------------------------------ flags, command line
 
 N = 118_287  # images of COCO's train2017
-SMALL_IMAGES = ((600,), (600,), 1000)
-LARGE_IMAGES = ((800,), (800,), 1333)
+SMALL_SIZE = ((600,), (600,), 1000)
+LARGE_SIZE = ((800,), (800,), 1333)
 
 
 @pytest.mark.parametrize(
     "row, backbone, images, head, product, alpha, steps, drops",
     [
-        ("table1.retinanet_x101", "resnext101_32x8d", LARGE_IMAGES, False, False, 0.5, 88715, 2 / 3),
-        ("table1.r101", "resnet101", LARGE_IMAGES, True, False, 0.5, 88715, 2 / 3),
-        ("table2.baseline", "resnet50", SMALL_IMAGES, False, False, 0.5, 88715, 2 / 3),
-        ("table2.bce", "resnet50", SMALL_IMAGES, True, True, 0.5, 88715, 2 / 3),
-        ("table3.alpha_0.4", "resnet50", SMALL_IMAGES, True, False, 0.4, 88715, 2 / 3),
-        ("table4.none", "resnet50", SMALL_IMAGES, True, True, 0.5, 88715, 2 / 3),
-        ("table5.r101", "resnet101", SMALL_IMAGES, True, False, 0.5, 88715, 2 / 3),
+        ("table1.retinanet_x101", "resnext101_32x8d", LARGE_SIZE, False, False, 0.5, 88715, 2 / 3),
+        ("table1.r101", "resnet101", LARGE_SIZE, True, False, 0.5, 88715, 2 / 3),
+        ("table2.baseline", "resnet50", SMALL_SIZE, False, False, 0.5, 88715, 2 / 3),
+        ("table2.bce", "resnet50", SMALL_SIZE, True, True, 0.5, 88715, 2 / 3),
+        ("table3.alpha_0.4", "resnet50", SMALL_SIZE, True, False, 0.4, 88715, 2 / 3),
+        ("table4.none", "resnet50", SMALL_SIZE, True, True, 0.5, 88715, 2 / 3),
+        ("table5.r101", "resnet101", SMALL_SIZE, True, False, 0.5, 88715, 2 / 3),
     ],
 )  # fmt: skip
 def test_rows_are_the_papers_experiments(row, backbone, images, head, product, alpha, steps, drops):

@@ -20,8 +20,8 @@ from engine.train import check_settings
 from formats import decode_mask
 
 SMALL = dict(SMALL_D2DET, masks=True, mask_channels=16)
-RUN = """--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 12
- --num-val 4 --batch 2 --steps 6 --workers 0 --fpn-channels 8 --conv-channels 8 --num-convs 2 --groups 2
+RUN = """--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 12 --num-val 4
+ --batch 2 --steps 6 --workers 0 --fpn-channels 8 --conv-channels 8 --num-convs 2 --groups 2
  --fc-channels 16 --mask-channels 16 --norm gn --log-every 1 --save-every 2 --proposals-train 40
  --proposals-test 20 --reg-test 20 --device cpu --score-threshold 0.01 --draw-score 0""".split()
 
@@ -76,7 +76,7 @@ def test_mask_targets_are_the_slow_ones():
 
 
 def test_losses_by_hand():
-    """Of a 4x4 mask the left half is right and the upper half predicted; 8 more cells are outside."""
+    """Of a 4x4 mask the left half is right, the upper half predicted; 8 more cells are outside."""
     targets, logits = torch.zeros(1, 4, 4), torch.full((1, 4, 4), -2.0)
     targets[:, :, :2], logits[:, :2] = 1.0, 2.0
     iou = torch.tensor([0.7])

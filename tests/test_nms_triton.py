@@ -80,6 +80,28 @@ def test_triton_groups_larger_than_a_block(method, monkeypatch):
     check(actual(method, *case, "triton"), actual(method, *case, "torch"))
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_of_equal_scores_the_first_names_the_cluster(impl, monkeypatch):
+    """Two best, a block apart: the first's cluster keeps its middle, box 1; else box 2 stays."""
+    monkeypatch.setitem(module._SOFT_LAUNCH, "BLOCK", 8)
+    x = torch.full((9,), 100.0)
+    x[[0, 1, 2, 8]] = torch.tensor([0.0, 3, 4, 6])
+    boxes = torch.stack([x, torch.zeros(9), x + 10, torch.full((9,), 10.0)], 1)
+    scores = torch.full((9,), -torch.inf)
+    scores[[0, 1, 2, 8]] = torch.tensor([0.9, 0.88, 0.88, 0.9])
+    kept, _ = actual("cl", boxes, scores, torch.zeros(9, dtype=torch.int64), 0.4, impl)
+    assert sorted(kept) == [1, 8]
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_soft_nms_keeps_a_score_at_the_threshold(impl):
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5]], device=DEVICE)  # IoU 1/2
+    scores, groups = torch.tensor([1, 0.5], device=DEVICE), None
+    for least, count in ((0.25, 2), (0.2501, 1)):
+        kept, _ = soft_nms(boxes, scores, groups, 0.4, score_threshold=least, impl=impl)
+        assert len(kept) == count
+
+
 @pytest.mark.parametrize("impl", ["auto", "torch", "triton"])
 def test_padded_has_fixed_shapes(impl):
     boxes, scores, groups, _ = (t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in big())

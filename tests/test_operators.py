@@ -62,7 +62,7 @@ def inputs(count: int) -> tuple:
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_operators_keep_torchs_rules(impl):
-    """Schema, fake results, and gradients under a compiler with dynamic sizes, of every operator."""
+    """Schema, fake results and gradients under a compiler with dynamic sizes, of every operator."""
     features, boxes, scores, labels, offsets, overlap = inputs(3)
     rois = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], 1)
     last = [f.contiguous(memory_format=torch.channels_last).requires_grad_() for f in features]
@@ -89,7 +89,7 @@ def test_operators_keep_torchs_rules(impl):
 
 
 def test_many_sizes_are_compiled_once():
-    """Nothing depends on the number of boxes: after a second size, which makes it a symbol, no more."""
+    """Nothing depends on the box count: after a second size, which makes it a symbol, no more."""
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     compiled = torch.compile(everything, fullgraph=True, backend=counter)
@@ -176,8 +176,8 @@ print("whole")
 def test_each_kernel_file_works_when_copied_alone(alone_with, tmp_path):
     """Forward and backward; neither the package nor another of the files can be imported.
 
-    With torch alone neither triton nor torchvision is installed. With everything, the whole folder is
-    also part of another package beside the copies: operators of one name do not clash.
+    With torch alone neither triton nor torchvision is installed. With everything, the whole folder
+    is also part of another package beside the copies: operators of one name do not clash.
     """
     for name in ("roi_align", "nms", "focal_loss", "dense_decode"):
         (tmp_path / name).mkdir()

@@ -30,7 +30,7 @@ from engine.data import to_device
 from engine.metrics import detect, evaluate
 from engine.processes import share_buffers, start_processes
 from engine.train import LossOnly
-from studies import alignment, checkpoint, sweep
+from studies import alignment, assignment, checkpoint, sweep
 
 DDP = {  # small, and with nothing left to chance: every anchor and RoI takes part
     "d2det": dict(conv_channels=8, num_convs=2, groups=2, jitter=0.0, reg_rois=5000, masks=True),
@@ -136,10 +136,11 @@ def stopped(rank: int, pid: int, *argv) -> None:
 
 
 def studied(weights: Path, out: Path) -> None:
-    """A sweep, and the alignment of two checkpoints."""
+    """A sweep, the alignment of two checkpoints, and the anchors that the IAC score adds."""
     argv = ["dc_loss_clnms", "--weights", f"{weights}/last.pt", "--out", f"{out}"]
     sweep.main(argv)
     alignment.main([*argv, "--also", f"dc_loss_clnms={weights}/also/last.pt"])
+    assignment.main(argv)
 
 
 def program(out: Path) -> None:
@@ -186,7 +187,7 @@ def test_two_processes(tmp_path, unpainted):
     check_gradients(tmp_path)
     check_run(tmp_path, text)
     studied(weights, tmp_path / "one")
-    for name in ("sweep_nms.json", "alignment.json"):
+    for name in ("sweep_nms.json", "alignment.json", "assignment.json"):
         one, two = (json.loads((tmp_path / k / name).read_text()) for k in ("one", "two"))
         assert one == two, name
 

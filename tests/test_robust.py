@@ -398,7 +398,8 @@ FLAGS = """--lr nan|--lr -1|--flip 2|--flip -0.1|--scales 0|--scales|--epochs in
 --momentum 1.5|--weight-decay nan|--steps -1|--drops 2|--warmup -1|--warmup-factor 2|--clip-norm -1
 --log-every 0|--save-every 0|--eval-every -1|--draw-score nan|--score-threshold 2|--nms-iou -0.1
 --roi-positive 1.5|--roi-samples 0|--max-detections 0|--conv-channels 0|--reg-weight inf|--jitter 3
---soft-nms-iou 2|--proposals-test 0|--groups 0|--test-scales -5|--fpn-channels 0|--anchor-scale -1"""
+--soft-nms-iou 2|--proposals-test 0|--groups 0|--test-scales -5|--fpn-channels 0
+--anchor-scale -1"""
 
 
 @pytest.mark.parametrize("given", FLAGS.replace("\n", "|").split("|"))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from methods import REAL, RUN, batch, make, small, sure
 
@@ -75,8 +76,8 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name, rows, own", [
-    ("iou_aware_retinanet", 12, "0.5"), ("cpm_rcnn", 12, "0.8"), ("double_head", 6, "complementary"),
-    ("dc_loss_clnms", 4, "cl"),
+    ("iou_aware_retinanet", 12, "0.5"), ("cpm_rcnn", 12, "0.8"),
+    ("double_head", 6, "complementary"), ("dc_loss_clnms", 4, "cl"),
 ])  # fmt: skip
 def test_sweep_gives_what_eval_gives(trained, tmp_path, name, rows, own, unpainted, monkeypatch):
     """One pass under many settings: the model's own row is its --eval to the last digit."""
@@ -155,9 +156,9 @@ class Seven:
 
     def coco(self):
         annotations = [
-            dict(id=i + 1, image_id=7, category_id=(5, 9, 5)[i], bbox=b, iscrowd=i // 2, area=b[2] * b[3])
-            for i, b in enumerate(self.boxes)
-        ]  # fmt: skip
+            dict(id=i + 1, image_id=7, category_id=c, bbox=b, iscrowd=i // 2, area=b[2] * b[3])
+            for i, (b, c) in enumerate(zip(self.boxes, (5, 9, 5)))
+        ]
         images = [dict(id=7, height=96, width=96)]
         return dict(categories=self.categories, annotations=annotations, images=images)
 
@@ -177,8 +178,9 @@ def test_iou_by_hand():
 
 def test_scores_and_oracles_by_hand():
     found = dict(
-        scores=torch.tensor([0.5, 0.8]), iou=torch.tensor([0.0, 0.25]), iou_any=torch.tensor([0.5, 0.25]),
-        cls_probs=torch.tensor([0.25, 0.64]), iou_probs=torch.tensor([1.0, 0.25]),
+        scores=torch.tensor([0.5, 0.8]), iou=torch.tensor([0.0, 0.25]),
+        iou_any=torch.tensor([0.5, 0.25]), cls_probs=torch.tensor([0.25, 0.64]),
+        iou_probs=torch.tensor([1.0, 0.25]),
     )  # fmt: skip
     model = make(retinanet)
     plain = alignment.scores_of(model, found, model.config)
@@ -196,7 +198,7 @@ def test_scores_and_oracles_by_hand():
 
 
 def test_alignment_of_a_score_that_is_the_iou(monkeypatch, tmp_path):
-    """Each number is of the tensor that it names: the score follows the IoU, the reverse does not."""
+    """Each number is of the tensor it names: the score follows the IoU, the reverse does not."""
     boxes = torch.stack([torch.tensor([0.0, 0, 10, y]) for y in (4.0, 6, 8, 10)])
     labels, image = torch.zeros(4).long(), torch.zeros(4).long()
     model, data = make(retinanet).eval(), Seven()
@@ -317,7 +319,7 @@ def test_errors_of_a_checkpoint(trained, unpainted, monkeypatch, capsys):
     assert "--show cow: there are all, arc" in capsys.readouterr().err
 
 
-def test_assignment_tells_what_the_iac_score_adds(trained):
+def test_assignment_tells_what_the_iac_score_adds(trained, unpainted, monkeypatch):
     """Against labels made one rule at a time; boxes that are their gts have IoU 1."""
     model = sure(make(dc_loss, iac_threshold=0.3)).eval()
     (images, targets), out = batch(4), model.outputs(batch(4)[0])
@@ -338,10 +340,18 @@ def test_assignment_tells_what_the_iac_score_adds(trained):
     assert (iou > 0.999).float().mean() > 0.9  # not all: decoding bounds how much a box may shrink
     model.config.iac = False
     assert assignment.summarise(assignment.positives(model, images, targets))["more"] > 0
-    written = assignment.main(["--weights", f"{trained('dc_loss_clnms')[0]}/last.pt"])
-    assert written["images"] == 4 and written == read(
-        trained("dc_loss_clnms")[0], "studies", "assignment.json"
-    )
+    drawn = []
+    monkeypatch.setattr(Axes, "stairs", lambda _, shares, *a, **more: drawn.append((shares, more)))
+    monkeypatch.setattr(Axes, "legend", lambda *_: None)
+    monkeypatch.setattr(Figure, "savefig", unpainted)
+    folder = trained("dc_loss_clnms")[0]
+    written = assignment.main(["--weights", f"{folder}/last.pt"])
+    assert written["images"] == 4 and written == read(folder, "studies", "assignment.json")
+    assert (folder / "studies" / "assignment.png").exists()
+    for shares, more in drawn:  # p of both groups, then IoU
+        group, _, anchors = more["label"].partition(": ")
+        count = written[group]["anchors"]
+        assert anchors == f"{count} anchors" and shares.sum() == pytest.approx(int(count > 0))
 
 
 def test_alignment_on_voc(detection_data, few_real_images, tmp_path):
