@@ -69,7 +69,7 @@ from common import Amount, Share
 class Config(retinanet.Config, gfl.Config):
     """RetinaNet with ResNet-50 and all three proposals on COCO: Table 2, last row."""
 
-    base: Literal["retinanet", "gfl"] = "retinanet"  # gfl: with GFL's own settings, and without IAC
+    base: Literal["retinanet", "gfl"] = "retinanet"  # gfl: the flag brings GFL's settings, no IAC
     dc_loss: bool = True  # weigh the positives' class loss by the coefficient (2.1)
     dc_error: Literal["relative", "pixels"] = "relative"  # distances over the gt's size, or plain
     dc_eps: Amount = 0.1  # of the coefficient's denominator; choice: the paper prints no number
@@ -87,7 +87,10 @@ class Config(retinanet.Config, gfl.Config):
     drops: tuple[Share, ...] = (0.75, 75 / 90)  # lr / 10 at these fractions: 67.5k, 75k (3.1)
 
     def brings(self, tiny: bool) -> dict:
-        """`base` gfl: GFL's values for what both bases have. IAC is not used there (3.2)."""
+        """`base` gfl: GFL's values for what both bases have. IAC is not used there (3.2).
+
+        The command line asks for these. A Config made in Python has only what it is told.
+        """
         if self.base == "retinanet":
             return {}
         settings = {k: getattr(gfl.Config, k) for k in ("clip_norm", *gfl.Config.__annotations__)}
@@ -372,7 +375,8 @@ _VOC = dict(epochs=11.6, drops=(0.75,), scales=(600,), test_scales=(600,), max_s
 _180K = dict(epochs=24.35)  # drops after 135k and 150k: the same fractions (3.1)
 _BACKBONES = {"r50": "resnet50", "r101": "resnet101"}
 _X101 = dict(backbone="resnext101_32x8d", **_180K)  # choice: 32x4d is said of the last row alone
-# choice: GFL's own range of training sizes, in steps of 32; its 48.2 was trained so (release)
+# choice: GFL's own range of training sizes, in steps of 32; its 48.2 was trained so (release), with
+# the longer side up to 1333 px at each of them, not only at 800
 _GFL_X101 = dict(base="gfl", iac=False, backbone="resnext101_32x4d", dcn="v2")
 _GFL_X101 |= dict(scales=tuple(range(480, 801, 32)), **_180K)  # --backbone-weights takes a file
 
@@ -385,9 +389,10 @@ _GFL_X101 |= dict(scales=tuple(range(480, 801, 32)), **_180K)  # --backbone-weig
 # Table 3's text says "RetinaNet", but its 36.4 is not Table 2's baseline (35.9): it is the AP of
 # `iac` there, though not its AP50.
 # Table 1 is test-dev, which COCO's server scores; its other lines are other detectors. The numbers
-# of table1.retinanet_* are cited from RetinaNet's paper, of its own schedule; here they get the
-# same training as the rows that they are compared with. Table 2 is val 2017 in COCO's AP, and with
-# voc the mAP on VOC 2007 test. Ours: not run, needs COCO and GPU days.
+# of table1.retinanet_* and of table1.gfl_x101_dcn are cited from the papers of RetinaNet and GFL,
+# of their own schedules; here they get the same training as the rows that they are compared with.
+# Table 2 is val 2017 in COCO's AP, and with voc the mAP on VOC 2007 test. Ours: not run, needs
+# COCO and GPU days.
 ROWS: dict[str, dict] = {
     "table1.retinanet_r101": dict(backbone="resnet101", **_180K, **_PLAIN),
     "table1.r101": dict(backbone="resnet101", **_180K),
@@ -406,7 +411,7 @@ ROWS: dict[str, dict] = {
     "extra.dc_unnormalised": dict(iac=False, nms="plain", dc_normalise=False),
     "extra.iac_sum": dict(dc_loss=False, nms="plain", iac_form="sum"),
     "extra.cl_literal": dict(cl_literal=True),
-    # the last lines of Table 1 with its first backbone; plain GFL is baselines/gfl.py
+    # the last lines of Table 1 with ResNet-50; baselines/gfl.py has GFL's own 12 epochs
     "extra.gfl": dict(base="gfl", **_PLAIN),
     "extra.gfl_dc": dict(base="gfl", iac=False, nms="plain"),
     "extra.gfl_cl": dict(base="gfl", iac=False, dc_loss=False),

@@ -9,8 +9,10 @@ import torch
 import torchvision
 
 import common
+import cpm_rcnn
 import d2det
 from baselines import retinanet
+from baselines.faster_rcnn import TwoStage
 from engine.checkpoints import load_checkpoint
 from engine.data import to_device
 from engine.detector import Variants
@@ -45,7 +47,9 @@ def torchrun(processes: int) -> list[str]:
 
 def make(method, **changes):
     torch.manual_seed(0)
-    config = dataclasses.replace(method.Config(), **{**method.TINY, **SMALL, **changes})
+    brought = dataclasses.replace(method.Config(), **changes).brings(True)
+    settings = {**method.TINY, **brought, **SMALL, **changes}
+    config = dataclasses.replace(method.Config(), **settings)
     return method.Detector(config, 10)
 
 
@@ -181,6 +185,26 @@ def check_all_classes(method):
     for i in (0, 1):  # the best pairs are among them
         best = [f["scores"][f["image"] == i].max() for f in (few, every)]
         assert best[0] == best[1]
+
+
+def keep_rois(model, patch):
+    """Every loss from now on sees the RoIs of the first: a last bit may decide which they are."""
+    first: dict = {}
+    if isinstance(model, TwoStage):
+        found = model.training_rois
+
+        def training_rois(*args):
+            result = found(*args)
+            return *result[:3], *first.setdefault("training", result[3:])
+
+        patch.setattr(model, "training_rois", training_rois, raising=False)
+    if isinstance(model, cpm_rcnn.Detector):  # whose stages make RoIs of their own
+        decode = cpm_rcnn.decode_grid
+
+        def decode_grid(boxes, maps, ratio, sizes):
+            return first.setdefault(ratio, decode(boxes, maps, ratio, sizes))
+
+        patch.setattr(cpm_rcnn, "decode_grid", decode_grid)
 
 
 def overfit(model, item, steps: int, good=None):

@@ -28,7 +28,7 @@ PLAIN = dict(ON_GFL, dc_loss=False, nms="plain")
 
 def test_without_the_proposals_it_is_gfl():
     """Losses and detections to the last bit; a copy is of the same class."""
-    model = make(method, **PLAIN, nms_iou=0.6, box_weight=2.0)
+    model = make(method, **PLAIN)
     assert behaviour(sure(make(gfl))) == behaviour(sure(model))
     assert type(copy.deepcopy(model)) is type(model) is method.OnGFL
 
@@ -100,6 +100,21 @@ def test_the_base_brings_its_settings():
             assert differ == {"max_detections"} and found.base == "gfl"
             assert (found.iac, found.dc_loss, found.nms) == (False, True, "cl")
             assert found.epochs == (config.epochs if preset == "tiny" else 12.17)
+
+
+@pytest.mark.parametrize(
+    "row, dc_loss, nms",
+    [("table1.gfl_x101_dcn", False, "plain"), ("table1.fcos_gfl_x101_dcn", True, "cl")],
+)
+def test_the_last_rows_of_table_1(row, dc_loss, nms):
+    argv = ["--preset", "paper", "--row", row]
+    config = parse(method.Config, method.ROWS, method.TINY, "", argv)
+    assert (config.base, config.dc_loss, config.iac, config.nms) == ("gfl", dc_loss, False, nms)
+    assert (config.backbone, config.dcn) == ("resnext101_32x4d", "v2")
+    assert config.scales == (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+    assert config.epochs * 118_287 / 16 == pytest.approx(180_000, rel=1e-3)
+    assert config.drops == (135 / 180, 150 / 180) and config.test_scales == (800,)
+    assert (config.nms_iou, config.box_weight, config.lr) == (0.6, 2.0, 0.01)
 
 
 def test_the_command_line_of_dc_loss_on_gfl(tmp_path):

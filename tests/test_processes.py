@@ -16,11 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib.figure import Figure
-from methods import RUN, torchrun
+from methods import RUN, keep_rois, torchrun
 from test_cli import ROOT, TINY_RUN
 
 import common
-import cpm_rcnn
 import d2det
 import dc_loss_clnms
 import engine.command
@@ -38,6 +37,7 @@ DDP = {  # small, and with nothing left to chance: every anchor and RoI takes pa
     "cpm_rcnn": dict(point_channels=1, num_convs=1, grid_rois=5000),
     "iou_aware_retinanet": dict(tower_groups=0),
     "dc_loss_clnms": dict(tower_groups=0, dc_normalise=False),  # which is per process
+    "baselines.gfl": dict(tower_groups=0),
 }
 
 
@@ -59,26 +59,6 @@ def ddp_items():
     data = common.SyntheticDetection(2, 64, masks=True)
     items = [(image, common.as_transformed(t, (64, 64))) for image, t in (data[1], data[0])]
     return to_device(items, "cpu")
-
-
-def keep_rois(model, patch):
-    """Every loss from now on sees the RoIs of the first: a last bit may decide which they are."""
-    first: dict = {}
-    if isinstance(model, TwoStage):
-        found = model.training_rois
-
-        def training_rois(*args):
-            result = found(*args)
-            return *result[:3], *first.setdefault("training", result[3:])
-
-        patch.setattr(model, "training_rois", training_rois, raising=False)
-    if isinstance(model, cpm_rcnn.Detector):  # whose stages make RoIs of their own
-        decode = cpm_rcnn.decode_grid
-
-        def decode_grid(boxes, maps, ratio, sizes):
-            return first.setdefault(ratio, decode(boxes, maps, ratio, sizes))
-
-        patch.setattr(cpm_rcnn, "decode_grid", decode_grid)
 
 
 @pytest.mark.parametrize("name", list(DDP))
