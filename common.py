@@ -519,7 +519,8 @@ class FolderDetection(Dataset):
     Boxes that are broken (not finite, of zero or negative size, outside the image) are dropped and
     counted; everything else that is wrong raises BadInput with the file and the reason. The boxes
     are kept as flat arrays: loader processes share them instead of copying a million objects.
-    With `masks` each object needs one, or is dropped too; they are kept as one array of text.
+    With `masks` each object needs one, or is dropped too; they are kept as one array of text. One
+    whose mask covers nothing of its box is ignored.
     """
 
     def __init__(self, source: Path, image_dir: Path, read=None, categories=None, masks=False):
@@ -586,6 +587,7 @@ class FolderDetection(Dataset):
             crops = [crop_mask(self._mask(i), self._boxes[i]) for i in range(part.start, part.stop)]
             crops = torch.stack(crops) if crops else torch.zeros(0, MASK_SIDE, MASK_SIDE).bool()
             target["masks"] = crops.as_subclass(MaskCrops)
+            target["ignore"] = target["ignore"] | ~crops.flatten(1).any(1)  # it misses its box
         return read_image(self.files[index]), target
 
     def _mask(self, i: int):

@@ -241,6 +241,7 @@ class Detector(faster_rcnn.TwoStage):
 
 # Deviations (release | here), which CPM R-CNN on this baseline shares:
 #   Boxes between stages may leave the image | end at its border, as proposals do
+#   RoIAlign: torchvision's older grid, half a cell away | half-pixel aligned
 #   Crowd regions: plain background | proposals at least half inside one are no negatives
 #   The box layer has 8 outputs, of which 4 are never used | 4
 # The paper's row of this baseline is in cpm_rcnn.py: table3.cascade.

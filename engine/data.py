@@ -91,9 +91,10 @@ def item_problems(data, index: int, masks: bool = False) -> list[str]:
         if not good
     ]
     if masks and not isinstance(target["masks"], common.MaskCrops):
-        shape = list(getattr(target["masks"], "shape", ["no tensor"]))
-        if shape != [G, h, w]:
-            found.append(f"masks are {shape}, not [G, h, w] = {[G, h, w]}")
+        masks = target["masks"]
+        shape, dtype = list(getattr(masks, "shape", ["no tensor"])), getattr(masks, "dtype", None)
+        if shape != [G, h, w] or dtype != torch.bool:
+            found.append(f"masks are {shape} of {dtype}, not [G, h, w] = {[G, h, w]} of torch.bool")
     if boxes.shape == (G, 4) and not (boxes[:, 2:] >= boxes[:, :2]).all():
         found.append("boxes are not (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2")
     return found + label_problems(labels, len(data.categories))

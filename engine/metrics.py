@@ -104,7 +104,8 @@ def coco_metrics(
 
     Objects marked `difficult` are ignored like COCO's out-of-range areas; crowds as COCO does. For
     data with such marks (VOC) the 11-point AP of VOC 2007 at IoU 0.5 is added as `voc07_AP50`, for
-    UAVDT the AP of its own evaluator at IoU 0.7 as `uavdt_AP70` (`AP70` is COCO's, 101 recalls).
+    UAVDT the AP of its own evaluator at IoU 0.7 as `uavdt_AP70` (`AP70` is COCO's, 101 recalls);
+    both are of boxes.
     Without annotations (COCO's test sets) all are None. Of an annotation only image_id, category_id
     and bbox are needed (`complete_truth`).
     """
@@ -129,9 +130,9 @@ def coco_metrics(
     precision[precision < 0] = torch.nan
     for iou in (55, 60, 65, 70, 80, 85, 90, 95):
         metrics[f"AP{iou}"] = number(precision[(iou - 50) // 5].nanmean())
-    if any("difficult" in a for a in truth["annotations"]):
+    if not masks and any("difficult" in a for a in truth["annotations"]):
         metrics["voc07_AP50"] = voc07_ap(truth, results)
-    if truth.get("info") == UAVDT:
+    if not masks and truth.get("info") == UAVDT:
         metrics["uavdt_AP70"] = uavdt_ap(truth, results)
     names = {c["id"]: c["name"] for c in truth["categories"]}
     per_class = precision.nanmean((0, 1)).tolist()

@@ -161,7 +161,8 @@ def parse(config_class, rows: dict, tiny: dict, name: str, argv=None) -> Config:
 
 def check_row(config: Config, rows: dict, tiny: dict, row: str, source) -> None:
     """BadInput if a checkpoint's settings are not those that make a row this row, no other."""
-    default = type(config)()
+    default = dataclasses.replace(type(config)(), **rows[row])
+    default = dataclasses.replace(default, **default.brings(False))
     switches = {k for row in rows.values() for k in row} - Config.__dataclass_fields__.keys()
     wanted = {k: getattr(default, k) for k in switches - set(COUNTS) | {"backbone", "dcn"}}
     wanted = {k: v for k, v in wanted.items() if isinstance(v, (bool, int, str))}

@@ -19,16 +19,19 @@ import common
 import cpm_rcnn
 from baselines import cascade_rcnn, faster_rcnn
 from baselines.cascade_rcnn import BoxStages, Config
+from engine.settings import parse
 
 SMALL = dict(
     fpn_channels=16, fc_channels=32, norm="gn", workers=0, proposals_train=60, proposals_test=40
 )
-CPM = dict(base="cascade", num_stages=2)
+CPM = dict(base="cascade")
 
 
 def make(method=cascade_rcnn, **changes):
     torch.manual_seed(0)
-    config = dataclasses.replace(method.Config(), **{**method.TINY, **SMALL, **changes})
+    brought = dataclasses.replace(method.Config(), **changes).brings(True)
+    settings = {**method.TINY, **brought, **SMALL, **changes}
+    config = dataclasses.replace(method.Config(), **settings)
     return method.Detector(config, 10)
 
 
@@ -299,10 +302,23 @@ def test_scores_of_table_3():
     assert (early["ism"] == 1).all()  # the first stage has none
 
 
+def parsed(*flags, preset="paper"):
+    argv = ["--preset", preset, *flags]
+    return parse(cpm_rcnn.Config, cpm_rcnn.ROWS, cpm_rcnn.TINY, "", argv)
+
+
+def test_the_flag_brings_what_the_rows_have():
+    ours, row = parsed("--base", "cascade"), parsed("--row", "table3.cascade_ism_rsm")
+    assert dataclasses.replace(ours, row=row.row) == row
+    tiny = parsed("--base", "cascade", preset="tiny")
+    assert (tiny.num_stages, tiny.rsm_weight, tiny.epochs) == (2, 0.2, cpm_rcnn.TINY["epochs"])
+    assert parsed().num_stages == 3
+
+
 def test_rows_of_table_3():
-    weights = {"": (1, 1), "_ism": (1.5, 1), "_rsm": (1, 0.2), "_ism_rsm": (1, 0.2)}
+    weights = {"": (1, 0.2), "_ism": (1.5, 0.2), "_rsm": (1, 0.2), "_ism_rsm": (1, 0.2)}
     for row, (ism, rsm) in weights.items():
-        c = dataclasses.replace(cpm_rcnn.Config(), **cpm_rcnn.ROWS[f"table3.cascade{row}"])
+        c = parsed("--row", f"table3.cascade{row}")
         assert (c.base, c.num_stages, c.ism, c.rsm) == ("cascade", 2, "ism" in row, "rsm" in row)
         assert (c.ism_weight, c.rsm_weight) == (ism, rsm)
         assert (c.ism_loss, c.ism_use, c.gamma, c.test_stage) == ("l2", "multiply", 0.8, 0)

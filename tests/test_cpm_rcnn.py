@@ -30,7 +30,8 @@ SMALL = dict(
 
 def make(**changes):
     torch.manual_seed(0)
-    config = dataclasses.replace(Config(), **{**method.TINY, **SMALL, **changes})
+    brought = dataclasses.replace(Config(), **changes).brings(True)
+    config = dataclasses.replace(Config(), **{**method.TINY, **brought, **SMALL, **changes})
     return method.Detector(config, 10)
 
 

@@ -130,6 +130,29 @@ def test_objects_without_a_usable_mask_are_dropped_and_counted(folder):
     assert len(data.coco()["annotations"]) == 2
 
 
+def test_a_mask_that_covers_nothing_of_its_box_is_ignored(tmp_path):
+    """A line; and a frame around the box, whose corners are those of the box."""
+    frame = [0, 0, 40, 0, 40, 40, 38, 40, 38, 2, 2, 2, 2, 40, 0, 40]
+    data = coco([[10, 5, 20, 20, 30, 35]])
+    data["annotations"].append({**data["annotations"][0], "id": 4, "segmentation": [frame]})
+    data["annotations"].append({**data["annotations"][0], "id": 5, "segmentation": [L_SHAPE]})
+    Image.new("RGB", (60, 40)).save(tmp_path / "1.png")
+    (tmp_path / "a.json").write_text(json.dumps(data))
+    found = common.FolderDetection(tmp_path / "a.json", tmp_path, masks=True)[0][1]
+    assert found["ignore"].tolist() == [True, True, False]
+    assert found["masks"].flatten(1).any(1).tolist() == [False, False, True]
+
+
+def test_masks_of_data_with_difficult_objects_are_scored():
+    """VOC's metric, which these marks ask for, is of boxes."""
+    truth = coco(encode_mask(l_shape()), difficult=0)
+    result = {"image_id": 1, "category_id": 1, "bbox": [10, 5, 20, 30], "score": 0.5}
+    result |= {"segmentation": encode_mask(l_shape()), "mask_score": 0.4}
+    scored = coco_metrics(truth, [result], masks=True)
+    assert scored["AP"] == pytest.approx(1) and "voc07_AP50" not in scored
+    assert coco_metrics(truth, [result])["voc07_AP50"] == 1
+
+
 def test_data_without_masks_is_refused(folder, detection_data, tmp_path):
     with pytest.raises(BadInput, match=r"bccd/.*\.txt: its objects have no masks .*--masks"):
         common.load_data(settings(data=str(detection_data / "bccd")))

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from methods import SMALL_D2DET, check_command_line, without_objects
+from methods import SMALL_D2DET, check_command_line, check_resume, overfit, without_objects
 
 import common
 import d2det
@@ -15,7 +15,7 @@ import engine
 from common import BadInput
 from engine.checkpoints import load_checkpoint
 from engine.detector import gt_masks
-from engine.metrics import detect
+from engine.metrics import coco_metrics, detect, to_coco
 from engine.train import check_settings
 from formats import decode_mask
 
@@ -104,10 +104,29 @@ def test_a_mask_decides_which_cells_train_the_box(monkeypatch):
     proposals, inside = seen[0][2], seen[0][-1]
     (row,) = (proposals == box).all(1).nonzero()[:1, 0]  # the gt itself
     want = torch.zeros(7, 7)
-    want[:, :3] = want[5:] = 1  # of column 3 the middle is the L's side; row 4 is 2/3 * 7 = 4.67
-    cells = inside[row, 0]
-    assert torch.equal(cells[[0, 1, 2, 3, 5, 6]][:, [0, 1, 2, 4, 5, 6]],
-                       want[[0, 1, 2, 3, 5, 6]][:, [0, 1, 2, 4, 5, 6]])  # fmt: skip
+    want[:, :3] = want[5:] = 1  # the L's side halves column 3: two of four; row 4 is 2/3 * 7 = 4.67
+    rows = [0, 1, 2, 3, 5, 6]
+    assert torch.equal(inside[row, 0][rows], want[rows])
+
+
+def test_masks_of_training_are_of_the_classes_and_boxes_that_train(monkeypatch):
+    """Of jittered boxes, which pooling and the box loss see too."""
+    seen = {}
+    for name in ("mask_targets", "dense_losses"):
+        spy = lambda *a, name=name, f=getattr(d2det, name): seen.update({name: a}) or f(*a)  # noqa: E731
+        monkeypatch.setattr(d2det, name, spy)
+    model, (images, targets) = make(), mask_batch()
+    forward = model.mask_branch.forward
+    model.mask_branch.forward = lambda trunk, labels: (
+        seen.update(labels=labels) or forward(trunk, labels)
+    )
+    model.loss(images, targets)
+    boxes, gts, _ = seen["mask_targets"]
+    assert boxes is seen["dense_losses"][2] and not torch.isin(boxes, gts).all()
+    both = [(t["boxes"].tolist(), t["labels"].tolist()) for t in targets]
+    label = {tuple(box): label for pair in both for box, label in zip(*pair)}
+    assert seen["labels"].tolist() == [label[tuple(box)] for box in gts.tolist()]
+    assert len(set(label.values())) > 1 and max(label.values()) > 0
 
 
 def test_masks_follow_the_gts_that_boxes_match():
@@ -150,6 +169,32 @@ def test_every_mask_layer_learns_and_the_iou_leaves_the_mask_alone():
     assert (branch(trunk[1:2], torch.tensor([1]))[0] != alone).any()  # a mask of its own per class
 
 
+def test_the_branch_is_the_releases():
+    torch.manual_seed(0)
+    branch = d2det.MaskBranch()
+    shapes = {n: tuple(p.shape) for n, p in branch.named_parameters() if p.dim() > 1}
+    assert shapes == {
+        "up.0.weight": (576, 256, 2, 2), "up.3.weight": (256, 256, 2, 2),
+        "logits.weight": (80, 256, 3, 3), "iou.1.weight": (1024, 577 * 49),
+        "iou.3.weight": (1024, 1024), "iou.5.weight": (80, 1024),
+    }  # fmt: skip
+    nn = torch.nn
+    kinds = [nn.ConvTranspose2d, nn.GroupNorm, nn.ReLU, nn.ConvTranspose2d, nn.ReLU]
+    assert [type(m) for m in branch.up] == kinds and branch.up[1].num_groups == 16
+    fans = {"up.0": 576 * 4, "up.3": 256 * 4, "logits": 80 * 9}  # He's rule, of fan-out
+    wanted = {n: math.sqrt(2 / fan) for n, fan in fans.items()} | {"iou.5": 0.01}
+    for name, std in wanted.items():
+        layer = branch.get_submodule(name)
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.02), name
+        assert not layer.bias.any()
+    branch = d2det.MaskBranch(8, 16, 3, 32)
+    trunk, labels = torch.rand(3, 8, 7, 7), torch.tensor([2, 0, 1])
+    logits, iou = branch(trunk, labels)
+    coarse = logits.view(3, 7, 4, 7, 4).amax((2, 4)).sigmoid()  # the best of 4x4 cells
+    want = branch.iou(torch.cat([trunk, coarse[:, None]], 1))[torch.arange(3), labels]
+    torch.testing.assert_close(iou, want)
+
+
 def test_images_without_objects_train():
     model, (images, targets) = make(), mask_batch()
     targets = [{**t, "masks": t["masks"][:0]} for t in without_objects(targets)]
@@ -171,14 +216,30 @@ def test_rows_build_and_see_what_they_name(row):
     for each in found:
         assert set(each) == {"boxes", "scores", "labels", "masks", "mask_scores"}
         assert each["masks"].shape[1:] == (28, 28) and 0 <= each["masks"].min()
-    outputs = model.outputs(images)
+    outputs, pool, rois = model.outputs(images), model.pool, []
+    model.pool = lambda features, boxes, size: rois.append(boxes) or pool(features, boxes, size)
+    branch, asked = model.mask_branch.forward, []
+    model.mask_branch.forward = lambda trunk, labels: asked.append(labels) or branch(trunk, labels)
     candidates = model.select(outputs, model.config)
+    assert torch.equal(rois[-1][:, 1:], candidates["boxes"])  # seen anew from the final boxes
+    assert torch.equal(asked[-1], candidates["labels"])
     assert len(candidates["boxes"]) == sum(len(f["boxes"]) for f in found)  # none without a mask
-    ranked = model.finish(candidates, 2)[0]  # which sorts by the box's score
-    iou = (ranked["mask_scores"] - ranked["scores"]) / 0.3
-    mine = candidates["mask_iou"][candidates["image"] == 0]
-    torch.testing.assert_close(iou.sort()[0], mine.sort()[0], atol=1e-4, rtol=1e-3)
+    torch.manual_seed(0)
+    order = torch.randperm(len(candidates["boxes"]))
+    shuffled = {k: v[order] for k, v in candidates.items()}
+    for i, ranked in enumerate(model.finish(shuffled, 2)):  # sorted by the box's score, again
+        mine = {k: v[candidates["image"] == i] for k, v in candidates.items()}
+        iou = (ranked["mask_scores"] - ranked["scores"]) / 0.3
+        torch.testing.assert_close(iou, mine["mask_iou"], atol=1e-4, rtol=1e-3)
+        assert torch.equal(ranked["masks"], mine["masks"])
     config = d2det.Config(**d2det.ROWS[row])
+    tested = config.proposals_test, config.score_threshold, config.reg_test
+    assert tested == (700, 0.05, 500 if "isaid" in row else 100)
+    if "isaid" in row:
+        assert config.epochs * 28_000 / 16 == pytest.approx(180_000, rel=2e-3)
+        assert (config.lr, config.roi_samples, config.roi_positive) == (0.025, 1024, 0.5)
+        assert config.scales == config.test_scales == (400, 600, 800, 1000, 1200)
+        assert (config.metric_detections, config.metric_sides) == ((1, 10, 1000), (10, 144, 512))
     assert (config.nms_iou, config.soft_nms, config.drp_samples) == (0.3, False, 1)
     assert config.max_detections == (500 if "isaid" in row else 100) == config.reg_test
 
@@ -200,13 +261,39 @@ def test_mirrored_views_bring_their_masks_along():
     torch.testing.assert_close(found["masks"][:n], found["masks"][n:].flip(-1), atol=1e-4, rtol=0)
 
 
+def test_an_image_with_masks_can_be_overfitted():
+    """And a mask is of its own box: with those of others little is left."""
+    model = make(fpn_channels=32, conv_channels=32)
+    data = common.SyntheticDetection(1, 96, masks=True)
+    image, target = data[0]
+    target = common.as_transformed(target, (96, 96))
+
+    def score(found):
+        results = to_coco(target["image_id"], found, data.categories, (96, 96))
+        return coco_metrics(data.coco(), results, masks=True)["AP50"]
+
+    _, _, found = overfit(model, (image, target), 300, lambda found: score(found) > 0.8)
+    assert len(target["boxes"]) > 2 and score(found) > 0.8
+    assert score({**found, "masks": found["masks"].roll(1, 0)}) < 0.5
+
+
 def test_what_cannot_be_done_is_refused(tmp_path):
     with pytest.raises(BadInput, match="item 0: its target has no masks"):
         engine.train(make(), settings(), common.SyntheticDetection(4, 64), None, tmp_path / "r")
+    data = common.SyntheticDetection(4, 64, masks=True)
+    item = data[0]
+    item[1]["masks"] = item[1]["masks"].byte() * 255
+    data.__class__ = type("Bytes", (type(data),), {"__getitem__": lambda *_: item})
+    with pytest.raises(BadInput, match="masks are .* of torch.uint8, not .* of torch.bool"):
+        engine.train(make(), settings(), data, None, tmp_path / "r")
     with pytest.raises(BadInput, match="--masks needs dense local regression"):
         make(dlr=False)
     with pytest.raises(BadInput, match="--mask-channels of 16 n"):
         make(mask_channels=24)
+
+
+def test_a_run_with_masks_resumes_bit_for_bit(tmp_path, monkeypatch):
+    check_resume(d2det, [*RUN, "--masks", "--num-val", "1"], tmp_path, monkeypatch)
 
 
 def test_runs_train_evaluate_and_predict(tmp_path):

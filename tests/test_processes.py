@@ -38,6 +38,7 @@ DDP = {  # small, and with nothing left to chance: every anchor and RoI takes pa
     "iou_aware_retinanet": dict(tower_groups=0),
     "dc_loss_clnms": dict(tower_groups=0, dc_normalise=False),  # which is per process
     "baselines.gfl": dict(tower_groups=0),
+    "baselines.cascade_rcnn": {},
 }
 
 
