@@ -14,9 +14,9 @@ badly. The paper lets each task's success enter the other's work at three places
       the boxes on one object, that with the best sum of score and nearness to their common centre
       survives.
 
-In our experiments (docs/results.md) all the gain is the loss's. IAC adds 3 to 4 % of positives over
-a training, most of them late. The classifier already knows these (p > 0.40 is the least that lets
-one in), their boxes are no worse than others', and AP does not rise. CL-NMS adds 0.1 AP at most.
+In our experiments (docs/results.md) all the gain is the loss's. IAC adds its positives late, when
+the classifier is sure. It already knows these (p > 0.40 is the least that lets one in), their boxes
+are no worse than the others', and AP does not rise. CL-NMS adds 0.1 AP at most.
 
     image -> ResNet-FPN -> P3..P7 -> two towers -> cls_logits [B, N, K], deltas [B, N, 4]
     training: IoU >= 0.5 or s > 0.5 -> positive     s: IAC score of an anchor and its gt
