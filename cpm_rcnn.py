@@ -30,7 +30,8 @@ Table 3 adds ISM and RSM to Cascade R-CNN (`--base cascade`, baselines/cascade_r
 classify every box and move it by deltas, and ISM reads the hidden features of the last one.
 
 In comments "(3.4)" is a section of the paper, "(release)" a value seen in the release, "choice:"
-our own where neither decides. Where paper and release differ stands above ROWS.
+our own where neither decides. Where paper and release differ, the release, which made the paper's
+numbers, mostly decides: see the list above ROWS.
 """
 
 from __future__ import annotations
@@ -280,11 +281,8 @@ class Detector(faster_rcnn.TwoStage):
         super().__init__(config, num_classes)
         C, width, hidden = config.fpn_channels, 9 * config.point_channels, config.fc_channels
         cascade_rcnn.check_stages(config, ratios=config.ratios, stage_ious=config.stage_ious)
-        if (
-            config.ism
-            and config.ism_use == "replace"
-            and config.test_stage not in (0, config.num_stages)
-        ):
+        early = config.test_stage not in (0, config.num_stages)
+        if config.ism and config.ism_use == "replace" and early:
             raise common.BadInput("--ism-use replace: stages before the last have no ISM")
         if width % config.groups:
             raise common.BadInput(f"--groups {config.groups} do not divide {width} channels")
@@ -311,7 +309,8 @@ class Detector(faster_rcnn.TwoStage):
             last = cascade_rcnn.positives(*drawn, self.num_classes)
         else:
             stage_losses, last = self.grid_losses(features, sizes, targets, *sampled)
-        losses, (rois, gt_labels, ious, trunk) = losses | stage_losses, last  # of the last stage
+        losses |= stage_losses
+        rois, gt_labels, ious, trunk = last  # of the last stage
         if config.ism:
             ism = iou_scoring_loss(self.ism(trunk), ious, config.ism_loss, common.shared_rows(rois))
             losses["ism"] = config.ism_weight * ism
@@ -416,7 +415,7 @@ class Detector(faster_rcnn.TwoStage):
 # - Table 3, weight of ISM: 1 | 1.5, with RSM 1 | release. Weight of RSM: 1 | 0.2 | release
 # Those of the test alone:
 # - Table 3, RSM: in the score | learned, but never asked | in the score, Eq. 4
-# - Score of Table 1's last row: Eq. 4 | ISM's, to the power 0.8 | Eq. 4, or `--ism-use replace`
+# - Score of Table 1's last row: Eq. 4 | without cls in it | Eq. 4, or `--ism-use replace`
 # - ISM's score: - | any number, NaN under the power when negative | clamped to [0, 1]
 # - Final clip: - | does nothing | boxes end at the image's border
 # - Several views: soft-NMS | linear, of fused scores over 0.03 | `--soft-nms`, else NMS at 0.5

@@ -543,8 +543,9 @@ _R101 = dict(backbone="resnet101", drp_samples=1)
 _DCN = dict(**_R101, dcn="v2")  # all else as R-101 (release)
 _MASKS = dict(masks=True, proposals_test=700, score_threshold=0.05, nms_iou=0.3, soft_nms=False)
 # RoIs, detections, test scales: the authors' word (an issue of the release). Schedule and training
-# scales: the data set's paper, as others quote it: 180k steps, 28k patches; choice: 16 a step, and
-# as square as patches are: 2000 px are 1333 at 800, as elsewhere. Metrics: the data set's kit.
+# scales: the data set's paper, as others quote it, 180k steps over 28k patches; choice: 16 a step.
+# Longer side: theirs is 1333 px at each scale; here it grows with it and never cuts square patches.
+# Metrics: the data set's kit.
 _SCALES = (400, 600, 800, 1000, 1200)
 _ISAID = dict(roi_samples=1024, roi_positive=0.5, scales=_SCALES, epochs=103.0, lr=0.025)
 _ISAID |= dict(max_size=2000, test_scales=_SCALES, reg_test=500, max_detections=500)
