@@ -57,6 +57,7 @@ from formats import (
     crop_mask,
     encode_mask,
     find_uavdt,
+    ignored,
     read_json,
     read_uavdt,
     read_voc,
@@ -519,8 +520,8 @@ class FolderDetection(Dataset):
     Boxes that are broken (not finite, of zero or negative size, outside the image) are dropped and
     counted; everything else that is wrong raises BadInput with the file and the reason. The boxes
     are kept as flat arrays: loader processes share them instead of copying a million objects.
-    With `masks` each object needs one, or is dropped too; they are kept as one array of text. One
-    whose mask covers nothing of its box is ignored.
+    With `masks` each object that is not ignored needs one, or is dropped too; they are kept as one
+    array of text. One whose mask covers nothing of its box is ignored.
     """
 
     def __init__(self, source: Path, image_dir: Path, read=None, categories=None, masks=False):
@@ -555,22 +556,22 @@ class FolderDetection(Dataset):
         boxes = np.clip(np.nan_to_num(boxes), 0, limit)  # annotators reach a little over the border
         whole &= (boxes[:, 2:] > boxes[:, :2]).all(1)
         if self.masks:
-            pairs = zip(annotations, boxes)
-            segmentations = [usable_mask(a.get("segmentation"), box) for a, box in pairs]
+            segmentations = [usable_mask(a, box) for a, box in zip(annotations, boxes)]
             whole &= [s is not None for s in segmentations]
+            pairs = zip((a.get("segmentation") for a in annotations), segmentations)
+            cut = sum(isinstance(p, list) and bool(s) and p != s for p, s in pairs)
+            self.note = f"{self.source}: {cut} masks lack a polygon that is broken. " * (cut > 0)
         self.dropped = np.flatnonzero(~whole).tolist()  # positions: ids may be missing or double
         if self.dropped:
             some = ", ".join(str(annotations[i].get("id", f"no. {i}")) for i in self.dropped[:10])
-            self.note = (
+            self.note += (
                 f"{self.source}: dropped {len(self.dropped)} of {len(whole)} boxes (not finite, no "
                 f"area or outside the image{', or no mask in it' * self.masks}): annotations {some}"
             )
-        ignore = [bool(a.get("iscrowd", 0) or a.get("difficult", 0)) for a in annotations]
-        order = np.argsort(rows, kind="stable")
-        order = order[whole[order]]
+        order = np.flatnonzero(whole)[np.argsort(rows[whole], kind="stable")]
         self._boxes = torch.from_numpy(boxes[order]).float()
         self._labels = torch.tensor([label[a["category_id"]] for a in annotations]).long()[order]
-        self._ignore = torch.tensor(ignore, dtype=torch.bool)[order]
+        self._ignore = torch.tensor([*map(ignored, annotations)], dtype=torch.bool)[order]
         self._first = np.searchsorted(rows[order], np.arange(len(self.image_ids) + 1))
         texts = [json.dumps(segmentations[i]).encode() for i in order] if self.masks else []
         self._texts = np.frombuffer(b"".join(texts), np.uint8)
@@ -607,7 +608,7 @@ class FolderDetection(Dataset):
         coco, dropped = self._read(self.source, self.categories), set(self.dropped)
         kept = [a for i, a in enumerate(coco.get("annotations", [])) if i not in dropped]
         if self.masks:  # pycocotools takes a polygon of two points for a box
-            kept = [{**a, "segmentation": usable_mask(a["segmentation"])} for a in kept]
+            kept = [{**a, "segmentation": usable_mask(a)} for a in kept]
         return {**coco, "annotations": kept}
 
 

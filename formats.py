@@ -276,17 +276,22 @@ def run_lengths(counts: str) -> list[int]:
     return runs + [-1] * (shift > 0)  # of its last run there should be more
 
 
+def ignored(annotation: dict) -> bool:
+    """Neither to be found nor background: a crowd, or one marked difficult."""
+    return bool(annotation.get("iscrowd", 0) or annotation.get("difficult", 0))
+
+
 ANYWHERE = (-math.inf, -math.inf, math.inf, math.inf)
 
 
-def usable_mask(segmentation, box=ANYWHERE) -> list | dict | None:
-    """What can be used of a checked segmentation; None if none of it lies in its box (xyxy).
+def usable_mask(annotation: dict, box=ANYWHERE) -> list | dict | None:
+    """What can be used of a checked annotation's mask; None if none of it lies in the box (xyxy).
 
     A polygon of fewer than three points cannot, nor one with a point that is not finite or so far
-    away that pycocotools, which walks along the edges, would not arrive.
+    away that pycocotools, which walks along the edges, would not arrive. An object that is ignored
+    has its whole bbox in place of None: it still is to be ignored.
     """
-    if not segmentation:
-        return None
+    segmentation = annotation.get("segmentation") or []
     if isinstance(segmentation, dict):
         x1, y1, w, h = rle.toBbox(_compressed(segmentation))
         x2, y2 = x1 + w, y1 + h
@@ -294,8 +299,11 @@ def usable_mask(segmentation, box=ANYWHERE) -> list | dict | None:
         segmentation = [p for p in segmentation if len(p) >= 6 and all(abs(v) < 1e5 for v in p)]
         x, y = ([v for p in segmentation for v in p[i::2]] for i in (0, 1))
         x1, y1, x2, y2 = (min(x), min(y), max(x), max(y)) if x else (0, 0, 0, 0)
-    wide = min(x2, box[2]) > max(x1, box[0])
-    return segmentation if wide and min(y2, box[3]) > max(y1, box[1]) else None
+    if min(x2, box[2]) > max(x1, box[0]) and min(y2, box[3]) > max(y1, box[1]):
+        return segmentation
+    x, y, w, h = annotation["bbox"]
+    corners = [x, y, x + w, y, x + w, y + h, x, y + h]
+    return [[min(max(v, -1e5), 1e5) for v in corners]] if ignored(annotation) else None
 
 
 def _compressed(segmentation: dict) -> dict:

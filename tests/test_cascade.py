@@ -12,6 +12,7 @@ from methods import (
     check_all_crowd,
     check_command_line,
     check_overfits,
+    check_resume,
     without_objects,
 )
 
@@ -338,3 +339,7 @@ RUN = """--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 
 @pytest.mark.parametrize("method, flags", [(cascade_rcnn, []), (cpm_rcnn, ["--base", "cascade"])])
 def test_the_command_line(tmp_path, method, flags):
     check_command_line(method, RUN, tmp_path, *flags)
+
+
+def test_cpm_on_it_resumes_bit_for_bit(tmp_path, monkeypatch):
+    check_resume(cpm_rcnn, [*RUN, "--base", "cascade", "--num-val", "1"], tmp_path, monkeypatch)

@@ -59,7 +59,7 @@ def test_every_format_gives_the_same_crop(kind):
         crop = common.as_transformed(target, (40, 60))["masks"][0]
     else:
         check_coco(coco(segmentation[kind]), masks=True)
-        crop = crop_mask(usable_mask(segmentation[kind], BOX[0].tolist()), BOX[0])
+        crop = crop_mask(usable_mask({"segmentation": segmentation[kind]}, BOX[0].tolist()), BOX[0])
     want = torch.zeros(112, 112, dtype=torch.bool)
     want[:, :56] = want[75:] = True  # 112 * 2 / 3 = 74.7
     assert crop.dtype == torch.bool and crop.shape == (112, 112)
@@ -128,6 +128,38 @@ def test_objects_without_a_usable_mask_are_dropped_and_counted(folder):
     assert len(plain[0][1]["boxes"]) == 7 and "masks" not in plain[0][1]
     assert plain.fingerprint() != data.fingerprint()
     assert len(data.coco()["annotations"]) == 2
+
+
+@pytest.mark.parametrize("kind", ["iscrowd", "difficult"])
+def test_ignored_objects_need_no_mask(tmp_path, kind):
+    """In place of one that is missing, or cannot be used, stands the whole box."""
+    data = coco([L_SHAPE])
+    far = {**data["annotations"][0], "bbox": [40, 0, 10, 10], kind: 1}
+    del far["segmentation"]
+    data["annotations"] += [far, {**far, "id": 4, "segmentation": [[40, 5, 50, 5]]}]
+    Image.new("RGB", (60, 40)).save(tmp_path / "1.png")
+    (tmp_path / "a.json").write_text(json.dumps(data))
+    found = common.FolderDetection(tmp_path / "a.json", tmp_path, masks=True)
+    target = found[0][1]
+    assert target["ignore"].tolist() == [False, True, True] and target["masks"][1:].all()
+    # a detection in the box is no false positive, though it scores higher than the one that hits
+    near = torch.zeros(40, 60, dtype=torch.bool)
+    near[:10, 40:50] = True
+    results = [
+        {"image_id": 1, "category_id": 1, "segmentation": encode_mask(m), "mask_score": score}
+        for m, score in ((near, 0.9), (l_shape(), 0.4))
+    ]
+    assert coco_metrics(found.coco(), results, masks=True)["AP"] == pytest.approx(1)
+    results[0]["segmentation"] = encode_mask(l_shape().flip(0, 1))  # where nothing is
+    assert coco_metrics(found.coco(), results, masks=True)["AP"] < 0.6
+
+
+def test_a_mask_that_loses_a_polygon_is_counted(tmp_path):
+    data = coco([L_SHAPE, [1, 2, 3, 4]])
+    data["annotations"].append({**data["annotations"][0], "id": 4, "segmentation": [L_SHAPE]})
+    (tmp_path / "a.json").write_text(json.dumps(data))
+    found = common.FolderDetection(tmp_path / "a.json", tmp_path, masks=True)
+    assert not found.dropped and "a.json: 1 masks lack a polygon that is broken" in found.note
 
 
 def test_a_mask_that_covers_nothing_of_its_box_is_ignored(tmp_path):
