@@ -299,7 +299,8 @@ class AdaptiveWeightedPool(nn.Module):
         nn.init.zeros_(self.conv.weight)
 
     def forward(self, features: Tensor) -> Tensor:
-        weight = (12 * self.norm(self.conv(features)).float().sigmoid()).exp()
+        logits = self.norm(self.conv(features).contiguous())  # of channels_last it is slow on a CPU
+        weight = (12 * logits.float().sigmoid()).exp()
         pooled = F.avg_pool2d(features.float() * weight, 3, 2, 1)
         return (pooled / F.avg_pool2d(weight, 3, 2, 1)).to(features.dtype)
 
