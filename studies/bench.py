@@ -103,17 +103,17 @@ def bench(model, config: Config, num_classes: int, device, repeat: int = 5) -> l
         "ours": (model, lambda: model.loss(images, targets), lambda: model.predict(images)),
         "torchvision": (other, lambda: other(floats, theirs), lambda: other(floats)),
     }
-    rows = []
+    rows, warm = [], 1 + config.compile  # calls not timed: one counts, uncompiled, one compiles
     for job in ("training step", "prediction"):
         found: dict = {name: [] for name in contenders}
-        for i in progress(range(repeat + 1), job, repeat + 1):
+        for i in progress(range(repeat + warm), job, repeat + warm):
             for name, (net, loss, predict) in contenders.items():
                 net.train(job == "training step")
                 work = loss if job == "training step" else predict
                 found[name].append(measure(net, work, config, device, count=i == 0))
-        ours = np.median([seconds for seconds, _, _ in found["ours"][1:]])  # the first: a warm-up
+        ours = np.median([seconds for seconds, _, _ in found["ours"][warm:]])
         for name, measured in found.items():
-            median = float(np.median([seconds for seconds, _, _ in measured[1:]]))
+            median = float(np.median([seconds for seconds, _, _ in measured[warm:]]))
             row = {"job": job, "model": name, "seconds": median}
             row |= {"giga_multiply_adds": measured[0][1] / 1e9, "peak_mib": measured[-1][2] >> 20}
             net, loss, predict = contenders[name]
@@ -160,7 +160,7 @@ def host_waits(net: nn.Module, work, config: Config, device) -> int | None:
 @dataclass
 class BenchOptions:
     method: Annotated[Literal[METHODS], tyro.conf.Positional]  # whose detector
-    repeat: int = 5  # measurements of each, after one to warm up
+    repeat: int = 5  # measurements of each, after those that warm up
     out: str = ""  # results folder (default: runs/METHOD/studies)
 
 
