@@ -61,7 +61,7 @@ CHANGED = dict(
     overlap_margin=0.0, reg_cells="all", cls_weight=1.0, reg_weight=1.0, overlap_weight=2.0,
     jitter=0.0, reg_rois=1, roi_samples=8, roi_positive=0.1, anchor_scale=2.0, rpn_samples=4,
     proposals_train=10, proposals_test=5, score_threshold=0.13, nms_iou=0.2, reg_test=3,
-    drp_samples=1, shared=True, soft_nms=False, soft_nms_iou=0.1, soft_nms_score=0.09,
+    drp_samples=2, shared=True, soft_nms=False, soft_nms_iou=0.1, soft_nms_score=0.09,
     max_detections=2, masks=True, mask_channels=16, metric_detections=(1, 5),
     metric_sides=(1, 8, 16),
 )  # fmt: skip
