@@ -774,9 +774,9 @@ class Resized(Dataset):
         epoch, index = key if self.train else (0, key)
         image, target = self.data[index]
         image, target = tv_tensors.Image(image), as_transformed(target, tuple(image.shape[1:]))
-        with torch.random.fork_rng(devices=[]):  # of the CPU alone: seeding GPUs takes longer
+        with torch.random.fork_rng(devices=[]):
             entropy = np.random.SeedSequence((self.seed, epoch, index))
-            torch.default_generator.manual_seed(int(entropy.generate_state(1)[0]))
+            torch.default_generator.manual_seed(int(entropy.generate_state(1)[0]))  # no GPU's
             scale = list(self.resize)[int(torch.randint(len(self.resize), ()))]
             image, target = self.resize[scale](image, target)
             if self.train:

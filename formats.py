@@ -282,6 +282,7 @@ def ignored(annotation: dict) -> bool:
 
 
 ANYWHERE = (-math.inf, -math.inf, math.inf, math.inf)
+FAR = 1e5  # px; choice: a mask's edge may reach so far outside its image
 
 
 def usable_mask(annotation: dict, box=ANYWHERE) -> list | dict | None:
@@ -296,14 +297,14 @@ def usable_mask(annotation: dict, box=ANYWHERE) -> list | dict | None:
         x1, y1, w, h = rle.toBbox(_compressed(segmentation))
         x2, y2 = x1 + w, y1 + h
     else:
-        segmentation = [p for p in segmentation if len(p) >= 6 and all(abs(v) < 1e5 for v in p)]
+        segmentation = [p for p in segmentation if len(p) >= 6 and all(abs(v) < FAR for v in p)]
         x, y = ([v for p in segmentation for v in p[i::2]] for i in (0, 1))
         x1, y1, x2, y2 = (min(x), min(y), max(x), max(y)) if x else (0, 0, 0, 0)
     if min(x2, box[2]) > max(x1, box[0]) and min(y2, box[3]) > max(y1, box[1]):
         return segmentation
     x, y, w, h = annotation["bbox"]
     corners = [x, y, x + w, y, x + w, y + h, x, y + h]
-    return [[min(max(v, -1e5), 1e5) for v in corners]] if ignored(annotation) else None
+    return [[min(max(v, -FAR), FAR) for v in corners]] if ignored(annotation) else None
 
 
 def _compressed(segmentation: dict) -> dict:
