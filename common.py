@@ -348,16 +348,16 @@ def inside_image(anchors: Tensor, sizes: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------ synthetic data
 
 
-SHAPES = {  # u, v in [-1, 1] after rotation; r, a their polar form -> inside?
-    "disc": lambda u, v, r, a: r < 1,
+SHAPES = {  # u, v in [-1, 1] after rotation; r() and a() their polar form -> inside?
+    "disc": lambda u, v, r, a: r() < 1,
     "ellipse": lambda u, v, r, a: u**2 + (v / 0.45) ** 2 < 1,
-    "ring": lambda u, v, r, a: (r < 1) & (r > 0.62),
-    "arc": lambda u, v, r, a: (r < 1) & (r > 0.55) & (np.abs(a) > 0.9),
+    "ring": lambda u, v, r, a: (r() < 1) & (r() > 0.62),
+    "arc": lambda u, v, r, a: (r() < 1) & (r() > 0.55) & (np.abs(a()) > 0.9),
     "bar": lambda u, v, r, a: (np.abs(u) < 1) & (np.abs(v) < 0.17),
-    "cross": lambda u, v, r, a: (np.minimum(np.abs(u), np.abs(v)) < 0.24) & (r < 1),
+    "cross": lambda u, v, r, a: (np.minimum(np.abs(u), np.abs(v)) < 0.24) & (r() < 1),
     "triangle": lambda u, v, r, a: (v < 0.5) & (v > 1.73 * np.abs(u) - 1),
-    "star": lambda u, v, r, a: r < 0.42 + 0.58 * np.abs(a * 5 / (2 * np.pi) % 1 * 2 - 1) ** 1.3,
-    "crescent": lambda u, v, r, a: (r < 1) & ((u - 0.5) ** 2 + v**2 > 0.66),
+    "star": lambda u, v, r, a: r() < 0.42 + 0.58 * np.abs(a() * 5 / (2 * np.pi) % 1 * 2 - 1) ** 1.3,
+    "crescent": lambda u, v, r, a: (r() < 1) & ((u - 0.5) ** 2 + v**2 > 0.66),
     "frame": lambda u, v, r, a: (
         (np.maximum(np.abs(u), np.abs(v)) < 0.75) & (np.maximum(np.abs(u), np.abs(v)) > 0.42)
     ),
@@ -389,27 +389,23 @@ class SyntheticDetection(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(index)
         rng = np.random.default_rng((self.seed, index))
-        size = self.size
         smooth = rng.random((3, 7, 7), dtype=np.float32)  # coarse random colours, blended linearly
         image = self._blend @ smooth @ self._blend.T  # [3, size, size]
-        image += self._stripes(rng, 0, 0, size, size) * rng.uniform(0, 0.15)
-        owner = np.full((size, size), -1, np.int64)  # which object shows at a pixel
-        area, labels = [], []
+        image += self._stripes(rng, 0, 0, self.size, self.size) * rng.uniform(0, 0.15)
+        owner = np.full((self.size, self.size), -1, np.int64)  # which object shows at a pixel
+        objects = labels, area, shown = [], [], []  # area: pixels in all; shown: not occluded
         for _ in range(rng.integers(3)):  # fragments of shapes under and between the objects
-            self._paint(rng, image, owner, None, area, fragment=True)
+            self._paint(rng, image, owner, objects)
         for _ in range(rng.integers(1, 7) if rng.random() > 0.03 else 0):
             pose = self._pose(rng)
-            if self._paint(rng, image, owner, pose, area):
-                labels.append(pose["label"])
-                if rng.random() < 1 / 3:  # a twin: same shape, size, angle, right beside it
-                    turn = rng.uniform(0, 2 * np.pi)
-                    step = pose["radius"] * rng.uniform(1.7, 2.2)
-                    pose["x"] += step * np.cos(turn)
-                    pose["y"] += step * np.sin(turn)
-                    if self._paint(rng, image, owner, pose, area):
-                        labels.append(pose["label"])
+            if self._paint(rng, image, owner, objects, pose) and rng.random() < 1 / 3:
+                turn = rng.uniform(0, 2 * np.pi)  # a twin: same shape, size, angle, right beside it
+                step = pose["radius"] * rng.uniform(1.7, 2.2)
+                pose["x"] += step * np.cos(turn)
+                pose["y"] += step * np.sin(turn)
+                self._paint(rng, image, owner, objects, pose)
             if rng.random() < 0.3:
-                self._paint(rng, image, owner, None, area, fragment=True)
+                self._paint(rng, image, owner, objects)
         image += rng.normal(0, rng.uniform(0.01, 0.06), image.shape).astype(np.float32)
         image = torch.from_numpy((image.clip(0, 1) * 255).astype(np.uint8))
         return image, self._target(index, owner, np.array(area, np.float32), labels)
@@ -435,16 +431,18 @@ class SyntheticDetection(Dataset):
             return np.sin(np.cos(turn) * x + np.sin(turn) * y)
         return np.sin(x + turn) * np.sin(y)
 
-    def _paint(self, rng, image, owner, pose, area, fragment=False) -> bool:
-        """Draw a shape if no earlier object loses more than half of itself; say whether it was."""
-        pose = pose or self._pose(rng)
+    def _paint(self, rng, image, owner, objects, pose=None) -> bool:
+        """Draw it (a fragment without a pose) if no earlier object loses over half; say if so."""
+        labels, area, shown = objects
+        fragment, pose = pose is None, pose or self._pose(rng)
         x0, y0 = int(pose["x"] - pose["radius"]), int(pose["y"] - pose["radius"])
         side = np.arange(2 * pose["radius"] + 2, dtype=np.float32) + 0.5
         x = ((side + x0 - pose["x"]) / pose["radius"])[None]
         y = ((side + y0 - pose["y"]) / pose["radius"])[:, None]
         cos, sin = np.cos(pose["angle"]), np.sin(pose["angle"])
         u, v = cos * x + sin * y, cos * y - sin * x
-        shape = list(SHAPES.values())[pose["label"]](u, v, np.hypot(u, v), np.arctan2(v, u))
+        r, a = (lambda: np.hypot(u, v)), (lambda: np.arctan2(v, u))
+        shape = list(SHAPES.values())[pose["label"]](u, v, r, a)
         if fragment:  # a slice of the shape, narrower than half of it
             cut = rng.uniform(-0.6, 0.3)
             shape &= (u > cut) & (u < cut + rng.uniform(0.2, 0.5))
@@ -454,9 +452,8 @@ class SyntheticDetection(Dataset):
         inside = shape[max(0, -y0) : self.size - y0, max(0, -x0) : self.size - x0]
         x0, y0 = max(0, x0), max(0, y0)
         under = owner[y0:y1, x0:x1]
-        counts = np.bincount(owner.ravel() + 1, minlength=len(area) + 1)
-        counts -= np.bincount(under[inside] + 1, minlength=len(area) + 1)
-        if (counts[1:] < 0.5 * np.array(area)).any():
+        left = np.array(shown) - np.bincount(under[inside] + 1, minlength=len(area) + 1)[1:]
+        if (left < 0.5 * np.array(area)).any():
             return False  # an earlier object would lose too much
         if not fragment and inside.sum() < max(12, 0.5 * shape.sum()):
             return False  # hardly a pixel, or mostly outside the image
@@ -466,8 +463,11 @@ class SyntheticDetection(Dataset):
         texture = self._stripes(rng, y0, x0, *under.shape) * rng.uniform(0, 0.15)
         np.copyto(window, colour + texture, where=inside)
         under[inside] = -1 if fragment else len(area)
+        shown[:] = left
         if not fragment:
+            labels.append(pose["label"])
             area.append(int(shape.sum()))
+            shown.append(int(inside.sum()))
         return True
 
     def _target(self, index, owner, area, labels) -> dict:

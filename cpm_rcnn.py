@@ -292,11 +292,11 @@ class Detector(faster_rcnn.TwoStage):
         else:
             grid = (C, config.point_channels, config.num_convs, config.groups, config.grid_init)
             self.grids = nn.ModuleList(GridHead(*grid) for _ in range(config.num_stages))
-            self.classify = faster_rcnn.two_fc(C * 7 * 7, hidden, num_classes + 1)
+            self.classify = faster_rcnn.two_fc(C * 7 * 7, hidden, num_classes + 1, config.class_std)
         if config.ism:
             self.ism = IoUScoring(hidden if self.cascade else width * 7 * 7, hidden)
         if config.rsm:
-            self.rsm = faster_rcnn.two_fc(C * 7 * 7, hidden, num_classes + 1)
+            self.rsm = faster_rcnn.two_fc(C * 7 * 7, hidden, num_classes + 1, config.class_std)
         self.to(memory_format=torch.channels_last)
 
     def loss(self, images: list[Tensor], targets: list[dict]) -> dict[str, Tensor]:

@@ -285,7 +285,7 @@ class Detector(faster_rcnn.TwoStage):
                 except ValueError as e:
                     raise common.BadInput(f"--num-blocks, --conv-channels: {e}") from e
             if cls_weight:
-                self.cls[name] = faster_rcnn.output_layer(width, num_classes + 1, 0.01)
+                self.cls[name] = faster_rcnn.output_layer(width, num_classes + 1, config.class_std)
             if box_weight:
                 self.box[name] = faster_rcnn.output_layer(width, num_classes * 4, 0.001)
         self.to(memory_format=torch.channels_last)
@@ -341,7 +341,7 @@ class Detector(faster_rcnn.TwoStage):
             return self.pool(features, rois, 7)
 
         def pool(_, maps, part, strides):
-            return kernels.roi_align(maps, enlarge(part, scale), 7, strides)
+            return self.normalise(kernels.roi_align(maps, enlarge(part, scale), 7, strides))
 
         return self.by_level(features, rois, pool)
 

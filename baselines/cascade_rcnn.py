@@ -110,9 +110,9 @@ class BoxHead(nn.Module):
     (torch.Size([3, 11]), torch.Size([3, 4]), torch.Size([3, 16]))
     """
 
-    def __init__(self, in_features: int, hidden: int, num_classes: int):
+    def __init__(self, in_features: int, hidden: int, num_classes: int, std: float = 0.01):
         super().__init__()
-        self.classify = faster_rcnn.two_fc(in_features, hidden, num_classes + 1)
+        self.classify = faster_rcnn.two_fc(in_features, hidden, num_classes + 1, std)
         self.regress = faster_rcnn.output_layer(hidden, 4, 0.001)  # (release)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,7 +125,8 @@ class BoxStages(nn.Module):
 
     ious: a stage's RoIs are positive from this IoU on, one number a stage; decay: weight of a
     stage's losses over that of the stage before; num_samples, positive: RoIs of an image that are
-    drawn for every stage but the first, and the share of positives among them, at most.
+    drawn for every stage but the first, and the share of positives among them, at most; std: class
+    outputs start at N(0, std).
     """
 
     def __init__(
@@ -137,11 +138,12 @@ class BoxStages(nn.Module):
         decay: float = 0.5,
         num_samples: int = 512,
         positive: float = 0.25,
+        std: float = 0.01,
     ):
         super().__init__()
         self.num_classes, self.ious, self.decay = num_classes, ious, decay
         self.num_samples, self.positive = num_samples, positive
-        self.heads = nn.ModuleList(BoxHead(in_features, hidden, num_classes) for _ in ious)
+        self.heads = nn.ModuleList(BoxHead(in_features, hidden, num_classes, std) for _ in ious)
 
     def loss(self, pool, sizes: Tensor, targets: list[dict], rois, labels, gt_boxes):
         """Losses {name: scalar}; and of the last stage its rois, labels, gts, and hidden [R, D].
@@ -200,7 +202,7 @@ def positives(rois: Tensor, labels: Tensor, gt_boxes: Tensor, hidden: Tensor, nu
 def make_stages(config, num_classes: int) -> BoxStages:
     """The stages of a Config, this file's or another that has its names."""
     sizes = (config.fpn_channels * 7 * 7, config.fc_channels, num_classes)
-    draw = (config.roi_samples, config.roi_positive)
+    draw = (config.roi_samples, config.roi_positive, config.class_std)
     return BoxStages(*sizes, config.stage_ious[: config.num_stages], config.stage_decay, *draw)
 
 

@@ -87,7 +87,7 @@ TINY = dict(
     cosine=True,
     warmup=50,
     save_every=200,
-    eval_every=500,
+    eval_every=600,
 )
 
 

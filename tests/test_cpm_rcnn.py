@@ -259,6 +259,7 @@ CHANGED = dict(
     ism_weight=2.0, rsm_weight=2.0, grid_rois=1, roi_samples=8, roi_positive=0.25, anchor_scale=3.0,
     rpn_samples=4, proposals_train=20, proposals_test=10, score_threshold=0.2, nms_iou=0.1,
     grid_test=5, soft_nms=True, merge_iou=0.1, soft_nms_score=0.3, max_detections=3,
+    pool_norm=False,
 )  # fmt: skip
 GIVEN = {"merge_iou": dict(soft_nms=True), "soft_nms_score": dict(soft_nms=True)}
 
@@ -270,8 +271,16 @@ def known(flag):
 
 
 def test_every_flag_is_covered():
-    assert own_flags(method) == set(CHANGED)
+    assert own_flags(method) == {*CHANGED, "class_std"}
     assert behaviour(sure(make())) == known("")
+
+
+def test_class_outputs_start_at_that_deviation():
+    grid, cascade = make(class_std=0.3), make(base="cascade", class_std=0.3)
+    outputs = [grid.classify[-1], grid.rsm[-1]]
+    outputs += [head.classify[-1] for head in cascade.stages.heads]
+    for layer in outputs:
+        assert layer.weight.std().item() == pytest.approx(0.3, rel=0.1)
 
 
 @pytest.mark.parametrize("flag", list(CHANGED))

@@ -284,6 +284,20 @@ def test_drp_samples_are_restored_to_the_rois_order():
         torch.testing.assert_close(together[i : i + 1], alone)
 
 
+@pytest.mark.parametrize("changes", [{}, dict(drp_per_level=False), dict(drp=False)])
+def test_pool_norm_normalises_each_channel_of_each_roi(changes):
+    features = [3 + 2 * torch.rand(1, 16, 64 // s, 64 // s) for s in (1, 2, 4, 8)]
+    rois = torch.tensor([[0, 0, 0, 200.0, 200], [0, 10, 10, 40, 40], [0, 30, 5, 90, 60]])
+    plain, normed = make(**changes, pool_norm=False), make(**changes, pool_norm=True)
+    normed.load_state_dict(plain.state_dict())
+    for size, pool in (7, Detector.class_features), (14, lambda m, *a: m.pool(*a, 14)):
+        want, found = pool(plain, features, rois), pool(normed, features, rois)
+        assert (want.mean((2, 3)) > 3).all()
+        want = (want - want.mean((2, 3), keepdim=True)) / want.std((2, 3), False, keepdim=True)
+        torch.testing.assert_close(found, want, atol=2e-3, rtol=2e-3)
+        assert pool(normed, features, rois[:0]).shape == (0, 16, size, size)
+
+
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_predictions_are_the_same_with_every_implementation(impl, monkeypatch):
     if impl == "triton" and not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")):

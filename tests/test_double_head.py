@@ -178,7 +178,7 @@ def test_maps_blocks_and_small_batches():
 def test_enlarged_rois_keep_their_level():
     rois = torch.tensor([[1.0, 10, 20, 30, 60]])
     assert method.enlarge(rois, 1.5).tolist() == [[1, 5, 10, 35, 70]]
-    model = make()
+    model = make(pool_norm=False)
     maps = [torch.full((1, 16, 64 // 2**i, 64 // 2**i), float(i)) for i in range(5)]
     rois = torch.tensor([[0.0, 60, 60, 180, 180], [0, 50, 50, 150, 150], [0, 0, 0, 256, 256]])
     level = model.pool(maps, rois, 7)[:, 0, 3, 3]
@@ -189,12 +189,16 @@ def test_enlarged_rois_keep_their_level():
     near = method.enlarge(rois[1:2], 0.5)  # both on P2
     want = model.pool(maps, method.enlarge(near, 2.0), 7)
     torch.testing.assert_close(model.pool_enlarged(maps, near, 2.0), want)
+    model = make(pool_norm=True)
+    want = (want - want.mean((2, 3), keepdim=True)) / want.std((2, 3), False, keepdim=True)
+    found = model.pool_enlarged(maps, near, 2.0)
+    torch.testing.assert_close(found, want, atol=2e-3, rtol=2e-3)
 
 
 @pytest.mark.parametrize("heads", ["double_head", "fc", "conv", "double_fc", "double_conv"])
 def test_conv_heads_alone_see_enlarged_rois_on_their_first_level(heads, monkeypatch):
     """On maps that say x, an RoI's mean is its centre, its spread its width: 1.3 times as wide."""
-    model = sure(make(heads=heads)).eval()
+    model = sure(make(heads=heads, pool_norm=False)).eval()
     maps = []
     for i, stride in enumerate((4, 8, 16, 32, 64)):  # a level adds 1000 to what its cells say
         x = (torch.arange(512 // stride) + 0.5) * stride + 1000.0 * i
@@ -372,12 +376,21 @@ CHANGED = dict(
     heads="double_fc", lambda_fc=0.5, lambda_conv=0.5, omega_fc=1.0, omega_conv=1.0, fusion="max",
     alone="fc", fc_channels=16, conv_channels=16, num_blocks=3, non_local=False, conv_scale=1.0,
     non_local_softmax=True, roi_samples=8, roi_positive=0.1, anchor_scale=2.0, rpn_samples=4,
-    proposals_train=10, proposals_test=5, score_threshold=0.9, nms_iou=0.2, max_detections=3,
+    proposals_train=10, proposals_test=5, pool_norm=False, score_threshold=0.9, nms_iou=0.2,
+    max_detections=3,
 )  # fmt: skip
 
 
 def test_every_flag_is_covered():
-    assert own_flags(method) == set(CHANGED)
+    assert own_flags(method) == {*CHANGED, "class_std"}
+
+
+def test_class_outputs_start_at_that_deviation():
+    model = make(class_std=0.3)
+    for name, layer in model.cls.items():
+        assert layer.weight.std().item() == pytest.approx(0.3, rel=0.1), name
+    for name, layer in model.box.items():
+        assert layer.weight.std().item() == pytest.approx(0.001, rel=0.1), name
 
 
 @pytest.fixture(scope="module")

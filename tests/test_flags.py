@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 import common
 import d2det
 from engine import data
-from engine.settings import parse
+from engine.settings import flag, parse
 from engine.train import learning_rate, train
 
 BASE = dict(
@@ -57,13 +57,13 @@ CHANGED = dict(
     weight_decay=0.1, epochs=3.0, steps=2, drops=(0.4,), cosine=False, warmup=2, warmup_factor=0.5,
     clip_norm=0.01, amp="bf16", seed=1, log_every=2, save_every=1, eval_every=1, eval_batch=1,
     draw_score=0.2, dlr=False, drp=False, overlap=False, weighting=False, conv_channels=16,
-    num_convs=1, groups=4, fc_channels=16, offset_bias=0.3, drp_per_level=False, gamma=0.5,
+    num_convs=1, groups=4, fc_channels=16, offset_bias=0.3, drp_per_level=True, gamma=0.5,
     overlap_margin=0.0, reg_cells="all", cls_weight=1.0, reg_weight=1.0, overlap_weight=2.0,
     jitter=0.0, reg_rois=1, roi_samples=8, roi_positive=0.1, anchor_scale=2.0, rpn_samples=4,
     proposals_train=10, proposals_test=5, score_threshold=0.13, nms_iou=0.2, reg_test=3,
-    drp_samples=2, shared=True, soft_nms=False, soft_nms_iou=0.1, soft_nms_score=0.09,
-    max_detections=2, masks=True, mask_channels=16, metric_detections=(1, 5),
-    metric_sides=(1, 8, 16),
+    drp_samples=2, pool_norm=False, class_std=0.01, shared=True, soft_nms=False,
+    soft_nms_iou=0.1, soft_nms_score=0.09, max_detections=2, masks=True, mask_channels=16,
+    metric_detections=(1, 5), metric_sides=(1, 8, 16),
 )  # fmt: skip
 
 # Flags that act only together with another one.
@@ -165,9 +165,7 @@ def test_row_and_preset_set_what_flags_override():
 
 
 def test_device_is_obeyed(tmp_path):
-    base = {k: " ".join(map(str, v)) if isinstance(v, tuple) else v for k, v in BASE.items()}
-    argv = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in base.items())
-    argv = argv.replace("--device cpu", "").replace("cosine True", "cosine").split()
+    argv = " ".join(flag(k, v) for k, v in BASE.items() if k != "device").split()
     with pytest.raises(Exception, match="meta"):
         d2det.main([*argv, "--train", "--device", "meta", "--out", str(tmp_path / "m")])
 
