@@ -48,7 +48,8 @@ def torchrun(processes: int) -> list[str]:
 def make(method, **changes):
     torch.manual_seed(0)
     brought = dataclasses.replace(method.Config(), **changes).brings(True)
-    settings = {**method.TINY, **brought, **SMALL, **changes}
+    levels = dict.fromkeys(own_flags(method) & {"p2"}, False)  # P3..P7, as in the papers
+    settings = {**method.TINY, **brought, **SMALL, **levels, **changes}
     config = dataclasses.replace(method.Config(), **settings)
     return method.Detector(config, 10)
 

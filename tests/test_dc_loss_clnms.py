@@ -241,9 +241,9 @@ def test_one_image_can_be_overfitted():
 CHANGED = dict(
     dc_loss=False, dc_error="pixels", dc_eps=1.0, dc_normalise=False, iac=False, iac_alpha=0.4,
     iac_threshold=0.7, iac_form="sum", nms="plain", nms_iou=0.3, cl_literal=True, soft_nms_iou=0.2,
-    soft_nms_score=0.9, cls_weight=2.0, box_weight=2.0, focal_alpha=0.5, focal_gamma=1.0,
+    soft_nms_score=0.9, cls_weight=2.0, box_weight=2.0, focal_alpha=0.5, focal_gamma=0.5,
     box_beta=0.5, fg_iou=0.6, bg_iou=0.3, tower_convs=2, tower_groups=4, anchor_scale=3.0,
-    score_threshold=0.95, top_scores=5, max_detections=3,
+    score_threshold=0.95, top_scores=5, max_detections=3, p2=True,
 )  # fmt: skip
 
 

@@ -277,9 +277,9 @@ def test_voc_rows_follow_the_releases_schedule(row):
 
 CHANGED = dict(
     iou_head=False, iou_loss="l2", iou_grad=False, iou_weight=2.0, cls_weight=2.0, box_weight=2.0,
-    alpha=0.8, product=True, focal_alpha=0.5, focal_gamma=1.0, box_beta=0.5, fg_iou=0.6, bg_iou=0.3,
+    alpha=0.8, product=True, focal_alpha=0.5, focal_gamma=0.5, box_beta=0.5, fg_iou=0.6, bg_iou=0.3,
     tower_convs=2, tower_groups=4, anchor_scale=3.0, score_threshold=0.9, top_scores=5, nms_iou=0.2,
-    max_detections=3,
+    max_detections=3, p2=True,
 )  # fmt: skip
 
 
@@ -289,6 +289,19 @@ def test_every_flag_is_covered():
 
 def test_all_classes():
     check_all_classes(method)
+
+
+def test_p2_halves_every_stride():
+    images, counts = batch(1, 64)[0], []
+    for p2, strides in (False, (8, 16, 32, 64, 128)), (True, (4, 8, 16, 32, 64)):
+        model = make(method, p2=p2, anchor_scale=3.0)
+        out = model.outputs(images)
+        assert model.backbone.strides == strides
+        counts += [out["per_level"]]
+        assert out["anchors"].shape[0] == out["deltas"].shape[1] == sum(out["per_level"])
+        width, height = (out["anchors"][1, 2:] - out["anchors"][1, :2]).tolist()  # the square one
+        assert min(width, height) <= 3 * strides[0] <= max(width, height)
+    assert counts[1][1:4] == counts[0][:3] and counts[1][0] == 9 * 16 * 16
 
 
 @pytest.fixture(scope="module")
