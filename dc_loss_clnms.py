@@ -87,14 +87,14 @@ class Config(retinanet.Config, gfl.Config):
     drops: tuple[Share, ...] = (0.75, 75 / 90)  # lr / 10 at these fractions: 67.5k, 75k (3.1)
 
     def brings(self, tiny: bool) -> dict:
-        """`base` gfl: GFL's values for what both bases have. IAC (3.2) and P2 are not used there.
+        """`base` gfl: GFL's values for what both bases have. IAC is not used there (3.2).
 
         The command line asks for these. A Config made in Python has only what it is told.
         """
         if self.base == "retinanet":
             return {}
         settings = {k: getattr(gfl.Config, k) for k in ("clip_norm", *gfl.Config.__annotations__)}
-        return settings | (gfl.TINY if tiny else {}) | dict(iac=False, p2=False)
+        return settings | (gfl.TINY if tiny else {}) | dict(iac=False)
 
 
 # ------------------------------------------------------------------------------ DC loss (2.1)

@@ -61,6 +61,7 @@ class Config(engine.Config):
     qfl_beta: Amount = 2.0  # quality focal loss: exponent of |target - s|
     max_distance: Natural = 16  # longest distance in strides; a side has a bin more
     atss_cells: Natural = 9  # an object's candidates on each level
+    p2: bool = False  # choice: levels P2..P6 in place of P3..P7 (tiny preset)
     anchor_scale: Amount = 8.0  # anchors' side in strides
     tower_convs: Natural = 4  # convolutions in each tower
     tower_groups: Whole = 32  # groups of a GroupNorm after each of them; 0: no norm
@@ -268,7 +269,7 @@ class GFL(retinanet.RetinaNet):
     """GFL on RetinaNet's contract: `assign`, `weigh` and `score` are changed as there."""
 
     def __init__(self, config: Config, num_classes: int):
-        BaseDetector.__init__(self, config, num_classes, extra="conv_p5")
+        BaseDetector.__init__(self, config, num_classes, extra="pool" if config.p2 else "conv_p5")
         towers = (config.tower_convs, config.tower_groups)
         self.head = GFLHead(config.fpn_channels, num_classes, *towers, config.max_distance)
         self.to(memory_format=torch.channels_last)
@@ -332,13 +333,8 @@ Detector = GFL  # under the name that it has in every script
 ROWS: dict[str, dict] = {}
 PAPER: dict[str, dict] = {}
 
-TINY = dict(
-    engine.TINY,
-    tower_convs=2,
-    tower_groups=8,
-    anchor_scale=4.0,  # small objects: images are 128 px wide
-    epochs=4.0,  # one-stage detectors learn slowly from nothing
-)
+TINY = dict(engine.TINY, tower_convs=2, tower_groups=8, epochs=2.6, lr=6e-3, warmup=100)
+TINY |= dict(p2=True, anchor_scale=4.0)  # small objects: images are 128 px wide
 
 
 def main(argv=None):

@@ -20,6 +20,7 @@ from engine.metrics import coco_metrics, detect, to_coco
 from engine.settings import Config as EngineConfig
 
 SMALL = dict(fpn_channels=16, tower_convs=1, tower_groups=0, anchor_scale=2.0, norm="gn", workers=0)
+SMALL |= dict(p2=False)  # P3..P7, as in the papers
 SMALL_D2DET = dict(
     d2det.TINY,
     fpn_channels=16,
@@ -48,8 +49,7 @@ def torchrun(processes: int) -> list[str]:
 def make(method, **changes):
     torch.manual_seed(0)
     brought = dataclasses.replace(method.Config(), **changes).brings(True)
-    levels = dict.fromkeys(own_flags(method) & {"p2"}, False)  # P3..P7, as in the papers
-    settings = {**method.TINY, **brought, **SMALL, **levels, **changes}
+    settings = {**method.TINY, **brought, **SMALL, **changes}
     config = dataclasses.replace(method.Config(), **settings)
     return method.Detector(config, 10)
 

@@ -335,7 +335,7 @@ def test_one_image_can_be_overfitted():
 CHANGED = dict(
     cls_weight=2.0, box_weight=3.0, dfl_weight=2.0, qfl_beta=1.0, max_distance=5, atss_cells=2,
     anchor_scale=4.0, tower_convs=2, tower_groups=4, score_threshold=0.95, top_scores=5,
-    nms_iou=1.0, max_detections=3,
+    nms_iou=1.0, max_detections=3, p2=True,
 )  # fmt: skip
 
 
