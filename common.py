@@ -929,7 +929,7 @@ def make_deformable(net: ResNet, dcn: str) -> None:
 class ResNetFPN(nn.Module):
     """torchvision's ResNet or ResNeXt under a feature pyramid: [B, 3, H, W] -> 5 maps [B, C, h, w].
 
-    extra="pool": P2..P6, strides 4..64, P6 by subsampling P5 (two-stage detectors).
+    extra="pool": P2..P6, strides 4..64, P6 by subsampling P5 (two-stage, and `p2` of one-stage).
     extra="conv": P3..P7, strides 8..128, P6 and P7 by convolution (RetinaNet); "conv_p5": P6 on P5.
     With weights the stem and the first stages are frozen, and with norm="auto" all BN is; from
     scratch ("none") nothing is, and norm="auto" means GroupNorm, in the pyramid too. "random" is

@@ -49,7 +49,7 @@ class Config(engine.Config):
     rpn_samples: Natural = 256  # anchors per image that train the RPN
     proposals_train: Natural = 2000  # in training: RPN boxes a level before, an image after NMS
     proposals_test: Natural = 1000  # the same in testing
-    pool_norm: bool = False  # choice: normalise each channel of a pooled RoI (tiny preset)
+    pool_norm: bool = False  # choice: heads see each channel of an RoI normalised (tiny preset)
     class_std: Amount = 0.01  # class outputs start at N(0, this) (releases)
     score_threshold: Share = 0.05  # lowest class score that is looked at
     nms_iou: Share = 0.5  # NMS per class suppresses above this IoU
@@ -195,13 +195,13 @@ def output_layer(in_features: int, out_features: int, std: float) -> nn.Linear:
     return layer
 
 
-def two_fc(in_features: int, hidden: int, out_features: int, std=0.01) -> nn.Sequential:
-    """[R, C, S, S] -> [R, out_features]: two hidden layers and an output that starts at N(0, std).
+def two_fc(in_features: int, hidden: int, num_outputs: int, std: float = 0.01) -> nn.Sequential:
+    """[R, C, S, S] -> [R, num_outputs]: two hidden layers and an output that starts at N(0, std).
 
     >>> two_fc(4 * 7 * 7, 16, 11)(torch.rand(3, 4, 7, 7)).shape
     torch.Size([3, 11])
     """  # choice: the hidden layers start as PyTorch starts them
-    last = output_layer(hidden, out_features, std)
+    last = output_layer(hidden, num_outputs, std)
     first, second = nn.Linear(in_features, hidden), nn.Linear(hidden, hidden)
     return nn.Sequential(nn.Flatten(), first, nn.ReLU(), second, nn.ReLU(), last)
 
@@ -337,9 +337,9 @@ ROWS: dict[str, dict] = {}
 PAPER: dict[str, dict] = {}
 
 TINY = dict(engine.TINY, fc_channels=256, rpn_samples=64, roi_samples=16, roi_positive=0.5)
-TINY |= dict(proposals_train=200, proposals_test=100, epochs=1.2, lr=3e-3, warmup=100)
+TINY |= dict(proposals_train=200, proposals_test=100, epochs=1.2, lr=3e-3)
 TINY |= dict(anchor_scale=4.0)  # small objects: images are 128 px wide
-TINY |= dict(pool_norm=True, class_std=0.1)  # without them classes are learned 200 steps later
+TINY |= dict(pool_norm=True, class_std=0.1)  # without them all classes look alike for 250 steps
 
 
 def main(argv=None):

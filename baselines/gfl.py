@@ -333,7 +333,7 @@ Detector = GFL  # under the name that it has in every script
 ROWS: dict[str, dict] = {}
 PAPER: dict[str, dict] = {}
 
-TINY = dict(engine.TINY, tower_convs=2, tower_groups=8, epochs=2.6, lr=6e-3, warmup=100)
+TINY = dict(engine.TINY, tower_convs=2, tower_groups=8, epochs=2.6, lr=6e-3)
 TINY |= dict(p2=True, anchor_scale=4.0)  # small objects: images are 128 px wide
 
 

@@ -80,12 +80,10 @@ TINY = dict(
     max_size=128,
     batch=8,
     optimizer="adamw",
-    lr=2e-3,
     weight_decay=0.05,
     clip_norm=10.0,
-    epochs=2.0,
     cosine=True,
-    warmup=50,
+    warmup=100,
     save_every=200,
     eval_every=600,
 )
@@ -150,9 +148,11 @@ def parse(config_class, rows: dict, tiny: dict, name: str, argv=None) -> Config:
         json = str(source).endswith(".json")  # a run that was killed before its first checkpoint
         state = {"config": read_json(source)} if json else load_checkpoint(source)
         saved = saved_settings(config_class, state)
+        # What the code that saved it did not know yet is as in the defaults, not as in a preset.
+        known = {k: v for k, v in settings.items() if k in saved}
         if any(getattr(asked, k) != getattr(config_class(), k) for k in PLACES[:3]):
             saved = {k: v for k, v in saved.items() if k not in PLACES}
-        settings |= saved
+        settings = known | saved
     config = cli(dataclasses.replace(config_class(), **settings), argv)
     if source and asked.row in rows:
         check_row(config, rows, tiny, asked.row, source)

@@ -66,15 +66,16 @@ def torchvision_detector(kind: str, config: Config, num_classes: int, **options)
     stem = nn.ModuleList([net.conv1, net.bn1])
     for part in [stem, net.layer1, net.layer2, net.layer3, net.layer4][: config.frozen_stages]:
         part.requires_grad_(scratch)
-    first = 1 if kind == "one_stage" else 0
+    two_stage = kind == "two_stage"
+    first = 0 if two_stage or config.p2 else 1
     channels = [net.fc.in_features // 8 * 2**i for i in range(first, 4)]
     layers = {f"layer{i + 1}": str(i) for i in range(first, 4)}
     extra = LastLevelP6P7(width, width) if first else LastLevelMaxPool()
     pyramid = norm if scratch else None
     body = BackboneWithFPN(net, layers, channels, width, extra, pyramid)
     settings = dict(min_size=config.scales[0], max_size=config.max_size)
-    labels = num_classes and num_classes + 1 - first  # Faster R-CNN counts the background
-    return (RetinaNet if first else FasterRCNN)(body, labels, **settings, **options)
+    labels = num_classes and num_classes + two_stage  # Faster R-CNN counts the background
+    return (FasterRCNN if two_stage else RetinaNet)(body, labels, **settings, **options)
 
 
 def one_image(config: Config, device):

@@ -44,7 +44,10 @@ T_975 = dict(zip(range(2, 11), (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365
 
 
 class TorchvisionFasterRCNN(BaseDetector):
-    """torchvision's detector, with D2Det's settings, behind the contract of `engine.detector`."""
+    """torchvision's detector, with D2Det's settings, behind the contract of `engine.detector`.
+
+    It knows no `pool_norm` and no `class_std`: for a fair comparison train both without.
+    """
 
     def __init__(self, config: d2det.Config, num_classes: int):
         nn.Module.__init__(self)  # not BaseDetector's, which builds our backbone

@@ -23,8 +23,8 @@ def iou_aware_panels(seen: Seen, pick: int) -> list:
     while anchor >= first + out["per_level"][level]:
         first, level = first + out["per_level"][level], level + 1
     count, stride = out["per_level"][level], seen.model.backbone.strides[level]
-    h, w = seen.image.shape[1:]
-    width = -(-w // 32) * 32 // stride
+    w = seen.image.shape[2]
+    width = -(-(-(-w // 32) * 32) // stride)  # of the padded image, in cells
     shape, kind = (count // 9 // width, width, 9), (anchor - first) % 9
 
     def level_map(values: Tensor) -> Tensor:  # [N] -> [H, W] of the detection's anchor shape
@@ -48,7 +48,9 @@ def iou_aware_panels(seen: Seen, pick: int) -> list:
             outline(axis, truth, TRUTH)
             outline(axis, seen.detections["boxes"][pick], FOUND)
 
-        drawings.append((f"{name}: P{level + 3}'s anchors\nof the found box's shape", draw))
+        drawings.append(
+            (f"{name}: P{stride.bit_length() - 1}'s anchors\nof the found box's shape", draw)
+        )
     return [
         *drawings,
         ("boxes on the object, ranked\nby class score and fused", ranking(seen, row)),

@@ -31,6 +31,8 @@ SMALL_D2DET = dict(
     norm="gn",
     proposals_train=100,
     proposals_test=50,
+    drp_per_level=True,
+    pool_norm=False,  # as in the paper, both
     workers=0,
 )
 RUN = """--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 12 --num-val 4

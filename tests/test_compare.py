@@ -10,6 +10,7 @@ import torch
 
 import common
 import iou_aware_retinanet as iou_aware
+from baselines import retinanet
 from studies import bench, checkpoint, compare, cost
 
 pytestmark = pytest.mark.usefixtures("unpainted")
@@ -87,6 +88,16 @@ def test_bench_compares_with_torchvision(capsys, tmp_path):
     ]
     assert all(r["seconds"] > 0 and r["giga_multiply_adds"] > 0 for r in rows)
     assert "ours / this" in capsys.readouterr().out and read(tmp_path, "bench.json")["rows"] == rows
+
+
+@pytest.mark.parametrize("p2", [False, True])
+def test_bench_compares_with_torchvisions_retinanet_on_our_levels(p2):
+    config = retinanet.Config(backbone="resnet18", backbone_weights="none", fpn_channels=16, p2=p2)
+    ours = retinanet.Detector(config, 3).backbone.eval()
+    theirs = bench.torchvision_detector("one_stage", config, 3).eval()
+    assert type(theirs).__name__ == "RetinaNet" and theirs.head.classification_head.num_classes == 3
+    image = torch.rand(1, 3, 96, 160)
+    assert [m.shape for m in ours(image)] == [m.shape for m in theirs.backbone(image).values()]
 
 
 def test_cost_counts_a_head_that_is_there(tmp_path, capsys):

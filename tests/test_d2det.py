@@ -13,6 +13,7 @@ from methods import SMALL_D2DET, batch, check_all_crowd, metrics_of, overfit
 import common
 import d2det
 import kernels
+from baselines import faster_rcnn
 from baselines.faster_rcnn import class_box_loss
 from d2det import Config, Detector
 
@@ -284,7 +285,9 @@ def test_drp_samples_are_restored_to_the_rois_order():
         torch.testing.assert_close(together[i : i + 1], alone)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(drp_per_level=False), dict(drp=False)])
+@pytest.mark.parametrize(
+    "changes", [dict(drp_per_level=b) for b in (False, True)] + [dict(drp=False)]
+)
 def test_pool_norm_normalises_each_channel_of_each_roi(changes):
     features = [3 + 2 * torch.rand(1, 16, 64 // s, 64 // s) for s in (1, 2, 4, 8)]
     rois = torch.tensor([[0, 0, 0, 200.0, 200], [0, 10, 10, 40, 40], [0, 30, 5, 90, 60]])
@@ -296,6 +299,13 @@ def test_pool_norm_normalises_each_channel_of_each_roi(changes):
         want = (want - want.mean((2, 3), keepdim=True)) / want.std((2, 3), False, keepdim=True)
         torch.testing.assert_close(found, want, atol=2e-3, rtol=2e-3)
         assert pool(normed, features, rois[:0]).shape == (0, 16, size, size)
+
+
+def test_class_outputs_start_at_that_deviation():
+    small = dict(fpn_channels=16, fc_channels=32, backbone_weights="none", class_std=0.3)
+    baseline = faster_rcnn.Detector(faster_rcnn.Config(**small), 10)
+    for model in (make(class_std=0.3), baseline):
+        assert model.classify[-1].weight.std().item() == pytest.approx(0.3, rel=0.1)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])

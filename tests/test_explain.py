@@ -160,8 +160,9 @@ def test_double_head_cells_are_what_the_logit_is_made_of(pick):
         assert slide["score"][name][middle] == pytest.approx(want, abs=1e-3)
 
 
-def test_iou_aware_maps_hold_the_detection():
-    model = sure(make(iou_aware_retinanet, score_threshold=0.1)).eval()
+@pytest.mark.parametrize("p2", [False, True])
+def test_iou_aware_maps_hold_the_detection(p2):
+    model = sure(make(iou_aware_retinanet, score_threshold=0.1, p2=p2)).eval()
     torch.nn.init.normal_(model.head.iou_logits.weight, std=0.5)
     (image,), (target,) = batch(1, 96)
     seen = seen_by("iou_aware_retinanet", model, image[:, :70], target)  # padded to 96

@@ -164,6 +164,18 @@ def test_row_and_preset_set_what_flags_override():
     assert asked("--train", "--preset", "paper", "--lr", "0.5").lr == 0.5
 
 
+@pytest.mark.parametrize("action", ["--eval", "--resume"])
+def test_what_an_older_checkpoint_does_not_name_is_as_in_the_defaults(tmp_path, action):
+    saved = dataclasses.asdict(d2det.Config(**d2det.TINY))
+    del saved["pool_norm"], saved["class_std"]
+    file = tmp_path / "last.pt"
+    torch.save(dict(model={}, categories=[], config=saved), file)
+    argv = [action, "--preset", "tiny", "--out", str(tmp_path)]
+    config = parse(d2det.Config, d2det.ROWS, d2det.TINY, "", argv)
+    assert (config.pool_norm, config.class_std, config.groups) == (False, 0.01, 8)
+    assert parse(d2det.Config, d2det.ROWS, d2det.TINY, "", [*argv, "--pool-norm"]).pool_norm
+
+
 def test_device_is_obeyed(tmp_path):
     argv = " ".join(flag(k, v) for k, v in BASE.items() if k != "device").split()
     with pytest.raises(Exception, match="meta"):

@@ -305,9 +305,10 @@ def test_losses_of_a_step_by_hand(trained):
     assert found["dfl"].item() == pytest.approx((0.5 * (dfl * w).sum() / w.sum()).item(), rel=1e-4)
 
 
-def test_a_batch_of_two_equals_two_singles(monkeypatch):
+@pytest.mark.parametrize("p2", [False, True])
+def test_a_batch_of_two_equals_two_singles(monkeypatch, p2):
     """Detections are the same; losses are means, weighted by what each is divided by."""
-    model, (images, targets) = sure(make(method)).eval(), batch()
+    model, (images, targets) = sure(make(method, p2=p2)).eval(), batch()
     for image, found in zip(images, model.predict(images)):
         (alone,) = model.predict([image])
         assert len(alone["boxes"]) > 30 and (found["scores"].diff() <= 0).all()

@@ -222,8 +222,9 @@ def test_an_image_that_is_all_crowd_trains():
     check_all_crowd(make(method))
 
 
-def test_a_batch_of_two_equals_two_singles():
-    check_batch_equals_singles(make(method))
+@pytest.mark.parametrize("p2", [False, True])
+def test_a_batch_of_two_equals_two_singles(p2):
+    check_batch_equals_singles(make(method, p2=p2))
 
 
 def test_one_pass_serves_every_alpha():
@@ -299,8 +300,8 @@ def test_p2_halves_every_stride():
         assert model.backbone.strides == strides
         counts += [out["per_level"]]
         assert out["anchors"].shape[0] == out["deltas"].shape[1] == sum(out["per_level"])
-        width, height = (out["anchors"][1, 2:] - out["anchors"][1, :2]).tolist()  # the square one
-        assert min(width, height) <= 3 * strides[0] <= max(width, height)
+        square = (out["anchors"][3, 2:] - out["anchors"][3, :2]).tolist()
+        assert square == pytest.approx([3 * strides[0]] * 2)
     assert counts[1][1:4] == counts[0][:3] and counts[1][0] == 9 * 16 * 16
 
 
