@@ -337,7 +337,7 @@ ROWS: dict[str, dict] = {}
 PAPER: dict[str, dict] = {}
 
 TINY = dict(engine.TINY, fc_channels=256, rpn_samples=64, roi_samples=16, roi_positive=0.5)
-TINY |= dict(proposals_train=200, proposals_test=100, epochs=1.2, lr=3e-3)
+TINY |= dict(proposals_train=200, proposals_test=100)
 TINY |= dict(anchor_scale=4.0)  # small objects: images are 128 px wide
 TINY |= dict(pool_norm=True, class_std=0.1)  # without them all classes look alike for 250 steps
 

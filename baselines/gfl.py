@@ -61,7 +61,7 @@ class Config(engine.Config):
     qfl_beta: Amount = 2.0  # quality focal loss: exponent of |target - s|
     max_distance: Natural = 16  # longest distance in strides; a side has a bin more
     atss_cells: Natural = 9  # an object's candidates on each level
-    p2: bool = False  # choice: levels P2..P6 in place of P3..P7 (tiny preset)
+    p2: bool = False  # choice: P2..P6 (P6 is P5 subsampled) in place of P3..P7 (tiny preset)
     anchor_scale: Amount = 8.0  # anchors' side in strides
     tower_convs: Natural = 4  # convolutions in each tower
     tower_groups: Whole = 32  # groups of a GroupNorm after each of them; 0: no norm

@@ -58,7 +58,7 @@ class Config(engine.Config):
     bg_iou: Share = 0.4  # anchors are negative below this IoU
     tower_convs: Natural = 4  # convolutions in each tower
     tower_groups: Whole = 0  # groups of a GroupNorm after each of them; 0: no norm
-    p2: bool = False  # choice: levels P2..P6 in place of P3..P7 (tiny preset)
+    p2: bool = False  # choice: P2..P6 (P6 is P5 subsampled) in place of P3..P7 (tiny preset)
     anchor_scale: Amount = 4.0  # anchors' side in strides, times 2^(0, 1/3, 2/3)
     score_threshold: Share = 0.05  # lowest score that is looked at
     top_scores: Natural = 1000  # (anchor, class) pairs per level that are decoded, by score
