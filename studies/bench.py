@@ -104,19 +104,25 @@ def bench(model, config: Config, num_classes: int, device, repeat: int = 5) -> l
         "ours": (model, lambda: model.loss(images, targets), lambda: model.predict(images)),
         "torchvision": (other, lambda: other(floats, theirs), lambda: other(floats)),
     }
-    rows, warm = [], 1 + config.compile  # calls not timed: one counts, uncompiled, one compiles
+    rows = []
+    warm = 1 + 2 * config.compile  # calls not timed: uncompiled, it counts; one that compiles; last
     for job in ("training step", "prediction"):
         found: dict = {name: [] for name in contenders}
+        peaks = {}
         for i in progress(range(repeat + warm), job, repeat + warm):
             for name, (net, loss, predict) in contenders.items():
                 net.train(job == "training step")
                 work = loss if job == "training step" else predict
+                if i == warm - 1:  # not in a timed call: the reset gives kept memory back
+                    reset_peak_memory(device)
                 found[name].append(measure(net, work, config, device, count=i == 0))
-        ours = np.median([seconds for seconds, _, _ in found["ours"][warm:]])
+                if i == warm - 1:
+                    peaks[name] = peak_memory(device)
+        ours = np.median([seconds for seconds, _ in found["ours"][warm:]])
         for name, measured in found.items():
-            median = float(np.median([seconds for seconds, _, _ in measured[warm:]]))
+            median = float(np.median([seconds for seconds, _ in measured[warm:]]))
             row = {"job": job, "model": name, "seconds": median}
-            row |= {"giga_multiply_adds": measured[0][1] / 1e9, "peak_mib": measured[-1][2] >> 20}
+            row |= {"giga_multiply_adds": measured[0][1] / 1e9, "peak_mib": peaks[name] >> 20}
             net, loss, predict = contenders[name]
             net.train(job == "training step")
             row["waits"] = host_waits(net, loss if net.training else predict, config, device)
@@ -124,9 +130,8 @@ def bench(model, config: Config, num_classes: int, device, repeat: int = 5) -> l
     return rows
 
 
-def measure(net: nn.Module, work, config: Config, device, count: bool) -> tuple[float, float, int]:
-    """Seconds, multiply-adds (if counted), peak bytes of a loss and its gradient, or of `work`."""
-    reset_peak_memory(device)
+def measure(net: nn.Module, work, config: Config, device, count: bool) -> tuple[float, float]:
+    """Seconds and multiply-adds (0: not counted) of a loss and its gradient, or of `work`."""
     counter = flop_counter() if count else contextlib.nullcontext()
     start = time.perf_counter()
     with counter, autocast(config.amp, device):
@@ -139,7 +144,7 @@ def measure(net: nn.Module, work, config: Config, device, count: bool) -> tuple[
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    return seconds, counter.get_total_flops() / 2 if count else 0.0, peak_memory(device)
+    return seconds, counter.get_total_flops() / 2 if count else 0.0
 
 
 def host_waits(net: nn.Module, work, config: Config, device) -> int | None:
