@@ -169,17 +169,17 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int):
         super().__init__()
         if in_channels == channels:
-            layers = [*_conv(channels, channels // 4, 1), nn.ReLU()]
-            layers += [*_conv(channels // 4, channels // 4, 3), nn.ReLU()]
+            layers = [*_conv(channels, channels // 4, 1), nn.ReLU(inplace=True)]
+            layers += [*_conv(channels // 4, channels // 4, 3), nn.ReLU(inplace=True)]
             self.body = nn.Sequential(*layers, *_conv(channels // 4, channels, 1))
             self.shortcut = nn.Identity()
         else:
-            layers = [*_conv(in_channels, in_channels, 3), nn.ReLU()]
+            layers = [*_conv(in_channels, in_channels, 3), nn.ReLU(inplace=True)]
             self.body = nn.Sequential(*layers, *_conv(in_channels, channels, 1))
             self.shortcut = nn.Sequential(*_conv(in_channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.body(x) + self.shortcut(x))
+        return F.relu(self.body(x) + self.shortcut(x), inplace=True)
 
 
 def _conv(in_channels: int, channels: int, size: int) -> tuple[nn.Module, nn.Module]:
@@ -223,7 +223,7 @@ class NonLocalBlock(nn.Module):
         product = theta.transpose(2, 3) @ phi  # [R, groups, N (from), N (to)]
         attention = product.softmax(-1) if self.softmax else product / product.shape[-1]
         attended = (g @ attention.transpose(2, 3)).flatten(1, 2)  # [R, C/2, N]
-        return F.relu(x + self.out(attended.unflatten(2, x.shape[2:])))
+        return F.relu(x + self.out(attended.unflatten(2, x.shape[2:])), inplace=True)
 
 
 class ConvHead(nn.Module):
