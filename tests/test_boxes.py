@@ -1,6 +1,7 @@
 """Boxes, matching, sampling, anchors, losses, proposals, backbones and post-processing."""
 
 import math
+import multiprocessing
 
 import pytest
 import torch
@@ -87,15 +88,22 @@ def test_match_ignores_crowds():
     assert labels.tolist() == [1, -1, 0]  # the second lies 60 % in the crowd
 
 
-def test_match_of_five_thousand_objects_stays_small():
-    """The whole matrix of 20,000 boxes has 0.4 GB, and is needed more than once."""
+def match_of_five_thousand() -> tuple[int, int]:
+    """How many boxes match, and the bytes that it takes."""
     boxes, gts = random_boxes(20_000, size=1000), random_boxes(5000, size=1000, seed=1)
     cpu = torch.device("cpu")
     reset_peak_memory(cpu)
     before = peak_memory(cpu)
     labels, _, _ = common.match(boxes, gts, 0.7, 0.3, low_quality=0.3)
-    assert (labels == 1).sum() >= 4000
-    assert peak_memory(cpu) - before < 0.75 * 2**30  # half a GiB, and what the allocator wastes
+    return int((labels == 1).sum()), peak_memory(cpu) - before
+
+
+def test_match_of_five_thousand_objects_stays_small():
+    """The whole matrix of 20,000 boxes has 0.4 GB, and is needed more than once."""
+    with multiprocessing.get_context("spawn").Pool(1) as fresh:  # with no memory that others kept
+        matched, extra = fresh.apply(match_of_five_thousand)
+    assert matched >= 4000
+    assert extra < 2**29
 
 
 def test_sample_counts_and_is_random():

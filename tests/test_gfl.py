@@ -3,6 +3,7 @@
 import dataclasses
 import doctest
 import math
+import multiprocessing
 
 import pytest
 import torch
@@ -206,7 +207,8 @@ def test_atss_gives_an_object_the_anchor_that_it_fills():
     assert 1 <= (labels[0] == 1).sum() <= 9 and (classes[0][labels[0] == 1] == 3).all()
 
 
-def test_atss_of_thousands_of_objects_stays_small():
+def atss_of_thousands() -> tuple[int, int]:
+    """How many of 5,000 objects train, and the bytes that finding their anchors takes."""
     torch.manual_seed(0)
     sizes = torch.tensor([[800.0, 1333.0]])
     anchors, shapes, strides = maps(sizes)
@@ -216,8 +218,15 @@ def test_atss_of_thousands_of_objects_stays_small():
     reset_peak_memory(torch.device("cpu"))
     before = peak_memory(torch.device("cpu"))
     labels, _, classes = method.atss(anchors.float(), shapes, strides, sizes, [target])
-    assert peak_memory(torch.device("cpu")) - before < 2**30
-    assert len(classes[labels == 1].unique()) > 2000
+    extra = peak_memory(torch.device("cpu")) - before
+    return len(classes[labels == 1].unique()), extra
+
+
+def test_atss_of_thousands_of_objects_stays_small():
+    with multiprocessing.get_context("spawn").Pool(1) as fresh:  # with no memory that others kept
+        found, extra = fresh.apply(atss_of_thousands)
+    assert found > 2000
+    assert extra < 2**30
 
 
 # ------------------------------------------------------------------------------ model
