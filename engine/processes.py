@@ -77,8 +77,8 @@ def keep_memory() -> None:
     """Have glibc keep what this process frees, for its next tensors; elsewhere nothing happens.
 
     By itself it returns each block of 32 MiB or more to the system, which hands it out again page
-    by page and zeroed: up to two fifths of a large prediction's time (docs/results.md). The
-    process holds somewhat more memory so. Who sets one of glibc's MALLOC_ variables decides alone.
+    by page and zeroed: up to two fifths of a large prediction's time (docs/results.md). It then
+    holds up to half more memory. Who sets one of glibc's MALLOC_ variables decides alone.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
         libc = ctypes.CDLL(None)
