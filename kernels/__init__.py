@@ -1,8 +1,8 @@
-"""Detection ops with a plain torch reference, a Triton implementation and a benchmark each.
+"""Detection ops, each with a plain torch reference and a Triton implementation.
 
-Every file here also works when copied alone, and the folder wherever it is copied: it needs torch
-and numpy, and uses triton and torchvision where they are installed. `python -m kernels.bench`,
-which needs torchvision, checks and times all of them.
+Every file here also works when copied alone, and the folder works inside any other package. They
+need torch and numpy, and use triton and torchvision if installed. `python -m kernels.bench` checks
+and times all ops; it needs torchvision.
 """
 
 from .dense_decode import decode_dense_offsets

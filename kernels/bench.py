@@ -1,22 +1,23 @@
-"""Checks every op against its reference, then times it: `python -m kernels.bench [--json FILE]`.
+"""Check every op against its reference, then time it: `python -m kernels.bench [--json FILE]`.
 
-The boxes are those of detections. NMS on random boxes, which all overlap or none does, says little.
+NMS on random boxes, which all overlap or do not overlap at all, says little. So boxes here are
+made as a detector makes them:
 
-- Scenes: the ground-truth boxes of real images, resized to fit 800 x 1333, where the environment
-  variable DETECTION_DATA names a folder with `coco_tiny/annotations/*.json`; otherwise made up:
-  5 to 30 boxes, log-uniform from 16 to 500 px, half of them beside one another.
-- RPN: every anchor of 8 x stride, ratios 1/2, 1, 2, strides 4 to 64, scored with its IoU with the
-  nearest ground truth plus noise of 0.05, moved 70 % of the way to that box where their IoU is
-  above 0.3, and jittered by 5 % of its size; the best 2,000 of each level.
-- RoIs: the best 1,000 an image of these after NMS at 0.7, of two images.
-- Classes: RetinaNet's anchors, moved likewise; score of the ground truth's class as above, a third
-  of it for another class at random, a floor of noise for a third; the best so many (anchor, class)
-  pairs of each of eight images, 80 classes.
+- Scenes: ground-truth boxes of real images, resized to fit 800 x 1333, if the environment variable
+  DETECTION_DATA names a folder with `coco_tiny/annotations/*.json`. Otherwise made up: 5 to 30
+  boxes, log-uniform from 16 to 500 px, half of them next to another one.
+- RPN: every anchor of 8 x stride with ratios 1/2, 1, 2 and strides 4 to 64. Its score is its IoU
+  with the nearest ground truth plus noise of 0.05. Its box moves 70 % of the way to that ground
+  truth if their IoU is above 0.3, and is jittered by 5 % of its size. The best 2,000 of each level.
+- RoIs: the best 1,000 of these for each of two images, after NMS at 0.7.
+- Classes: RetinaNet's anchors, moved likewise. The ground truth's class gets the score above,
+  another random class a third of it, a third one a floor of noise. The best (anchor, class) pairs
+  of each of eight images, 80 classes.
 
-Times are milliseconds, by events on a GPU with its L2 cache emptied before each call, by the clock
-on a CPU. `copy` is the share of the bandwidth of a plain copy, measured in the same run; `ratio` is
-the median time of what it is compared `against` over ours, so that a number below 1 is a loss.
-`wall` is the time by the clock from a call to its return, GPU work not awaited: what Python costs.
+Times are milliseconds: by events on a GPU, whose L2 cache is emptied before each call, by the clock
+on a CPU. `copy` is the share of a plain copy's bandwidth, measured in the same run. `ratio` is the
+median time of the op named under `against` divided by ours, so a number below 1 is a loss. `wall`
+is the clock time from a call to its return, without waiting for the GPU: what Python costs.
 """
 
 import argparse
@@ -27,10 +28,12 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -42,31 +45,37 @@ from .focal_loss import focal_loss, focal_loss_reference
 from .nms import batched_nms, cl_nms, nms, nms_padded, soft_nms
 from .roi_align import deform_roi_pool, roi_align, roi_level
 
-roi_module = importlib.import_module(".roi_align", __package__)  # the package's own is the function
+# In the package, the name roi_align is the function.
+roi_module = importlib.import_module(".roi_align", __package__)
 HEIGHT, WIDTH = 800, 1333
+FRAME = torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT])
 
 
 def scenes(count: int, folder: str | None = None) -> list[Tensor]:
     """Ground-truth boxes of `count` images, float32 [G, 4] xyxy each, in an 800 x 1333 frame."""
     folder = folder or os.environ.get("DETECTION_DATA")
-    found = []
-    if folder:
-        for path in sorted((Path(folder) / "coco_tiny" / "annotations").glob("*.json")):
-            content = json.loads(path.read_text())
-            sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
-            boxes = {key: [] for key in sizes}
-            for note in content["annotations"]:
-                boxes[note["image_id"]].append(note["bbox"])
-            for key, (height, width) in sizes.items():
-                if boxes[key]:
-                    scale = min(HEIGHT / min(height, width), WIDTH / max(height, width))
-                    xywh = torch.tensor(boxes[key], dtype=torch.float32) * scale
-                    xyxy = torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1)
-                    limit = torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT])
-                    found.append(torch.minimum(xyxy, limit))
-    if found:
-        return [found[i % len(found)] for i in range(count)]
+    real = _real_scenes(Path(folder) / "coco_tiny" / "annotations") if folder else []
+    if real:
+        return [real[i % len(real)] for i in range(count)]
     return [_made_up_scene(seed) for seed in range(count)]
+
+
+def _real_scenes(folder: Path) -> list[Tensor]:
+    """The boxes of each image that has any, from all COCO files of a folder."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text())
+        boxes: dict[int, list] = {image["id"]: [] for image in content["images"]}
+        for annotation in content["annotations"]:
+            boxes[annotation["image_id"]].append(annotation["bbox"])
+        for image in content["images"]:
+            if boxes[image["id"]]:
+                sides = (image["height"], image["width"])
+                scale = min(HEIGHT / min(sides), WIDTH / max(sides))
+                xywh = torch.tensor(boxes[image["id"]], dtype=torch.float32) * scale
+                xyxy = torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1)
+                found.append(torch.minimum(xyxy, FRAME))
+    return found
 
 
 def _made_up_scene(seed: int) -> Tensor:
@@ -74,14 +83,14 @@ def _made_up_scene(seed: int) -> Tensor:
     num = int(torch.randint(5, 31, (), generator=g))
     size = 16 * torch.exp(torch.rand((num, 2), generator=g) * math.log(500 / 16))
     centre = torch.rand((num, 2), generator=g) * torch.tensor([WIDTH, HEIGHT])
-    half = num // 2  # these stand beside one of the others, at its size
+    half = num // 2  # these stand next to one of the others, at its size
     size[:half] = size[num - half :]
     centre[:half] = centre[num - half :] + 0.7 * size[:half] * torch.tensor([1.0, 0.0])
     return _clip(torch.cat([centre - size / 2, centre + size / 2], 1))
 
 
 def _clip(boxes: Tensor) -> Tensor:
-    return torch.minimum(boxes.clamp(min=0), torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT]))
+    return torch.minimum(boxes.clamp(min=0), FRAME)
 
 
 def _anchors(stride: int, sizes: list[float]) -> Tensor:
@@ -94,7 +103,7 @@ def _anchors(stride: int, sizes: list[float]) -> Tensor:
 
 
 def _detect(anchors: Tensor, gt: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes a detector would make of the anchors [A, 4], their scores [A] and gt indices [A]."""
+    """A detector's boxes [A, 4] from the anchors [A, 4]; their scores and gt indices, both [A]."""
     iou, nearest = torch.cat([box_iou(a, gt) for a in anchors.split(50_000)]).max(1)
     moved = anchors + 0.7 * (iou > 0.3)[:, None] * (gt[nearest] - anchors)
     size = (moved[:, 2:] - moved[:, :2]).repeat(1, 2)
@@ -104,7 +113,7 @@ def _detect(anchors: Tensor, gt: Tensor, g: torch.Generator) -> tuple[Tensor, Te
 
 
 def rpn_candidates(gts: list[Tensor], per_level: int = 2000):
-    """boxes [N, 4], scores [N], groups [N] (image x level) and images [N]; how: see the top."""
+    """RPN boxes [N, 4], scores [N], groups [N] (image x level) and images [N], as at the top."""
     parts = []
     for image, gt in enumerate(gts):
         g = torch.Generator().manual_seed(image)
@@ -117,14 +126,14 @@ def rpn_candidates(gts: list[Tensor], per_level: int = 2000):
 
 
 def class_candidates(gts: list[Tensor], per_image: int, num_classes: int = 80):
-    """boxes [N, 4], scores [N], groups [N] (image x class) and images [N]."""
+    """Class boxes [N, 4], scores [N], groups [N] (image x class) and images [N], as at the top."""
     parts = []
     for image, gt in enumerate(gts):
         g = torch.Generator().manual_seed(image)
         sizes = {s: [4 * s * 2 ** (i / 3) for i in range(3)] for s in (8, 16, 32, 64, 128)}
         anchors = torch.cat([_anchors(stride, size) for stride, size in sizes.items()])
         boxes, scores, nearest = _detect(anchors, gt, g)
-        # Classes are as uneven as in photographs: the first few take most objects.
+        # Classes are as uneven as in photographs: a few have most objects.
         classes = (num_classes * torch.rand(len(gt), generator=g) ** 3).long()[nearest]
         other = torch.randint(num_classes, (2, len(boxes)), generator=g)
         noise = 0.2 * torch.rand(len(boxes), generator=g)
@@ -135,7 +144,7 @@ def class_candidates(gts: list[Tensor], per_image: int, num_classes: int = 80):
 
 
 def proposals(gts: list[Tensor], per_image: int = 1000) -> Tensor:
-    """RoIs [R, 5] (image, xyxy): what RPN and NMS at 0.7 leave."""
+    """RoIs [R, 5] (image, xyxy) that remain of RPN's boxes after NMS at 0.7."""
     boxes, scores, groups, images = rpn_candidates(gts)
     keep = batched_nms(boxes, scores, groups, 0.7)
     keep = torch.cat([keep[images[keep] == i][:per_image] for i in range(len(gts))])
@@ -144,10 +153,10 @@ def proposals(gts: list[Tensor], per_image: int = 1000) -> Tensor:
 
 
 def mismatch(out, expected) -> str:
-    """'' where the results agree. A result is a tensor or a tuple of them.
+    """What differs between two results, '' if nothing. A result is a tensor or a tuple of them.
 
-    Whole numbers must be equal, except beside scores: two boxes whose scores differ in the last bit
-    may change places there, and the scores decide.
+    Whole numbers must be equal, unless scores come with them: then two boxes whose scores differ in
+    the last bit may change places, and only the scores are compared.
     """
     if isinstance(out, Tensor):
         out, expected = (out,), (expected,)
@@ -169,20 +178,21 @@ def mismatch(out, expected) -> str:
 def times_ms(run, device: torch.device, seconds: float) -> list[float]:
     """p20, p50 and p80 over as many calls as fit in `seconds`, five at least."""
     run()
-    samples, stop = [], time.perf_counter() + seconds
+    samples: list[float] = []
+    stop = time.perf_counter() + seconds
     if device.type == "cuda":
         flush = torch.empty(256 << 20, dtype=torch.int8, device=device)
         run()
     while len(samples) < 5 or (time.perf_counter() < stop and len(samples) < 1000):
         if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             flush.zero_()
             torch.cuda._sleep(2_000_000)  # about 1 ms, in which Python launches what follows
-            begin.record()
+            first.record()
             run()
-            end.record()
-            end.synchronize()
-            samples.append(begin.elapsed_time(end))
+            last.record()
+            last.synchronize()
+            samples.append(first.elapsed_time(last))
         else:
             begin = time.perf_counter()
             run()
@@ -211,67 +221,50 @@ def copy_bandwidth(device: torch.device, seconds: float) -> float:
     return 2 * size / 1e6 / times_ms(lambda: target.copy_(source), device, seconds)[1]
 
 
-# A case is a dict: name; run; baseline (or None) and baseline_name, what the time is compared with;
-# reference (or None), whose result run's must match: a tensor or a tuple of them; bytes (or None),
-# the least that must move.
+@dataclass
+class Case:
+    name: str
+    run: Callable
+    reference: Callable | None = None  # its result, a tensor or a tuple, must equal run's
+    baseline: Callable | None = None  # its time is compared with run's
+    against: str = "torchvision"  # the baseline's name
+    bytes: int = 0  # the least that must move, 0 if not counted
 
 
-def nms_cases(device: torch.device, sets: dict) -> Iterator[dict]:
+def nms_cases(device: torch.device, sets: dict) -> Iterator[Case]:
     """`sets` maps a name to (boxes [N, 4], scores [N], groups [N], images [N]).
 
-    torchvision is called once an image, which is how it is used. On a CPU soft_nms and cl_nms are
-    their references.
+    torchvision is called once for each image, as its users do. On a CPU, soft_nms and cl_nms are
+    their references, so nothing is compared with them.
     """
     for name, tensors in sets.items():
         boxes, scores, groups, images = (t.to(device) for t in tensors)
         parts = [images == i for i in images.unique().tolist()]
         parts = [(boxes[part], scores[part], groups[part]) for part in parts]
-        args, one = (boxes, scores, groups), parts[0][:2]
-        one_image = partial(torchvision.ops.nms, *one, 0.5)
 
         def per_image(parts=parts):
             return [torchvision.ops.batched_nms(*part, 0.5) for part in parts]
 
-        yield {
-            "name": f"batched_nms {name}",
-            "run": partial(batched_nms, *args, 0.5),
-            "baseline": per_image,
-            "baseline_name": "torchvision",
-            "reference": partial(batched_nms, *args, 0.5, impl="torch"),
-            "bytes": None,
-        }
-        yield {
-            "name": f"nms_padded {name}",
-            "run": partial(nms_padded, *args, 0.5),
-            "baseline": per_image,
-            "baseline_name": "torchvision",
-            "reference": partial(nms_padded, *args, 0.5, impl="torch"),
-            "bytes": None,
-        }
+        for function in (batched_nms, nms_padded, soft_nms, cl_nms):
+            run = partial(function, boxes, scores, groups, 0.5)
+            reference = partial(run, impl="torch")
+            case = Case(f"{function.__name__} {name}", run)
+            if function in (batched_nms, nms_padded):
+                case.reference, case.baseline = reference, per_image
+            elif boxes.is_cuda:
+                case.reference, case.baseline, case.against = reference, reference, "torch"
+            yield case
+        one_boxes, one_scores, _ = parts[0]
+        one = partial(nms, one_boxes, one_scores, 0.5)
+        vision = partial(torchvision.ops.nms, one_boxes, one_scores, 0.5)
         for impl in ("auto", "triton") if boxes.is_cuda else ("auto",):
-            yield {
-                "name": f"nms, one group of {len(one[0])}, {impl}",
-                "run": partial(nms, *one, 0.5, impl=impl),
-                "baseline": one_image,
-                "baseline_name": "torchvision",
-                "reference": partial(nms, *one, 0.5, impl="torch"),
-                "bytes": None,
-            }
-        for function in (soft_nms, cl_nms):
-            reference = partial(function, *args, 0.5, impl="torch")
-            yield {
-                "name": f"{function.__name__} {name}",
-                "run": partial(function, *args, 0.5),
-                "baseline": reference if boxes.is_cuda else None,
-                "baseline_name": "torch",
-                "reference": reference if boxes.is_cuda else None,
-                "bytes": None,
-            }
+            title = f"nms, one group of {len(one_boxes)}, {impl}"
+            yield Case(title, partial(one, impl=impl), partial(one, impl="torch"), vision)
 
 
-def decode_cases(device: torch.device, rois: Tensor) -> Iterator[dict]:
-    """On proposals rois [R, 5]. Offsets and logits are what a trained head gives: cells near the
-    truth, jittered, and logits that are positive in the middle of the box.
+def decode_cases(device: torch.device, rois: Tensor) -> Iterator[Case]:
+    """On proposals rois [R, 5]. Offsets and logits are like a trained head's: the offsets reach the
+    proposal's sides, with noise, and the logits are positive in the middle of the box.
     """
     generator = torch.Generator().manual_seed(0)
     bins = (torch.arange(7) + 0.5) / 7
@@ -296,19 +289,22 @@ def decode_cases(device: torch.device, rois: Tensor) -> Iterator[dict]:
             def reference(args=args):
                 return decode_dense_reference(*(a.double() for a in args[:3]), args[3]).float()
 
-            yield {
-                "name": f"decode_dense_offsets {R} x 7x7 {str(dtype)[6:]}",
-                "run": run,
-                "baseline": eager if device.type == "cuda" else None,  # on a CPU it is this op
-                "baseline_name": "torch",
-                "reference": reference,
-                "bytes": sum(a.numel() * a.element_size() for a in args[:3]) + R * 16,
-            }
+            yield Case(
+                f"decode_dense_offsets {R} x 7x7 {str(dtype)[6:]}",
+                run,
+                reference,
+                baseline=eager if device.type == "cuda" else None,  # on a CPU, run is eager
+                against="torch",
+                bytes=sum(a.numel() * a.element_size() for a in args[:3]) + R * 16,
+            )
 
 
-def focal_cases(device: torch.device) -> Iterator[dict]:
-    """Loss and gradient of the anchors of 800 x 1333 images, 80 classes; torchvision's one-hot."""
-    generator, K = torch.Generator().manual_seed(0), 80
+def focal_cases(device: torch.device) -> Iterator[Case]:
+    """Loss and gradient for the anchors of 800 x 1333 images and 80 classes. torchvision's loss
+    takes one-hot targets.
+    """
+    generator = torch.Generator().manual_seed(0)
+    K = 80
     for M in (20_000, 400_000) if device.type == "cuda" else (20_000,):
         scores = torch.randn((M, K), generator=generator) - 4.6  # a head's prior, p = 0.01
         labels = torch.randint(K, (M,), generator=generator)
@@ -328,108 +324,112 @@ def focal_cases(device: torch.device) -> Iterator[dict]:
                 loss = torchvision.ops.sigmoid_focal_loss(logits, target).sum(1)
                 return torch.autograd.grad(loss.sum(), logits)
 
-            yield {
-                "name": f"focal_loss and gradient {M} x {K} {str(dtype)[6:]}",
-                "run": ours,
-                "baseline": one_hot,
-                "baseline_name": "torchvision",
-                "reference": reference,
-                # Logits are read, the slope written and read, the gradient written.
-                "bytes": 4 * logits.numel() * logits.element_size(),
-            }
+            yield Case(
+                f"focal_loss and gradient {M} x {K} {str(dtype)[6:]}",
+                ours,
+                reference,
+                one_hot,
+                # Logits are read, the slope is written and read, the gradient is written.
+                bytes=4 * logits.numel() * logits.element_size(),
+            )
 
 
 def roi_align_torchvision(maps, rois, size, strides, sampling_ratio=2) -> Tensor:
-    """roi_align by torchvision's operator, level by level as its MultiScaleRoIAlign does."""
+    """roi_align by torchvision's operator, one level at a time like its MultiScaleRoIAlign."""
     # The operator refuses bfloat16 and would round the boxes to the maps' dtype.
     dtype = torch.promote_types(maps[0].dtype, torch.float32)
     level = roi_level(rois, strides)
     out = maps[0].new_zeros(len(rois), maps[0].shape[1], size, size)
     for i, (f, stride) in enumerate(zip(maps, strides)):
         here = (level == i).nonzero().squeeze(1)
-        boxes = rois[here].to(dtype)
         pooled = torchvision.ops.roi_align(
-            f.to(dtype), boxes, size, 1 / stride, sampling_ratio, aligned=True
+            f.to(dtype), rois[here].to(dtype), size, 1 / stride, sampling_ratio, aligned=True
         )
         out[here] = pooled.to(out.dtype)
     return out
 
 
-def roi_cases(device: torch.device, rois: Tensor) -> Iterator[dict]:
-    """Forward and backward over P2..P5 (256 channels) of two 800 x 1333 images of rois [R, 5],
-    at least 1000. The deformable op is compared with roi_align. The bytes that must move are every
-    cell that is touched, and the result, once.
+def roi_cases(device: torch.device, rois: Tensor) -> Iterator[Case]:
+    """Forward and backward over P2..P5 (256 channels) of two 800 x 1333 images.
+
+    `rois` [R, 5] are at least 1000. The deformable op is compared with roi_align. The bytes that
+    must move are each cell that is touched, and the result, once.
     """
-    strides, C = (4, 8, 16, 32), 256
     layouts = [("NCHW fp32", torch.float32, torch.contiguous_format)]
     if device.type == "cuda":
         # bfloat16 makes torchvision convert all maps on each call; float16 does not.
         layouts.append(("NCHW bf16", torch.bfloat16, torch.contiguous_format))
         layouts.append(("channels_last bf16", torch.bfloat16, torch.channels_last))
         layouts.append(("channels_last fp16", torch.float16, torch.channels_last))
+    strides, C = (4, 8, 16, 32), 256
     for (layout, dtype, memory_format), (R, S) in product(layouts, ((1000, 7), (512, 14))):
-        random = torch.Generator(device).manual_seed(0)
-        shapes = [(2, C, -(-800 // s), -(-1333 // s)) for s in strides]
-        shapes += [(R, 2, S, S), (R, C, S, S)]
-        *maps, shift, grad = [torch.randn(s, generator=random, device=device) for s in shapes]
+        generator = torch.Generator(device).manual_seed(0)
+        randn = partial(torch.randn, generator=generator, device=device)
+        maps = [randn(2, C, -(-800 // s), -(-1333 // s)) for s in strides]
         maps = [f.to(dtype, memory_format=memory_format).requires_grad_() for f in maps]
-        grad = grad.to(dtype, memory_format=memory_format)
-        inputs, options = [*maps, shift.requires_grad_()], (S, strides, 2)
+        shift = randn(R, 2, S, S).requires_grad_()
+        grad = randn(R, C, S, S).to(dtype, memory_format=memory_format)
         boxes = rois[torch.linspace(0, len(rois) - 1, R).long()].to(device)  # of both images
-        align = partial(roi_align, maps, boxes, *options)
-        vision = partial(roi_align_torchvision, maps, boxes, *options)
-        deform = partial(deform_roi_pool, maps, boxes, shift, *options)
-        yield from _roi_op("roi_align", align, maps, vision, "torchvision", grad, layout)
-        yield from _roi_op("deform_roi_pool", deform, inputs, align, "roi_align", grad, layout)
+        align = partial(roi_align, maps, boxes, S, strides, 2)
+        vision = partial(roi_align_torchvision, maps, boxes, S, strides, 2)
+        deform = partial(deform_roi_pool, maps, boxes, shift, S, strides, 2)
+        size = f"{R}x{C}x{S}x{S} {layout}"
+        ours = _forward_and_backward(f"roi_align {size}", align, maps, boxes, None, strides, grad)
+        for case, pool in zip(ours, _runs(vision, maps, grad)):
+            case.baseline = pool
+            yield case
+        name = f"deform_roi_pool {size}"
+        ours = _forward_and_backward(name, deform, maps, boxes, shift, strides, grad)
+        for case, pool in zip(ours, _runs(align, maps, grad)):
+            case.baseline, case.against = pool, "roi_align"
+            yield case
 
 
-def _roi_op(op, run, inputs, rival, rival_name, grad, layout) -> Iterator[dict]:
-    maps, boxes, *_, S, strides, samples = run.args
-    exact = [t.detach().double().requires_grad_() for t in inputs]
-    skip = len(inputs) > len(maps)
-    shift = exact.pop() if skip else None
-    options = (exact, boxes, shift, S, strides, samples, 0.1, skip)
-    reference = partial(roi_module.pool_reference, *options)
-    rows, size = roi_module._taps(*options)[0].unique().numel(), maps[0].element_size()
-    touched, pooled = rows * maps[0].shape[1] * size, grad.numel() * size
+def _runs(pool, inputs, grad) -> tuple[Callable, Callable]:
+    """The forward without a graph, and the backward alone."""
+    graph: list[Tensor] = []  # built at the first call, so that the others time only the backward
 
-    def backward(pool, inputs):
-        graph = []  # made at the first call, so that the others time the backward alone
+    def backward() -> tuple[Tensor, ...]:
+        if not graph:
+            graph.append(pool())
+        return torch.autograd.grad(graph[0], inputs, grad.to(graph[0].dtype), retain_graph=True)
 
-        def gradients() -> tuple[Tensor, ...]:
-            if not graph:
-                graph.append(pool())
-            return torch.autograd.grad(graph[0], inputs, grad.to(graph[0].dtype), retain_graph=True)
-
-        return gradients
-
-    def truth() -> tuple[Tensor, ...]:
-        grads = backward(reference, [*exact, shift] if skip else exact)()
-        # The gradient of an offset jumps where a sample crosses into another cell, and float32 puts
-        # a few on the other side: 16 bits say how closely to compare it.
-        return (*grads[:-1], grads[-1].bfloat16()) if skip else grads
-
-    name = f"{op} {len(boxes)}x{grad.shape[1]}x{S}x{S} {layout}"
-    yield {
-        "name": f"{name} forward",
-        "run": torch.no_grad()(run),
-        "baseline": torch.no_grad()(rival),
-        "baseline_name": rival_name,
-        "reference": torch.no_grad()(reference),
-        "bytes": touched + pooled,
-    }
-    yield {
-        "name": f"{name} backward",
-        "run": backward(run, inputs),
-        "baseline": backward(rival, maps),
-        "baseline_name": rival_name,
-        "reference": truth,
-        "bytes": sum(f.numel() for f in maps) * size + pooled + (touched if skip else 0),
-    }
+    return torch.no_grad()(pool), backward
 
 
-def cases(device: torch.device) -> Iterator[dict]:
-    """All ops' cases, on boxes of the same scenes."""
+def _forward_and_backward(name, pool, maps, boxes, shift, strides, grad) -> list[Case]:
+    """Both cases of one op, without their baselines. `shift` is None for roi_align."""
+    S = grad.shape[-1]
+    exact = [f.detach().double().requires_grad_() for f in maps]
+    exact_shift = None if shift is None else shift.detach().double().requires_grad_()
+    geometry = (exact, boxes, exact_shift, S, strides, 2, 0.1, shift is not None)
+    reference = partial(roi_module.pool_reference, *geometry)
+    rows = roi_module._taps(*geometry)[0].unique().numel()
+    element = maps[0].element_size()
+    touched, pooled = rows * maps[0].shape[1] * element, grad.numel() * element
+    written = sum(f.numel() for f in maps) * element
+    if shift is None:
+        forward, backward = _runs(pool, maps, grad)
+        exact_forward, truth = _runs(reference, exact, grad)
+    else:
+        forward, backward = _runs(pool, [*maps, shift], grad)
+        exact_forward, exact_backward = _runs(reference, [*exact, exact_shift], grad)
+        written += touched  # read, for the gradient of the offsets
+
+        def truth() -> tuple[Tensor, ...]:
+            # The gradient of an offset jumps where a sample crosses into another cell, and float32
+            # puts a few samples on the other side: 16 bits say how closely to compare it.
+            *map_grads, shift_grad = exact_backward()
+            return *map_grads, shift_grad.bfloat16()
+
+    return [
+        Case(f"{name} forward", forward, exact_forward, bytes=touched + pooled),
+        Case(f"{name} backward", backward, truth, bytes=written + pooled),
+    ]
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    """The cases of all ops, on boxes of the same scenes."""
     gts = scenes(8)
     big = (1000, 5000, 20_000) if device.type == "cuda" else (1000, 5000)
     sets = {"2 images x 5 RPN levels": rpn_candidates(gts[:2])}
@@ -441,48 +441,48 @@ def cases(device: torch.device) -> Iterator[dict]:
     yield from roi_cases(device, rois.to(device))
 
 
-def run_case(case: dict, device: torch.device, seconds: float, copy: float) -> dict:
-    """Checks one case and times it; returns the row of the table."""
-    row = {"name": case["name"], "check": "no reference"}
-    if case.get("reference") is not None:
-        row["check"] = mismatch(case["run"](), case["reference"]()) or "ok"
+def run_case(case: Case, device: torch.device, seconds: float, copy: float) -> dict:
+    """Check one case and time it; returns its row of the table."""
+    row: dict[str, Any] = {"name": case.name, "check": "no reference"}
+    if case.reference is not None:
+        row["check"] = mismatch(case.run(), case.reference()) or "ok"
     if device.type == "cuda":
-        case["run"]()
+        case.run()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        case["run"]()
+        case.run()
         row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-    row["p20"], row["p50"], row["p80"] = times_ms(case["run"], device, seconds)
-    row["wall"] = wall_ms(case["run"], device)
-    if case.get("bytes"):
-        row["gb_s"] = case["bytes"] / 1e6 / row["p50"]
+    row["p20"], row["p50"], row["p80"] = times_ms(case.run, device, seconds)
+    row["wall"] = wall_ms(case.run, device)
+    if case.bytes:
+        row["gb_s"] = case.bytes / 1e6 / row["p50"]
         row["copy"] = row["gb_s"] / copy
-    if case.get("baseline") is not None:
-        row["ratio"] = times_ms(case["baseline"], device, seconds)[1] / row["p50"]
-        row["against"] = case.get("baseline_name", "torchvision")
+    if case.baseline is not None:
+        row["ratio"] = times_ms(case.baseline, device, seconds)[1] / row["p50"]
+        row["against"] = case.against
     return row
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that "auto", "cpu", "cuda" or "cuda:1" names, made current if it is a GPU."""
+    """The device named "auto", "cpu", "cuda" or "cuda:1", made the current one if it is a GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    if device.type == "cuda":  # events and memory counts are the current device's
+    if device.type == "cuda":  # events and memory counts belong to the current device
         torch.cuda.set_device(device.index or 0)
     return device
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the table; returns the number of ops that did not match their reference."""
+    """Print the table; return the number of ops that did not match their reference."""
     parser = argparse.ArgumentParser("kernels.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    parser.add_argument("--device", default="auto", help="cuda where there is one, else cpu")
-    parser.add_argument("--seconds", type=float, default=0.5, help="spent on each op and baseline")
+    parser.add_argument("--device", default="auto", help="auto: cuda if there is one, else cpu")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time for each op and baseline")
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     config = parser.parse_args(argv)
     device = pick_device(config.device)
-    info = {
+    info: dict[str, Any] = {
         "device": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -493,22 +493,18 @@ def main(argv: list[str] | None = None) -> int:
         info["triton"] = __import__("triton").__version__
     info["copy_gb_s"] = copy_bandwidth(device, config.seconds)
     info["scenes"] = "real" if os.environ.get("DETECTION_DATA") else "made up"
-    print(
-        ", ".join(f"{k} {v:.0f}" if v is info["copy_gb_s"] else f"{k} {v}" for k, v in info.items())
-    )
+    described = (f"{k} {v:.0f}" if isinstance(v, float) else f"{k} {v}" for k, v in info.items())
+    print(", ".join(described))
     columns = ("p20", "p50", "p80", "wall", "gb_s", "copy", "peak_mib", "ratio")
     print(f"{'op':<62}" + "".join(f"{column:>10}" for column in columns) + "  against      check")
     rows = []
     for case in cases(device):
-        if config.only not in case["name"]:
+        if config.only not in case.name:
             continue
         row = run_case(case, device, config.seconds, info["copy_gb_s"])
         cells = (f"{row[c]:10.3f}" if c in row else f"{'-':>10}" for c in columns)
-        print(
-            f"{row['name']:<62}" + "".join(cells),
-            f" {row.get('against', '-'):<12} {row['check']}",
-            flush=True,
-        )
+        line = f"{row['name']:<62}" + "".join(cells)
+        print(f"{line}  {row.get('against', '-'):<12} {row['check']}", flush=True)
         rows.append(row)
     if config.json:
         config.json.write_text(json.dumps({**info, "rows": rows}, indent=1))

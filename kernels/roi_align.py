@@ -1,30 +1,31 @@
-"""RoIAlign and deformable RoI pooling over every level of a feature pyramid at once.
+"""RoIAlign and deformable RoI pooling over all levels of a feature pyramid at once.
 
 Contract
-    features   L maps [B, C, Hi, Wi] of one dtype, finest first. Triton reads channels_last maps
-               where they are, and makes such copies of others.
+    features   L maps [B, C, Hi, Wi] of one dtype, finest first. Triton reads channels_last maps in
+               place and copies other maps to that layout.
     rois       [R, 5]: image index, x1, y1, x2, y2 in pixels of the network's input image; or a list
-               of B tensors [Ri, 4], one an image.
+               of B tensors [Ri, 4], one for each image.
     strides    L increasing whole numbers, input pixels per cell of each map.
-    result     [R, C, S, S] in the maps' dtype; channels_last where the maps are (flatten(1) then
+    result     [R, C, S, S] in the maps' dtype; channels_last if the maps are (flatten(1) then
                copies). Sums are float32, or float64 for float64 maps (which Triton refuses).
-    level      floor(4 + log2(sqrt(w h) / 224) + 1e-6), level 4 being the map of stride 16, clamped
-               to the maps given. The 1e-6, as is usual, sends a box of exactly 112, 224, ... pixels
-               up on every device. A box of zero or negative size takes the first map.
-    grid       half-pixel aligned: cell (0, 0) is centred at (stride / 2, stride / 2). A bin is the
-               mean of sampling_ratio ** 2 bilinear samples, centred in it. Nothing is rounded and
-               no box is enlarged: one of zero size samples one point. roi_align(aligned=False) is
-               the older grid, torchvision's MultiScaleRoIAlign: cell (0, 0) is centred at (0, 0),
-               half a cell away, and a side shorter than one cell counts as one.
+    level      floor(4 + log2(sqrt(w h) / 224) + 1e-6), where level 4 is the map of stride 16,
+               clamped to the given maps. The customary 1e-6 sends a box of exactly 112, 224, ...
+               pixels up on every device. A box of zero or negative size takes the first map.
+    grid       half-pixel aligned: the centre of cell (0, 0) is at (stride / 2, stride / 2). A bin
+               is the mean of sampling_ratio ** 2 bilinear samples, centred in it. Nothing is
+               rounded and no box is enlarged: a box of zero size samples one point.
+               roi_align(aligned=False) is the older grid of torchvision's MultiScaleRoIAlign: the
+               centre of cell (0, 0) is at (0, 0), half a cell away, and sides shorter than one cell
+               count as one.
     border     in cell units, ends included. roi_align: a sample outside [-1, H] x [-1, W] counts as
-               zero, others are clamped into the map. deform_roi_pool: a sample outside
-               [-0.5, H - 0.5] x [-0.5, W - 0.5] is left out of the mean, others are clamped; a bin
-               without samples is zero. (mmcv's deformable pooling has roi_align's rule.)
+               zero; others are clamped into the map. deform_roi_pool: a sample outside
+               [-0.5, H - 0.5] x [-0.5, W - 0.5] is left out of the mean; others are clamped. A bin
+               without samples is zero. (mmcv's deformable pooling uses roi_align's rule.)
     offsets    [R, 2, S, S], dx then dy: bin (i, j) moves by offsets[:, :, i, j] * gamma * RoI size.
-    empty      R = 0 gives [0, C, S, S] and zero gradients. A RoI whose image index is outside
-               0..B-1 (padding) or whose box is not finite gives zeros and no gradient.
-    gradients  to maps and offsets; boxes are constants. Double backward raises RuntimeError. Sums
-               repeat bit for bit: every cell adds up its own taps, in a fixed order.
+    empty      R = 0 gives [0, C, S, S] and zero gradients. A RoI gives zeros and no gradient if its
+               image index is outside 0..B-1 (padding) or its box is not finite.
+    gradients  to maps and offsets; boxes are constants. Double backward raises RuntimeError.
+               Gradients repeat bit for bit: each cell adds its own taps in a fixed order.
 """
 
 from collections.abc import Sequence
@@ -38,9 +39,10 @@ from torch.autograd.function import once_differentiable
 
 # ------------------------------------------------------------------------------ reference
 
-# Also the fastest path on a CPU: every bin is a weighted sum of 4 * sampling_ratio ** 2 rows of one
-# [cells, C] table (a copy of the maps). embedding_bag gathers and sums in one parallel pass,
-# forward and backward, so nothing of size [R * S * S * 16, C] ever exists.
+# The reference is also the fastest path on a CPU. Every bin is a weighted sum of
+# 4 * sampling_ratio ** 2 rows of one [cells, C] table, a copy of the maps. embedding_bag gathers
+# and sums in one parallel pass, forward and backward, so nothing of size [R * S * S * 16, C] is
+# built.
 
 
 def pool_reference(
@@ -49,8 +51,8 @@ def pool_reference(
     """deform_roi_pool or, with skip=False and no offsets, roi_align; float64 for float64 maps."""
     C = features[0].shape[1]
     dtype = torch.promote_types(features[0].dtype, torch.float32)
-    options = (size, strides, sampling_ratio, gamma, skip)
-    index, weight = _taps(features, rois.detach().to(dtype), offsets, *options)
+    rois = rois.detach().to(dtype)
+    index, weight = _taps(features, rois, offsets, size, strides, sampling_ratio, gamma, skip)
     table = torch.cat([f.permute(0, 2, 3, 1).reshape(-1, C) for f in features])  # [cells, C]
     table = table.to(dtype)
     out = F.embedding_bag(index, table.detach(), per_sample_weights=weight, mode="sum")
@@ -59,9 +61,10 @@ def pool_reference(
 
 
 class _TableGradient(torch.autograd.Function):
-    """pooled as it is, plus the table's gradient: every row gathers from the bins that read it.
+    """Returns `pooled` unchanged and adds the table's gradient: rows gather from bins reading them.
 
-    embedding_bag gives weights their gradient; its own for the table is up to three times slower.
+    embedding_bag itself differentiates the weights. Its gradient of the table is up to three times
+    slower than this one.
     """
 
     @staticmethod
@@ -80,13 +83,19 @@ class _TableGradient(torch.autograd.Function):
         index, weight = ctx.saved_tensors
         order, first = _by_row(index.flatten().int(), ctx.rows)
         weight = weight.flatten()[order]
-        bags = {"offsets": first, "per_sample_weights": weight, "include_last_offset": True}
-        bins = order // index.shape[1]
-        return grad, F.embedding_bag(bins, grad.contiguous(), mode="sum", **bags), None, None
+        table_grad = F.embedding_bag(
+            order // index.shape[1],  # the bin of each tap
+            grad.contiguous(),
+            offsets=first,
+            mode="sum",
+            per_sample_weights=weight,
+            include_last_offset=True,
+        )
+        return grad, table_grad, None, None
 
 
 def _by_row(index: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Taps [N] in order of the row they read, int64, and where each row's begin, [rows + 1]."""
+    """Taps [N], int64, sorted by the row that they read; and where each row's begin, [rows + 1]."""
     index, order = torch.sort(index, stable=True)
     every = torch.arange(rows + 1, dtype=index.dtype, device=index.device)
     return order, torch.searchsorted(index, every, out_int32=True)
@@ -95,7 +104,7 @@ def _by_row(index: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 def _taps(features, rois, offsets, size, strides, sampling_ratio, gamma, skip):
     """The table rows that each bin reads and their weights, both [R*S*S, 4*sampling_ratio**2].
 
-    Within a bin the samples form a grid, so rows and columns are worked out apart and multiplied at
+    The samples of a bin form a grid, so rows and columns are computed separately and multiplied at
     the end. Axes of the intermediate tensors: R, bin row, bin column, sample row, sample column.
     """
     B = features[0].shape[0]
@@ -112,7 +121,7 @@ def _taps(features, rois, offsets, size, strides, sampling_ratio, gamma, skip):
     def each(v: Tensor) -> Tensor:  # [R] -> [R, 1, 1, 1, 1]
         return v.view(-1, 1, 1, 1, 1)
 
-    # Where samples lie, as fractions of a side.
+    # Sample positions as fractions of a side.
     steps = torch.arange(size * sampling_ratio, device=rois.device, dtype=rois.dtype) + 0.5
     steps = steps.view(size, sampling_ratio) / (size * sampling_ratio)
     x = each(x1) - 0.5 + each(roi_w) * steps.view(1, 1, size, 1, sampling_ratio)
@@ -130,12 +139,12 @@ def _taps(features, rois, offsets, size, strides, sampling_ratio, gamma, skip):
 
 
 def _axis_taps(position: Tensor, cells: Tensor, skip: bool) -> tuple[Tensor, Tensor]:
-    """Along one axis, the two cells around each sample and their weights, both [..., 2]."""
+    """The two cells around each sample along one axis, and their weights: both [..., 2]."""
     margin = 0.5 if skip else 1.0
     inside = (position >= -margin) & (position <= cells - 1 + margin)
     samples = position.shape[-1] * position.shape[-2]  # one of the two is 1
     used = inside.sum((-1, -2), keepdim=True).clamp(min=1) if skip else samples
-    share = inside.to(position.dtype) / used  # a bool divided by an integer would be float32
+    share = inside.to(position.dtype) / used  # bool / int would be float32
     position = torch.minimum(torch.where(inside, position, 0).clamp(min=0), cells - 1)
     low = position.detach().floor()
     fraction = position - low
@@ -146,8 +155,8 @@ def _axis_taps(position: Tensor, cells: Tensor, skip: bool) -> tuple[Tensor, Ten
 def roi_level(rois: Tensor, strides: Sequence[int]) -> Tensor:
     """Index of the map that each box is pooled from, [R] int64 (see the contract).
 
-    Counts the level boundaries that the box's area has passed: the formula without the logarithm,
-    whose last bit differs between devices.
+    Counts the level boundaries that the box's area has passed. This is the contract's formula
+    without its logarithm, whose last bit differs between devices.
     """
     rois = rois.to(torch.promote_types(rois.dtype, torch.float32))  # an area overflows in float16
     w, h = (rois[:, 3:5] - rois[:, 1:3]).clamp(min=0).unbind(1)
@@ -159,12 +168,12 @@ def roi_level(rois: Tensor, strides: Sequence[int]) -> Tensor:
 
 # ------------------------------------------------------------------------------ Triton kernels
 
-# Tuples hold one entry a level; a program picks its own: one launch serves all.
-# Heights and widths come as floats: an integer in a tuple that turns into 1 or a multiple of 16
-# would compile anew, and do_not_specialize says nothing there. Maps and pooled features have their
-# channels last in memory: [B, H, W, C] and [R, S*S, C]. A tile is BINS bins of one RoI by CH
-# channels. Offsets inside one image of a map fit 32 bits (the host checks), those across images and
-# RoIs are 64 bits wide.
+# One launch serves all levels: tuples hold one entry for each level, and a program picks its own.
+# Heights and widths are passed as floats, because an integer in a tuple recompiles the kernel when
+# it is 1 or a multiple of 16, and do_not_specialize does not reach into tuples. Maps and pooled
+# features have their channels last in memory: [B, H, W, C] and [R, S*S, C]. A tile is BINS bins of
+# one RoI by CH channels. Offsets within one image of a map fit 32 bits (the host checks this);
+# offsets across images and RoIs have 64 bits.
 
 try:
     import triton
@@ -174,13 +183,13 @@ except ImportError:  # the kernels then stay plain functions that nobody calls
 
 
 def jit(*sizes: str):
-    """triton.jit; it must not specialise on `sizes`, arguments that change with every batch."""
+    """triton.jit without specialisation on `sizes`, arguments that change with every batch."""
     return triton.jit(do_not_specialize=sizes) if triton else lambda function: function
 
 
 @jit()
 def _pick(values, level):
-    """values[level], for a level known only at run time."""
+    """values[level], for a level that is known only at run time."""
     picked = values[0]
     for i in tl.static_range(1, len(values)):
         picked = tl.where(level == i, values[i], picked)
@@ -193,10 +202,11 @@ def _locate(
     SIZE: tl.constexpr, STRIDES: tl.constexpr, BINS: tl.constexpr, CH: tl.constexpr,
 ):  # fmt: skip
     """This program's RoI, bins and chunk of channels (chunks vary fastest, then blocks of bins);
-    the RoI's level and image; and its box: map size, the bins' corners and size in cells, and which
-    bins there are (none where the image is not there)."""
+    the RoI's level and image; and its box: the map's height and width, the bins' corners and the
+    size of a bin in cells, and which bins exist (none if the RoI's image does not)."""
     blocks: tl.constexpr = (SIZE * SIZE + BINS - 1) // BINS
-    chunks, program = tl.cdiv(C, CH), tl.program_id(0)
+    chunks = tl.cdiv(C, CH)
+    program = tl.program_id(0)
     bins = (program // chunks) % blocks * BINS + tl.arange(0, BINS)
     r = (program // (blocks * chunks)).to(tl.int64)
     image = tl.load(rois + r * 5)
@@ -206,7 +216,7 @@ def _locate(
     h = tl.load(rois + r * 5 + 4) - y1
     area = tl.maximum(w, 0.0) * tl.maximum(h, 0.0)
     level = 0
-    for i in tl.static_range(1, len(STRIDES)):  # as roi_level
+    for i in tl.static_range(1, len(STRIDES)):  # as in roi_level
         level += (area >= (14 * STRIDES[i]) ** 2 * (1 - 1.4e-6)).to(tl.int32)
     finite = (tl.abs(w) < float("inf")) & (tl.abs(h) < float("inf"))
     known = (image >= 0) & (image < num_images) & finite
@@ -229,20 +239,22 @@ def _locate(
 
 @jit()
 def _sample(corner, side, i, cells, valid, SAMPLES: tl.constexpr, SKIP: tl.constexpr):
-    """Sample i of each bin on one axis: does it count, its two cells, fraction, is it unclamped."""
+    """Sample i of each bin along one axis: whether it counts, its two cells, the fraction between
+    them, and whether it lies in the map unclamped."""
     position = corner + side * ((i + 0.5) / SAMPLES)
     margin: tl.constexpr = 0.5 if SKIP else 1.0
     inside = valid & (position >= -margin) & (position <= cells - 1 + margin)
     clamped = tl.minimum(tl.maximum(tl.where(inside, position, 0.0), 0.0), cells - 1.0)
-    low = clamped.to(tl.int32)  # not negative, so this is floor
+    low = clamped.to(tl.int32)  # floor, because clamped >= 0
     return inside, low, tl.minimum(low + 1, cells - 1), clamped - low, clamped == position
 
 
 @jit()
 def _tap(box, sample, corner: tl.constexpr, SAMPLES: tl.constexpr, SKIP: tl.constexpr):
-    """One of the four cells around one sample of each bin: its place in the map, its bilinear
-    weight, and the weight's derivatives by x and y (zero where the sample is clamped). A sample
-    that does not count has a place in the map too, and weight and derivatives of zero."""
+    """One of the four cells around one sample of each bin: its index in the map, its bilinear
+    weight, and the weight's derivatives by x and y, which are zero if the sample is clamped. A
+    sample that does not count also gets a valid index, with zero weight and derivatives, so loads
+    need no mask."""
     height, width, x, y, bin_w, bin_h, valid = box
     in_x, x0, x1, fx, free_x = _sample(x, bin_w, sample % SAMPLES, width, valid, SAMPLES, SKIP)
     in_y, y0, y1, fy, free_y = _sample(y, bin_h, sample // SAMPLES, height, valid, SAMPLES, SKIP)
@@ -257,12 +269,13 @@ def _tap(box, sample, corner: tl.constexpr, SAMPLES: tl.constexpr, SKIP: tl.cons
 
 @jit()
 def _share(box, SAMPLES: tl.constexpr, SKIP: tl.constexpr):
-    """Weight of one sample in its bin's mean, [BINS]."""
+    """The weight of one sample in its bin's mean, [BINS]."""
     height, width, x, y, bin_w, bin_h, valid = box
     zeros = tl.zeros_like(x)
     if not SKIP:
         return zeros + 1.0 / (SAMPLES * SAMPLES)
-    columns, rows = zeros, zeros
+    columns = zeros
+    rows = zeros
     for i in tl.static_range(SAMPLES):
         columns += _sample(x, bin_w, i, width, valid, SAMPLES, SKIP)[0].to(tl.float32)
         rows += _sample(y, bin_h, i, height, valid, SAMPLES, SKIP)[0].to(tl.float32)
@@ -275,9 +288,11 @@ def _pool_kernel(
     SIZE: tl.constexpr, STRIDES: tl.constexpr, SAMPLES: tl.constexpr, SKIP: tl.constexpr,
     BINS: tl.constexpr, CH: tl.constexpr,
 ):  # fmt: skip
-    """Without grad: out[r, bin, :] = mean over the bin's samples of maps[level][image] there.
-    With grad [R, S*S, C], the gradient of the offsets in parts, which the host adds up:
-    out[r, chunk, :, bin] = gamma * (w, h) * mean over the samples of grad . d value / d xy.
+    """The pooled values, or the gradient of the offsets.
+
+    If grad is None: out[r, bin, :] = mean of maps[level][image] over the bin's samples. Given grad
+    [R, S*S, C]: out[r, chunk, :, bin] = gamma * (w, h) * mean over the samples of
+    grad . d value / d (x, y); the host sums the chunks of channels.
 
     Grid: one program for each RoI, block of BINS bins and chunk of CH channels, which it owns.
     """
@@ -286,8 +301,10 @@ def _pool_kernel(
     )
     source = _pick(maps, level) + image * box[0] * box[1] * C
     channels = (chunk * CH + tl.arange(0, CH))[None, :]
-    value = tl.zeros([BINS, CH], tl.float32)  # sums over the samples, of the map's value ...
-    value_x, value_y = value, value  # ... and of its derivatives; what is unused is not computed
+    # Sums over the samples of the map's value and its derivatives. The compiler drops unused ones.
+    value = tl.zeros([BINS, CH], tl.float32)
+    value_x = tl.zeros([BINS, CH], tl.float32)
+    value_y = tl.zeros([BINS, CH], tl.float32)
     UNROLL: tl.constexpr = 4 if grad is None else 1
     for sample in tl.range(SAMPLES * SAMPLES, loop_unroll_factor=UNROLL):
         for corner in tl.static_range(4):
@@ -305,7 +322,7 @@ def _pool_kernel(
         tl.store(out + pooled, value * share[:, None], mask=all_exist)
     else:
         g = tl.load(grad + pooled, mask=all_exist, other=0.0).to(tl.float32)
-        scale = share * gamma * SIZE  # box[4], box[5]: a bin's width and height
+        scale = share * gamma * SIZE  # times box[4] and box[5], a bin's width and height
         target = out + (r * tl.cdiv(C, CH) + chunk) * 2 * SIZE * SIZE + bins
         tl.store(target, tl.sum(value_x * g, axis=1) * scale * box[4], mask=exists)
         target += SIZE * SIZE
@@ -318,9 +335,9 @@ def _taps_kernel(
     SIZE: tl.constexpr, STRIDES: tl.constexpr, SAMPLES: tl.constexpr, SKIP: tl.constexpr,
     BINS: tl.constexpr,
 ):  # fmt: skip
-    """cells, weights [R*S*S, taps]: the table row that each tap of a bin reads and its weight.
+    """cells, weights [R*S*S, taps]: the table row that each tap of a bin reads, and its weight.
 
-    A tap of no weight gets the row num_cells, which does not exist. Grid: one program for each RoI
+    A tap without weight gets row num_cells, which does not exist. Grid: one program for each RoI
     and block of BINS bins.
     """
     r, bins, chunk, level, image, box = _locate(
@@ -328,7 +345,7 @@ def _taps_kernel(
     )
     share = _share(box, SAMPLES, SKIP)
     start = image * box[0] * box[1]
-    for i in tl.static_range(len(STRIDES)):  # the maps before this one
+    for i in tl.static_range(len(STRIDES)):  # skip the maps before this one
         before = tl.cast(heights[i], tl.int32) * tl.cast(widths[i], tl.int32) * num_images
         start += tl.where(i < level, before, 0)
     position = (r * SIZE * SIZE + bins) * (4 * SAMPLES * SAMPLES)
@@ -347,9 +364,9 @@ def _gather_kernel(
 ):
     """table[cell, :] = sum over the cell's taps, in sorted order, of weight * grad[bin, :].
 
-    order [R*S*S * TAPS] lists the taps cell by cell, starts [cells + 1] where each cell's begin;
-    grad [R*S*S, C]. Grid: cells by chunks of CH channels. A program owns its row, and sums STEP
-    taps at a time, so the order of every sum is fixed.
+    order [R*S*S * TAPS] lists the taps cell by cell; starts [cells + 1] says where each cell's
+    begin; grad is [R*S*S, C]. Grid: cells by chunks of CH channels. A program owns its row and sums
+    STEP taps at a time, so the order of every sum is fixed.
     """
     cell = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * CH + tl.arange(0, CH)
@@ -368,32 +385,42 @@ def _gather_kernel(
     tl.store(table + cell * C + channels, total, mask=channels < C)
 
 
-# Where TRITON_INTERPRET was on when triton was imported, kernels run on CPU tensors.
+# If TRITON_INTERPRET was on when triton was imported, kernels run on CPU tensors.
 INTERPRETED = triton is not None and not isinstance(_pool_kernel, triton.JITFunction)
 
 
 # ------------------------------------------------------------------------------ operators
 
-# Custom operators, which a compiled model keeps whole. None of them waits for the device. The
-# backward has no gradient formula of its own, so double backward raises.
+# A compiled model keeps custom operators whole. None of them waits for the device. The backward
+# operator has no gradient formula, so double backward raises. The namespace is this module's name,
+# so that copies of the file do not clash.
 
-_NAMESPACE = __name__.replace(".", "_")  # this module's name, so that copies do not clash
-_FUSED = {"enable_fp_fusion": True}  # said aloud: Triton's own default is about to change
+_NAMESPACE = __name__.replace(".", "_")
+_FUSED = {"enable_fp_fusion": True}  # explicit: Triton announced another default
 
 
 def _geometry(features, rois, offsets, size, strides, sampling_ratio, gamma, skip) -> dict:
-    """What every kernel that looks at RoIs is told."""
+    """The arguments of every kernel that samples RoIs."""
     cells = sum(f[:, 0].numel() for f in features)
     if max(cells, *(f[0].numel() for f in features)) >= 2**31:
         raise ValueError("2**31 cells or more, or as many elements in one image of a map")
-    heights, widths = zip(*(map(float, f.shape[2:]) for f in features))
-    sizes = dict(heights=heights, widths=widths, num_images=features[0].shape[0], SIZE=size)
-    options = dict(gamma=gamma, STRIDES=tuple(strides), SAMPLES=sampling_ratio, SKIP=skip)
-    return dict(rois=rois, offsets=offsets, **sizes, **options, **_FUSED)
+    return dict(
+        rois=rois,
+        offsets=offsets,
+        heights=tuple(float(f.shape[2]) for f in features),
+        widths=tuple(float(f.shape[3]) for f in features),
+        num_images=features[0].shape[0],
+        gamma=gamma,
+        SIZE=size,
+        STRIDES=tuple(strides),
+        SAMPLES=sampling_ratio,
+        SKIP=skip,
+        **_FUSED,
+    )
 
 
 def _tile(R: int, C: int, size: int) -> tuple[tuple[int], dict]:
-    """The grid over RoIs, blocks of bins and chunks of channels, and the tile's sides."""
+    """The grid over RoIs, blocks of bins and chunks of channels; and the tile's size."""
     CH = min(256, triton.next_power_of_2(C))
     BINS = min(2048 // CH, triton.next_power_of_2(size * size))
     programs = R * triton.cdiv(size * size, BINS) * triton.cdiv(C, CH)
@@ -409,7 +436,7 @@ def _pool(
     out = _empty_pooled(features, rois, offsets, size)
     if out.numel():
         geometry = _geometry(features, rois, offsets, size, strides, sampling_ratio, gamma, skip)
-        grid, tile = _tile(*out.shape[:2], size)
+        grid, tile = _tile(out.shape[0], out.shape[1], size)
         with torch.cuda.device_of(out):
             _pool_kernel[grid](out, None, tuple(features), **geometry, **tile)
     return out
@@ -427,28 +454,40 @@ def _pool_backward(
     offsets: Tensor | None, size: int, strides: Sequence[int], sampling_ratio: int, gamma: float,
     skip: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of all maps, one [cells, C] table in grad's dtype, level after level, and of the
-    offsets, [R, 2, S, S] float32. One that is not wanted is empty."""
+    """The gradient of all maps, one [cells, C] table in grad's dtype, level after level; and that
+    of the offsets, [R, 2, S, S] float32. `wanted` says which of the two; the other is empty."""
     table, grad_offsets = _empty_gradients(wanted, grad, features, rois, offsets)
     if not grad.numel():
         return table.zero_(), grad_offsets.zero_()
-    (R, C), cells = grad.shape[:2], table.shape[0]
+    R, C = grad.shape[:2]
+    cells = table.shape[0]
     grad = grad.contiguous(memory_format=torch.channels_last)
     geometry = _geometry(features, rois, offsets, size, strides, sampling_ratio, gamma, skip)
     grid, tile = _tile(R, C, size)
     with torch.cuda.device_of(grad):
         if wanted[0]:
-            # 20 bytes for each of the 4 n^2 taps of a bin, for as long as this runs
-            taps, BINS = 4 * sampling_ratio**2, min(64, triton.next_power_of_2(size**2))
+            # Takes 20 bytes for each of the 4 n^2 taps of a bin, for as long as this runs.
+            taps = 4 * sampling_ratio**2
+            BINS = min(64, triton.next_power_of_2(size**2))
             cell = torch.empty(R * size**2 * taps, dtype=torch.int32, device=grad.device)
             weights = torch.empty_like(cell, dtype=torch.float32)
             _taps_kernel[(R * triton.cdiv(size**2, BINS),)](
                 cell, weights, num_cells=cells, BINS=BINS, num_warps=2, **geometry
             )
             order, first = _by_row(cell, cells)
-            options = dict(TAPS=taps, STEP=4, CH=tile["CH"], num_warps=1, **_FUSED)
-            _gather_kernel[(cells, triton.cdiv(C, tile["CH"]))](
-                table, grad, order, weights, first, C, **options
+            CH = tile["CH"]
+            _gather_kernel[(cells, triton.cdiv(C, CH))](
+                table,
+                grad,
+                order,
+                weights,
+                first,
+                C,
+                TAPS=taps,
+                STEP=4,
+                CH=CH,
+                num_warps=1,
+                **_FUSED,
             )
         if wanted[1]:
             parts = grad_offsets.new_empty(R, triton.cdiv(C, tile["CH"]), 2, size, size)
@@ -460,8 +499,8 @@ def _pool_backward(
 @_pool_backward.register_fake
 def _empty_gradients(wanted, grad, features, rois, offsets, *_) -> tuple[Tensor, Tensor]:
     cells = sum(f.shape[0] * f.shape[2] * f.shape[3] for f in features) if wanted[0] else 0
-    table = grad.new_empty(cells, grad.shape[1])
-    return table, torch.empty_like(offsets) if wanted[1] else grad.new_empty(0)
+    grad_offsets = torch.empty_like(offsets) if wanted[1] else grad.new_empty(0)
+    return grad.new_empty(cells, grad.shape[1]), grad_offsets
 
 
 def _setup_context(ctx, inputs, output):
@@ -478,19 +517,22 @@ def _backward(ctx, grad):
         shapes = [f.permute(0, 2, 3, 1).shape for f in features]  # [B, H, W, C]
         rows = table.split([b * h * w for b, h, w, _ in shapes])
         grad_maps = [part.view(shape).permute(0, 3, 1, 2) for part, shape in zip(rows, shapes)]
-    return grad_maps, None, grad_offsets if wanted[1] else None, *[None] * 5
+    if not wanted[1]:
+        grad_offsets = None
+    return grad_maps, None, grad_offsets, None, None, None, None, None
 
 
 _pool.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _pool_triton(features, rois, offsets, *options) -> Tensor:
-    """As pool_reference, by the kernels: maps go in channels_last, and results follow the maps."""
-    last = all(f.stride(1) == 1 for f in features)
+def _pool_triton(features, rois, offsets, size, strides, sampling_ratio, gamma, skip) -> Tensor:
+    """pool_reference by the kernels, which read channels_last. The result has the maps' layout."""
+    channels_last = all(f.stride(1) == 1 for f in features)
     features = [f.contiguous(memory_format=torch.channels_last) for f in features]
+    rois = rois.detach().float().contiguous()
     offsets = None if offsets is None else offsets.float().contiguous()
-    out = _pool(features, rois.detach().float().contiguous(), offsets, *options)
-    return out if last else out.contiguous()
+    out = _pool(features, rois, offsets, size, strides, sampling_ratio, gamma, skip)
+    return out if channels_last else out.contiguous()
 
 
 # ------------------------------------------------------------------------------ public functions
@@ -505,19 +547,23 @@ def roi_align(
     impl: str = "auto",
     aligned: bool = True,
 ) -> Tensor:
-    """Pool every box to an S x S grid from the pyramid level of its size; the contract is above.
+    """Pool every box to an S x S grid, from the pyramid level that fits its size (contract above).
 
     Shapes: features L x [B, C, Hi, Wi], rois [R, 5] or B x [Ri, 4] -> [R, C, S, S].
     Units: rois in input pixels, strides in pixels per cell; sampling_ratio is per bin and axis.
     impl: "auto" is Triton on CUDA and "torch" elsewhere, where embedding_bag outruns torchvision's
-        operator; "triton" (CUDA, or CPU tensors with TRITON_INTERPRET=1) and "torch" ask for one.
+        operator. "triton" needs CUDA, or CPU tensors with TRITON_INTERPRET=1.
     aligned: False for heads that were trained on torchvision's MultiScaleRoIAlign.
     Raises: ValueError for inconsistent arguments, or an impl that cannot run on them.
-    Invariant: of maps linear in x and y, a box inside pools to their values at its bins' centres.
+    Invariant: if the maps are linear in x and y, a box inside them pools to the maps' values at its
+        bins' centres.
     """
-    pool, rois, *rest = _check(features, rois, None, output_size, strides, sampling_ratio, impl)
-    rois = rois if aligned else _unaligned(rois, rest[1])
-    return pool(features, rois, None, *rest, 0.0, False)
+    size, strides, sampling_ratio = _check_sizes(features, output_size, strides, sampling_ratio)
+    rois = _stack_rois(rois, features[0].shape[0])
+    pool = _choose_pool(features, rois, None, size, impl)
+    if not aligned:
+        rois = _unaligned(rois, strides)
+    return pool(features, rois, None, size, strides, sampling_ratio, 0.0, False)
 
 
 def deform_roi_pool(
@@ -530,21 +576,25 @@ def deform_roi_pool(
     gamma: float = 0.1,
     impl: str = "auto",
 ) -> Tensor:
-    """roi_align whose bins are moved by learned offsets, leaving out samples beyond the map's edge.
+    """roi_align with bins moved by learned offsets; samples beyond the map's edge are left out.
 
-    Shapes: as roi_align's, and offsets [R, 2, S, S] or None.
+    Shapes: as for roi_align, and offsets [R, 2, S, S] or None.
     Units: offsets are dx, dy as fractions of the RoI's width and height, before gamma.
     impl, Raises: as for roi_align.
-    Invariant: with zero offsets and every sample inside the map it equals roi_align.
+    Invariant: with zero offsets and every sample inside the map, the result equals roi_align's.
     """
-    pool, rois, *rest = _check(features, rois, offsets, output_size, strides, sampling_ratio, impl)
-    return pool(features, rois, offsets, *rest, gamma, True)
+    size, strides, sampling_ratio = _check_sizes(features, output_size, strides, sampling_ratio)
+    rois = _stack_rois(rois, features[0].shape[0])
+    pool = _choose_pool(features, rois, offsets, size, impl)
+    return pool(features, rois, offsets, size, strides, sampling_ratio, gamma, True)
 
 
 def _unaligned(rois: Tensor, strides: Sequence[int]) -> Tensor:
-    """RoIs whose aligned grid is the grid that aligned=False puts over the given ones."""
+    """RoIs whose aligned grid is the grid that aligned=False lays over the given ones."""
     level = roi_level(rois, strides)[:, None]
-    stride = sum((level == i) * value for i, value in enumerate(strides)).to(rois.dtype)  # [R, 1]
+    stride = torch.zeros_like(rois[:, :1])  # [R, 1]
+    for i, value in enumerate(strides):
+        stride = stride.masked_fill(level == i, value)
     low, high = rois[:, 1:3], torch.maximum(rois[:, 3:5], rois[:, 1:3] + stride)
     return torch.cat([rois[:, :1], low + stride / 2, high + stride / 2], 1)
 
@@ -555,32 +605,41 @@ def _whole(name: str, value) -> int:
     return int(value)
 
 
-def _check(features, rois, offsets, size, strides, sampling_ratio, impl):
-    """Refuse what no path could handle: the function to call, rois [R, 5], and the sizes."""
+def _check_sizes(features, size, strides, sampling_ratio) -> tuple[int, list[int], int]:
+    """Size, strides and sampling_ratio as whole numbers, refused if they fit no pyramid."""
     if not all(isinstance(v, (list, tuple)) for v in (features, strides)):
         kinds = f"{type(features).__name__} and {type(strides).__name__}"
         raise ValueError(f"features and strides must be lists, finest first, not {kinds}")
     if not features or len(features) != len(strides) or any(f.dim() != 4 for f in features):
         raise ValueError(f"{len(strides)} strides need as many maps [B, C, H, W], finest first")
     strides = [_whole("strides, input pixels per cell,", stride) for stride in strides]
+    if any(a >= b for a, b in zip(strides, strides[1:])):
+        raise ValueError(f"strides must increase: {strides}")
     if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
     size = _whole("output_size, a number or a pair of equal ones,", size)
-    sampling_ratio, first = _whole("sampling_ratio", sampling_ratio), features[0]
+    return size, strides, _whole("sampling_ratio", sampling_ratio)
+
+
+def _stack_rois(rois: Tensor | Sequence[Tensor], num_images: int) -> Tensor:
+    """RoIs [R, 5], from that or from one tensor [Ri, 4] for each image."""
     if not isinstance(rois, Tensor):
         listed = isinstance(rois, (list, tuple)) and all(isinstance(b, Tensor) for b in rois)
-        batch = first.shape[0]
-        if not listed or len(rois) != batch or any(b.shape != (len(b), 4) for b in rois):
-            raise ValueError(f"rois must be [R, 5] or {batch} tensors [Ri, 4], one an image")
+        if not listed or len(rois) != num_images or any(b.shape[1:] != (4,) for b in rois):
+            raise ValueError(f"rois must be [R, 5] or {num_images} tensors [Ri, 4], one an image")
         rois = torch.cat([F.pad(b, (1, 0), value=i) for i, b in enumerate(rois)])
+    if rois.dim() != 2 or rois.shape[1] != 5 or not rois.is_floating_point():
+        raise ValueError(f"rois must be floating [R, 5]: {rois.dtype} {tuple(rois.shape)}")
+    return rois
+
+
+def _choose_pool(features, rois, offsets, size, impl):
+    """The function that pools, pool_reference or _pool_triton; refuses tensors that fit neither."""
+    first = features[0]
     if any(f.shape[:2] != first.shape[:2] or 0 in f.shape for f in features):
         raise ValueError(f"maps must share B and C, none empty: {[[*f.shape] for f in features]}")
     if len({f.dtype for f in features}) > 1:
         raise ValueError(f"maps must share one dtype: {[f.dtype for f in features]}")
-    if any(a >= b for a, b in zip(strides, strides[1:])):
-        raise ValueError(f"strides must increase: {strides}")
-    if rois.dim() != 2 or rois.shape[1] != 5 or not rois.is_floating_point():
-        raise ValueError(f"rois must be floating [R, 5]: {rois.dtype} {tuple(rois.shape)}")
     if offsets is not None and offsets.shape != (rois.shape[0], 2, size, size):
         raise ValueError(f"offsets must be [R, 2, {size}, {size}]: {tuple(offsets.shape)}")
     if any(t is not None and t.device != first.device for t in (*features, rois, offsets)):
@@ -595,5 +654,4 @@ def _check(features, rois, offsets, size, strides, sampling_ratio, impl):
             "impl='triton' needs triton, float32, float16 or bfloat16 maps, and CUDA tensors (or "
             f"TRITON_INTERPRET=1 from the start); the maps are {first.dtype} on {first.device}"
         )
-    pool = pool_reference if impl == "torch" else _pool_triton
-    return pool, rois, size, strides, sampling_ratio
+    return pool_reference if impl == "torch" else _pool_triton

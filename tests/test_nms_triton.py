@@ -6,7 +6,15 @@ import pytest
 import torch
 import torchvision
 import triton.language as tl
-from test_nms import DEVICE, METHODS, actual, big, check, random_case
+from test_nms import (
+    DEVICE,
+    METHODS,
+    actual,
+    big,
+    check,
+    fused_multiply_add,  # noqa: F401  (a fixture of every test here, too)
+    random_case,
+)
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from kernels.nms import (
@@ -174,7 +182,7 @@ def test_padded_asks_for_no_value(method, monkeypatch):
     tensors = big()[:3]
     with FakeTensorMode() as mode:
         boxes, scores, groups = (mode.from_tensor(t) for t in tensors)
-        out = module._padded(boxes, scores, groups, 0.5, method, 0.5, 0.001, "triton")
+        out = module._padded(boxes, scores, groups, 0.5, method, 0.001, "triton")
         keep, new, count = out
         assert keep.shape == new.shape == scores.shape and count.shape == ()
         with pytest.raises(DataDependentOutputException):  # the control

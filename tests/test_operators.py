@@ -67,11 +67,11 @@ def test_operators_keep_torchs_rules(impl):
     rois = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], 1)
     last = [f.contiguous(memory_format=torch.channels_last).requires_grad_() for f in features]
     moved = offsets[:, :2, :1, :1].clone().requires_grad_()
-    padded = nms._padded(boxes, scores, labels, 0.5, "cl", 0.5, 0.0, impl)
+    padded = nms._padded(boxes, scores, labels, 0.5, "cl", 0.0, impl)
     geometry = (rois, moved, 1, STRIDES, 1, 0.1, True)
     calls = [
-        (nms._padded_op, (boxes, scores, labels, 0.5, "greedy", 0.5, 0.0, impl)),
-        (nms._padded_op, (boxes, scores, None, 0.5, "linear", 0.5, 1e-3, impl)),
+        (nms._padded_op, (boxes, scores, labels, 0.5, "greedy", 0.0, impl)),
+        (nms._padded_op, (boxes, scores, None, 0.5, "soft", 1e-3, impl)),
         (nms._cut, padded),
         (focal._focal, (offsets.flatten(1).requires_grad_(), labels, 0.25, 2.0, True, impl)),
         (dense._decode_op, (boxes, offsets, overlap, None, -1.0, -1.0, impl)),
