@@ -1,30 +1,34 @@
 """Cascade R-CNN (Cai and Vasconcelos, CVPR 2018): classify and move a box again, more strictly.
-Paper: https://arxiv.org/abs/1712.00726   Followed here: CPM R-CNN's release, whose Table 3 adds its
-scores to two such stages: https://github.com/zhubinQAQ/CPM-R-CNN
+Paper: https://arxiv.org/abs/1712.00726
+Release: https://github.com/zhubinQAQ/CPM-R-CNN, whose Table 3 adds two scores to this detector
 
-Faster R-CNN (faster_rcnn.py) learns from proposals with IoU 0.5 or more. Asked to place boxes more
-exactly, one could raise that to 0.7, but so few proposals are that good that the head overfits, and
-in testing it meets the others all the same. A cascade raises the IoU where it can be had: a stage's
-own boxes are better than its RoIs were, so they are the RoIs of a second head, which learns what
-IoU 0.6 and more is, and its boxes could be those of a third, at 0.7.
+Faster R-CNN (faster_rcnn.py) learns from proposals whose IoU with an object is at least 0.5.
+From 0.7 on, its head would learn to place boxes more exactly, but that fails twice: so few
+proposals reach 0.7 that the head overfits, and in testing it meets all the other ones, too.
+
+A cascade raises the IoU step by step. The boxes of a stage are better than the RoIs it was
+given. So they become the RoIs of a second stage, whose own head learns from IoU 0.6 on, and its
+boxes could be the RoIs of a third stage, at 0.7.
 
     image -> ResNet-FPN -> P2..P6 -> RPN -> proposals = RoIs of stage 1
       2 x: RoIAlign 7x7 -> 2 fc -> class logits [R, K + 1], deltas [R, 4] -> boxes = next RoIs
-    training: 512 RoIs an image, a quarter of them positive, are drawn anew for each stage, at its
-              own IoU. Boxes made of gts' copies do not go on; instead the gts join each stage.
-    test:     all proposals go through both stages. Boxes are the last stage's; logits are averaged
-              over the stages, then softmax -> classes over 0.05 -> NMS 0.5 per class -> best 100
+    training: Every stage draws 512 RoIs an image at its own IoU, a quarter of them positive.
+              The ground truth joins each draw, so boxes made from its copies do not go on.
+    test:     Every proposal passes all stages, and its boxes are the last stage's. The class
+              logits are averaged over the stages -> softmax -> over 0.05 -> NMS 0.5 -> best 100
 
-Two things are needed that Faster R-CNN does without. A box goes on before anybody knows its class,
-so there is one box for all classes. And later stages have less to correct, so the deltas of stage s
-are predicted in units s times as small: else later stages' box losses would be almost nothing.
+Two things differ from Faster R-CNN's head. A box goes on before its class is known, so a stage
+predicts one box for all classes. Later stages have less to correct, so stage s predicts deltas
+in units that are s times smaller: otherwise its box loss would nearly vanish.
 
-In comments "(release)" is a value seen in CPM R-CNN's release, "choice:" our own.
+"(release)" marks a value seen in CPM R-CNN's release, "choice:" our own. docs/deviations.md
+lists where this file differs from the release.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -34,34 +38,82 @@ from torch import Tensor, nn
 import common
 import engine
 from baselines import faster_rcnn
-from common import Amount, Natural, Share, Whole
+from baselines.faster_rcnn import Rois, TrainingRois
+from common import BadInput
+from engine import Amount, Natural, Share, Whole
 from engine.detector import over_threshold
 
 # B images, R RoIs, K classes, C channels, D width of the hidden layers
-# rois [R, 5]: image index, x1, y1, x2, y2 in input pixels; labels 0..K-1, background K
-# stages count from 1, as in --test-stage; a list of them starts at 0
+# labels 0..K-1, background K; stages count from 1
+# pool: a function from R RoIs to their features [R, C, 7, 7]
 
 
 @dataclass
-class Config(faster_rcnn.Config):
+class Model(faster_rcnn.TwoStageModel):
+    """Cascade R-CNN with two stages and ResNet-50."""
+
+    num_stages: Natural = 2  # heads one after another (release); the paper has 3
+    stage_ious: tuple[Share, ...] = (0.5, 0.6, 0.7)  # its RoIs are positive from this IoU on
+    stage_decay: Amount = 0.5  # weight of a stage's losses over the one before's (release)
+
+
+@dataclass
+class Test(faster_rcnn.Test):
+    """Classes over 0.05, NMS at 0.5, best 100."""
+
+    test_stage: Whole = 0  # this stage's boxes are the result; 0: the last one's
+
+
+TINY = faster_rcnn.TINY
+
+
+@dataclass
+class Settings(engine.Settings):
     """Cascade R-CNN with two stages and ResNet-50 on COCO."""
 
-    num_stages: Natural = 2  # heads one after another (release); 3 in Cascade R-CNN's own paper
-    stage_ious: tuple[Share, ...] = (0.5, 0.6, 0.7)  # RoIs are positive for a stage from this on
-    stage_decay: Amount = 0.5  # a stage's losses over those of the one before it (release)
-    test_stage: Whole = 0  # the stages up to this one make the result; 0: all
-    epochs: Amount = 12.17  # passes over the data: 90k steps of 16 of 118,287 images (release)
-    drops: tuple[Share, ...] = (60 / 90, 80 / 90)  # lr / 10 at these fractions (release)
-    warmup_factor: Share = 1 / 10  # warm-up starts at this share of the rate (release)
+    tiny = TINY
+
+    model: Model = field(default_factory=Model)
+    test: Test = field(default_factory=Test)
+    run: engine.Run = field(
+        default_factory=lambda: engine.Run(
+            epochs=12.17,  # 90k steps of 16 of 118,287 images (release)
+            drops=(60 / 90, 80 / 90),  # (release)
+            warmup_factor=1 / 10,  # (release)
+        )
+    )
+
+    def replace(self, **changes) -> engine.Settings:
+        """As in engine.Settings; raises BadInput also for a stage that does not exist."""
+        settings = super().replace(**changes)
+        tested_stage(settings.model, settings.test)
+        return settings
+
+
+# ------------------------------------------------------------------------------ checks
+
+
+def check_stages(model, *names: str) -> None:
+    """Raise BadInput if a model has more stages than values in one of these lists."""
+    if model.num_stages > min(len(getattr(model, name)) for name in names):
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in names)
+        raise BadInput(f"--num-stages {model.num_stages}: needs as many values of {flags}")
+
+
+def tested_stage(model, test) -> int:
+    """The stage whose boxes are the result. Raises BadInput if the model has no such stage."""
+    if test.test_stage > model.num_stages:
+        raise BadInput(f"--test-stage {test.test_stage}: there are {model.num_stages} stages")
+    return test.test_stage or model.num_stages
 
 
 # ------------------------------------------------------------------------------ boxes
 
 
 def stage_stds(stage: int) -> tuple[float, ...]:
-    """Units of a stage's deltas (dx, dy, dw, dh); stage counts from 1.
+    """Units of a stage's deltas (dx, dy, dw, dh): Faster R-CNN's divided by the stage.
 
-    The release writes their inverses: (10, 10, 5, 5), then (20, 20, 10, 10) and (30, 30, 15, 15).
+    The release writes their inverses: (10, 10, 5, 5) in stage 1, (20, 20, 10, 10) in stage 2.
 
     >>> stage_stds(2)
     (0.05, 0.05, 0.1, 0.1)
@@ -69,31 +121,34 @@ def stage_stds(stage: int) -> tuple[float, ...]:
     return tuple(std / stage for std in faster_rcnn.RCNN_STDS)
 
 
-def move_rois(rois: Tensor, deltas: Tensor, stage: int, sizes: Tensor) -> Tensor:
-    """RoIs [R, 5] moved by a stage's deltas [R, 4], cut to images of sizes [B, 2]; no gradient."""
-    boxes = common.decode_boxes(rois[:, 1:], deltas.detach(), stage_stds(stage))
-    boxes = common.clip_boxes(boxes, sizes[rois[:, 0].long()])
-    return torch.cat([rois[:, :1], boxes], 1)
+def move_rois(rois, deltas: Tensor, stage: int, sizes: Tensor):
+    """RoIs moved by a stage's deltas [R, 4] and cut to images of sizes [B, 2]; no gradient."""
+    boxes = common.decode_boxes(rois.boxes, deltas.detach(), stage_stds(stage))
+    return rois.moved(common.clip_boxes(boxes, sizes[rois.image]))
 
 
-def by_image(rois: Tensor, keep: Tensor, num_images: int, most: int) -> tuple[Tensor, Tensor]:
-    """RoIs [R, 5] -> boxes [B, most, 4], valid [B, most], which those without `keep` [R] are not.
+def by_image(rois: Rois, keep: Tensor, num_images: int, most: int) -> tuple[Tensor, Tensor]:
+    """Flat RoIs as a padded batch: boxes [B, most, 4] and valid [B, most].
 
-    No image may have more than `most` RoIs.
+    RoIs without `keep` [R] are invalid, like the padding. No image has more than `most` RoIs.
 
-    >>> rois = torch.tensor([[0.0, 1, 1, 9, 9], [1, 2, 2, 8, 8], [1, 3, 3, 7, 7]])
-    >>> boxes, valid = by_image(rois, torch.tensor([True, False, True]), 2, 3)
-    >>> boxes[valid]
+    >>> boxes = torch.tensor([[1., 1., 9., 9.], [2., 2., 8., 8.], [3., 3., 7., 7.]])
+    >>> rois = Rois(torch.tensor([0, 1, 1]), boxes)
+    >>> keep = torch.tensor([True, False, True])
+    >>> batched, valid = by_image(rois, keep, num_images=2, most=3)
+    >>> valid
+    tensor([[ True, False, False],
+            [False,  True, False]])
+    >>> batched[valid]
     tensor([[1., 1., 9., 9.],
             [3., 3., 7., 7.]])
     """
-    image = rois[:, 0].long()
-    seen = F.one_hot(image, num_images).cumsum(0)  # [R, B]: RoIs of each image so far
-    slot = seen.gather(1, image[:, None])[:, 0] - 1
-    boxes = rois.new_zeros(num_images, most, 4)
-    boxes[image, slot] = rois[:, 1:]
-    valid = torch.zeros(num_images, most, dtype=torch.bool, device=rois.device)
-    valid[image, slot] = keep
+    seen = F.one_hot(rois.image, num_images).cumsum(0)  # [R, B]: RoIs of each image so far
+    slot = seen.gather(1, rois.image[:, None])[:, 0] - 1  # [R]
+    boxes = rois.boxes.new_zeros(num_images, most, 4)
+    boxes[rois.image, slot] = rois.boxes
+    valid = torch.zeros(num_images, most, dtype=torch.bool, device=boxes.device)
+    valid[rois.image, slot] = keep
     return boxes, valid
 
 
@@ -101,9 +156,10 @@ def by_image(rois: Tensor, keep: Tensor, num_images: int, most: int) -> tuple[Te
 
 
 class BoxHead(nn.Module):
-    """One stage: pooled features [R, C, 7, 7] -> logits [R, K + 1], deltas [R, 4], hidden [R, D].
+    """One stage's class and box: R pooled RoIs -> logits, deltas and the features behind them.
 
-    The deltas are the same for all classes, in units of `stage_stds`.
+    [R, C, 7, 7] -> logits [R, K + 1], deltas [R, 4], hidden [R, D]. The deltas are the same for
+    all classes, in units of `stage_stds`.
 
     >>> logits, deltas, hidden = BoxHead(4 * 7 * 7, 16, 10)(torch.rand(3, 4, 7, 7))
     >>> logits.shape, deltas.shape, hidden.shape
@@ -121,12 +177,11 @@ class BoxHead(nn.Module):
 
 
 class BoxStages(nn.Module):
-    """The stages' heads, which share nothing. The `pool` they are given: rois -> [R, C, 7, 7].
+    """The stages, whose heads share nothing.
 
-    ious: a stage's RoIs are positive from this IoU on, one number a stage; decay: weight of a
-    stage's losses over that of the stage before; num_samples, positive: RoIs of an image that are
-    drawn for every stage but the first, and the share of positives among them, at most; std: class
-    outputs start at N(0, std).
+    ious: from this IoU on a stage's RoIs are positive; decay: weight of a stage's losses over
+    the weight of those before; num_samples: RoIs that a stage draws from an image; positive:
+    largest share of positives among them; std: class outputs start at N(0, std).
     """
 
     def __init__(
@@ -143,118 +198,131 @@ class BoxStages(nn.Module):
         super().__init__()
         self.num_classes, self.ious, self.decay = num_classes, ious, decay
         self.num_samples, self.positive = num_samples, positive
-        self.heads = nn.ModuleList(BoxHead(in_features, hidden, num_classes, std) for _ in ious)
+        heads = [BoxHead(in_features, hidden, num_classes, std) for _ in ious]
+        self.heads = nn.ModuleList(heads)
 
-    def loss(self, pool, sizes: Tensor, targets: list[dict], rois, labels, gt_boxes):
-        """Losses {name: scalar}; and of the last stage its rois, labels, gts, and hidden [R, D].
+    def loss(
+        self,
+        pool: Callable[[Rois], Tensor],
+        rois: TrainingRois,
+        sizes: Tensor,
+        targets: list[dict],
+    ) -> tuple[dict[str, Tensor], TrainingRois, Tensor]:
+        """The losses of all stages; and the last stage's RoIs, with their hidden [R, D].
 
-        rois [R, 5], labels [R] (background K) and gt_boxes [R, 4] are those drawn for stage 1.
+        rois: those drawn for stage 1; sizes [B, 2].
         """
-        K, losses, weight = self.num_classes, {}, 1.0
+        losses: dict[str, Tensor] = {}
+        weight = 1.0
         for stage, head in enumerate(self.heads, 1):
             logits, deltas, hidden = head(pool(rois))
-            losses[f"cls{stage}"] = weight * faster_rcnn.class_loss(logits, labels)
-            background = (labels == K).long()  # for boxes there is one class, which is object
-            box = (deltas, rois, background, gt_boxes, stage_stds(stage))
-            losses[f"reg{stage}"] = weight * faster_rcnn.class_box_loss(*box)
-            if stage == len(self.heads):
-                return losses, (rois, labels, gt_boxes, hidden)
-            not_gt = (rois[:, 1:] != gt_boxes).any(1)  # gts' copies do not go on (release)
-            moved = move_rois(rois, deltas, stage, sizes)
-            proposals = by_image(moved, not_gt, len(targets), self.num_samples)
-            draw = (self.num_samples, self.positive, self.ious[stage])  # of the next stage
-            rois, labels, gt_boxes = faster_rcnn.sample_rois(*proposals, targets, *draw)
-            labels = torch.where(labels >= 0, labels, K)
+            losses[f"cls{stage}"] = weight * faster_rcnn.class_loss(logits, rois.labels)
+            background = (rois.labels == self.num_classes).long()  # one class of boxes: object
+            box_loss = faster_rcnn.class_box_loss(
+                deltas, rois.flat(), background, rois.gt_boxes, stage_stds(stage)
+            )
+            losses[f"reg{stage}"] = weight * box_loss
             weight *= self.decay
+            if stage < len(self.heads):
+                next_iou = self.ious[stage]  # the list starts at 0
+                rois = self.draw(move_rois(rois, deltas, stage, sizes), targets, next_iou)
+        return losses, rois, hidden
 
-    def forward(self, pool, sizes: Tensor, rois: Tensor, last: int = 0):
-        """RoIs [R, 5] -> what they became [R, 5], probs [R, K] (no background), hidden [R, D].
+    def draw(self, rois: TrainingRois, targets: list[dict], iou: float) -> TrainingRois:
+        """Draw a stage's RoIs from the boxes of the stage before and the ground truth.
 
-        All of them after stage `last`, 0 for the last there is. Each stage classifies its own RoIs;
-        the logits are averaged (release).
+        Boxes made from copies of ground truth stay behind, since it joins anyway (release).
         """
-        heads, total = self.heads[: last or len(self.heads)], 0
-        for stage, head in enumerate(heads, 1):
+        boxes, valid = by_image(rois, ~rois.is_gt, len(targets), self.num_samples)
+        return faster_rcnn.sample_rois(
+            boxes,
+            valid,
+            targets,
+            num=self.num_samples,
+            fraction=self.positive,
+            num_classes=self.num_classes,
+            iou=iou,
+        )
+
+    def forward(
+        self, pool: Callable[[Rois], Tensor], rois: Rois, sizes: Tensor
+    ) -> tuple[list[Rois], list[Tensor], Tensor]:
+        """Each stage's boxes, as RoIs, and probs [R, K]; the last stage's hidden [R, D].
+
+        Each stage classifies its own RoIs. The probs of a stage, without background, come from
+        the mean of its logits and those of the stages before it (release).
+        """
+        moved: list[Rois] = []
+        probs: list[Tensor] = []
+        total = torch.zeros((), device=sizes.device)  # of the logits
+        for stage, head in enumerate(self.heads, 1):
             logits, deltas, hidden = head(pool(rois))
             total = total + logits.float()
             rois = move_rois(rois, deltas, stage, sizes)
-        return rois, (total / len(heads)).softmax(1)[:, :-1], hidden
-
-
-def check_stages(config, **lists: tuple) -> None:
-    """BadInput where a Config has more stages than one of its lists, or tests one beyond."""
-    stages = config.num_stages
-    if stages > min(map(len, lists.values())):
-        flags = " and ".join(f"--{name.replace('_', '-')}" for name in lists)
-        raise common.BadInput(f"--num-stages {stages}: needs as many {flags}")
-    if config.test_stage > stages:
-        raise common.BadInput(f"--test-stage {config.test_stage}: there are {stages} stages")
-
-
-def positives(rois: Tensor, labels: Tensor, gt_boxes: Tensor, hidden: Tensor, num_classes: int):
-    """Of the last stage's RoIs that are positive: rois [P, 5], labels, IoUs [P], hidden [P, D]."""
-    index = (labels < num_classes).nonzero()[:, 0]
-    rois = rois[index]
-    ious = common.aligned_iou(rois[:, 1:], gt_boxes[index])
-    return rois, labels[index], ious, hidden[index]
-
-
-def make_stages(config, num_classes: int) -> BoxStages:
-    """The stages of a Config, this file's or another that has its names."""
-    sizes = (config.fpn_channels * 7 * 7, config.fc_channels, num_classes)
-    draw = (config.roi_samples, config.roi_positive, config.class_std)
-    return BoxStages(*sizes, config.stage_ious[: config.num_stages], config.stage_decay, *draw)
+            moved.append(rois)
+            probs.append((total / stage).softmax(1)[:, :-1])
+        return moved, probs, hidden
 
 
 # ------------------------------------------------------------------------------ detector
 
 
 class Detector(faster_rcnn.TwoStage):
-    """Cascade R-CNN. What each method of a detector does: `engine/detector.py`."""
+    """Cascade R-CNN. The contract of its methods is in engine/detector.py."""
 
-    def __init__(self, config: Config, num_classes: int):
-        super().__init__(config, num_classes)
-        check_stages(config, stage_ious=config.stage_ious)
-        self.stages = make_stages(config, num_classes)
+    settings: Model
+    default_test = Test
+
+    def __init__(self, model: Model, num_classes: int):
+        super().__init__(model, num_classes)
+        check_stages(model, "stage_ious")
+        self.stages = BoxStages(
+            in_features=model.fpn_channels * 7 * 7,
+            hidden=model.fc_channels,
+            num_classes=num_classes,
+            ious=model.stage_ious[: model.num_stages],
+            decay=model.stage_decay,
+            num_samples=model.roi_samples,
+            positive=model.roi_positive,
+            std=model.class_std,
+        )
         self.to(memory_format=torch.channels_last)
 
     def loss(self, images: list[Tensor], targets: list[dict]) -> dict[str, Tensor]:
-        first_iou = self.config.stage_ious[0]
-        features, sizes, losses, *sampled = self.training_rois(images, targets, first_iou)
+        """The RPN's losses, and each stage's: `cls1`, `reg1`, `cls2`, `reg2`, ..."""
+        first_iou = self.settings.stage_ious[0]
+        features, sizes, losses, sampled = self.training_rois(images, targets, first_iou)
         pool = partial(self.pool, features, size=7)
-        stage_losses, _ = self.stages.loss(pool, sizes, targets, *sampled)
-        return losses | stage_losses
+        stage_losses, rois, hidden = self.stages.loss(pool, sampled, sizes, targets)
+        return losses | stage_losses | self.scoring_losses(features, sampled, rois, hidden)
+
+    def scoring_losses(
+        self, features: list[Tensor], sampled: TrainingRois, rois: TrainingRois, hidden: Tensor
+    ) -> dict[str, Tensor]:
+        """Further losses, of a method that adds scores to the boxes (CPM R-CNN); none here.
+
+        sampled: RoIs of stage 1; rois: R RoIs of the last stage, with their hidden [R, D].
+        """
+        return {}
 
     @torch.no_grad()
-    def outputs(self, images: list[Tensor]) -> dict[str, Tensor]:
-        """The boxes [R, 4] that proposals became, the image [R] of each, and probs [R, K]."""
-        features, sizes, rois, image = self.test_rois(images)
+    def outputs(self, images: list[Tensor]) -> dict:
+        """Feature maps; boxes (as RoIs) and probs [R, K], lists by stage; hidden [R, D]."""
+        features, sizes, proposals = self.test_rois(images)
         pool = partial(self.pool, features, size=7)
-        rois, probs, _ = self.stages(pool, sizes, rois, self.config.test_stage)
-        return dict(boxes=rois[:, 1:], image=image, probs=probs)
+        rois, probs, hidden = self.stages(pool, proposals, sizes)
+        return dict(features=features, rois=rois, probs=probs, hidden=hidden)
 
-    def select(self, outputs: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
-        row, labels, scores = over_threshold(outputs["probs"], config.score_threshold)
-        boxes, image = outputs["boxes"][row], outputs["image"][row]
-        return dict(boxes=boxes, scores=scores, labels=labels, image=image)
-
-
-# ------------------------------------------------------------------------------ rows
-
-# Deviations (release | here), which CPM R-CNN on this baseline shares:
-#   Boxes between stages may leave the image | end at its border, as proposals do
-#   RoIAlign: torchvision's older grid, half a cell away | half-pixel aligned
-#   Crowd regions: plain background | proposals at least half inside one are no negatives
-#   The box layer has 8 outputs, of which 4 are never used | 4
-# The paper's row of this baseline is in cpm_rcnn.py: table3.cascade.
-ROWS: dict[str, dict] = {}
-PAPER: dict[str, dict] = {}
-
-TINY = faster_rcnn.TINY
+    def candidates(self, outputs: dict, test: Test) -> dict[str, Tensor]:
+        """Each class over the threshold, with the tested stage's box. `roi`: which RoI it is."""
+        stage = tested_stage(self.settings, test)
+        row, labels, scores = over_threshold(outputs["probs"][stage - 1], test.score_threshold)
+        rois = outputs["rois"][stage - 1][row]
+        return dict(boxes=rois.boxes, scores=scores, labels=labels, image=rois.image, roi=row)
 
 
 def main(argv=None):
-    return engine.run("cascade_rcnn", Config, Detector, ROWS, PAPER, TINY, argv)
+    return engine.run("cascade_rcnn", Settings, Detector, argv)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,14 @@ hidden layers say which class it is, and where the box would be for each class.
               quarter of them positive if there are so many
     test:     softmax -> classes over 0.05, each with its own box -> NMS 0.5 per class -> best 100
 
-"choice:" marks what neither paper decides. Methods extend `Config`, `TwoStage` and `TINY`.
+"choice:" marks what neither paper decides. Methods extend `TwoStageModel` and `TwoStage`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -31,16 +33,17 @@ from torch import Tensor, nn
 import common
 import engine
 import kernels
-from common import Amount, Natural, Share
+from engine import Amount, Natural, Share
 from engine.detector import BaseDetector, over_threshold
 
 # B images, R RoIs, K classes, C channels, A anchors per cell, P proposals per image (padded)
-# rois [R, 5]: image index, x1, y1, x2, y2 in input pixels; labels 0..K-1, background K
+# labels 0..K-1, background K
+# `rois` is a `Rois`, or [R, 5] for functions that take plain tensors: image index, x1, y1, x2, y2
 
 
 @dataclass
-class Config(engine.Config):
-    """Faster R-CNN with a feature pyramid and ResNet-50 on COCO."""
+class TwoStageModel(engine.Model):
+    """Backbone and RPN of all two-stage detectors, and the RoIs that train their heads."""
 
     fc_channels: Natural = 1024  # width of the hidden layers of fully connected heads
     roi_samples: Natural = 512  # RoIs per image that train the head
@@ -48,12 +51,43 @@ class Config(engine.Config):
     anchor_scale: Amount = 8.0  # side of the RPN's anchors in strides of their level
     rpn_samples: Natural = 256  # anchors per image that train the RPN
     proposals_train: Natural = 2000  # in training: RPN boxes a level before, an image after NMS
-    proposals_test: Natural = 1000  # the same in testing
+    proposals_test: Natural = 1000  # the same in testing; another number needs no training
     pool_norm: bool = False  # choice: heads see each channel of an RoI normalised (tiny preset)
     class_std: Amount = 0.01  # class outputs start at N(0, this) (releases)
-    score_threshold: Share = 0.05  # lowest class score that is looked at
-    nms_iou: Share = 0.5  # NMS per class suppresses above this IoU
-    max_detections: Natural = 100  # detections kept per image
+
+
+@dataclass
+class Model(TwoStageModel):
+    """Faster R-CNN with a feature pyramid and ResNet-50."""
+
+    cls_weight: Amount = 1.0  # weight of the classification loss
+    shared: bool = True  # class and box from the same hidden layers; off: the box has its own
+
+
+Test = engine.Test  # classes over 0.05, NMS at 0.5, best 100
+
+TINY = dict(
+    engine.TINY,
+    fc_channels=256,
+    rpn_samples=64,
+    roi_samples=16,
+    roi_positive=0.5,
+    proposals_train=200,
+    proposals_test=100,
+    anchor_scale=4.0,  # small objects: images are 128 px wide
+    pool_norm=True,  # without these two all classes look alike for 250 steps
+    class_std=0.1,
+)
+
+
+@dataclass
+class Settings(engine.Settings):
+    """Faster R-CNN with a feature pyramid and ResNet-50 on COCO."""
+
+    tiny = TINY
+
+    model: Model = field(default_factory=Model)
+    test: Test = field(default_factory=Test)
 
 
 # ------------------------------------------------------------------------------ proposals
@@ -158,17 +192,55 @@ class RPN(nn.Module):
 # ------------------------------------------------------------------------------ rois
 
 
+@dataclass
+class Rois:
+    """R boxes in a batch of images, indexed as a whole: `rois[mask]`, `rois[index]`."""
+
+    image: Tensor  # [R] long: which image of the batch
+    boxes: Tensor  # [R, 4]
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __getitem__(self, index):
+        return type(self)(*(getattr(self, f.name)[index] for f in dataclasses.fields(self)))
+
+    def moved(self, boxes: Tensor):
+        """The same RoIs with other boxes [R, 4]."""
+        return dataclasses.replace(self, boxes=boxes)
+
+    def flat(self) -> Tensor:
+        """[R, 5], image index and box, as kernels and plain functions take them."""
+        return torch.cat([self.image[:, None].float(), self.boxes], 1)
+
+
+@dataclass
+class TrainingRois(Rois):
+    """RoIs, each with the object that it was matched to."""
+
+    labels: Tensor  # [R] of the object, background K
+    gt: Tensor  # [R] index of the object among its image's targets, also of background
+    gt_boxes: Tensor  # [R, 4] the object's box
+    is_gt: Tensor  # [R] bool: the RoI is a copy of an object's box
+
+
 @torch.no_grad()
 def sample_rois(
-    proposals: Tensor, valid: Tensor, targets: list[dict], num: int, fraction: float, iou=0.5
-):
-    """Training RoIs of a head: gts join the proposals, all are matched at `iou`, `num` are drawn.
+    proposals: Tensor,
+    valid: Tensor,
+    targets: list[dict],
+    num: int,
+    fraction: float,
+    num_classes: int,
+    iou: float = 0.5,
+) -> TrainingRois:
+    """Draw `num` RoIs of each image to train a head with, at most that fraction of them positive.
 
-    Gts join so that the head meets every object, however bad the proposals are.
-    proposals [B, P, 4], valid [B, P] -> rois [R, 5] (image, box), labels [R] (0..K-1, or -1 for
-    background: the head knows K) and gt boxes [R, 4] (of positives).
+    proposals [B, P, 4], valid [B, P]. Ground truth joins the proposals, so that the head meets
+    every object however bad the proposals are. A RoI is positive from this IoU with one on.
     """
     gt_boxes, gt_labels, gt_valid, gt_ignore = common.pad_targets(targets)
+    num_gt = gt_boxes.shape[1]
     boxes = torch.cat([gt_boxes, proposals], 1)
     valid = torch.cat([gt_valid, valid], 1)
     labels, matched, _ = common.match(boxes, gt_boxes, iou, iou, gt_valid, gt_ignore)
@@ -176,10 +248,18 @@ def sample_rois(
     index, drawn = common.sample(labels, num, fraction)
     image, slot = drawn.nonzero(as_tuple=True)  # the one place where the host has to wait: for R
     index = index[image, slot]
-    gt = matched[image, index]
-    rois = torch.cat([image[:, None].float(), boxes[image, index]], 1)
-    foreground = labels[image, index] == 1
-    return rois, torch.where(foreground, gt_labels[image, gt], -1), gt_boxes[image, gt]
+    is_gt = index < num_gt
+    # A copy belongs to its own object, even where two objects have the same box.
+    gt = torch.where(is_gt, index, matched[image, index])
+    positive = labels[image, index] == 1
+    return TrainingRois(
+        image=image,
+        boxes=boxes[image, index],
+        labels=torch.where(positive, gt_labels[image, gt], num_classes),
+        gt=gt,
+        gt_boxes=gt_boxes[image, gt],
+        is_gt=is_gt,
+    )
 
 
 # ------------------------------------------------------------------------------ head
@@ -228,122 +308,138 @@ def class_box_loss(deltas: Tensor, rois: Tensor, labels: Tensor, gt_boxes: Tenso
 
 
 def best_boxes(outputs: dict, threshold: float) -> dict[str, Tensor]:
-    """What enters NMS: each class over a threshold, with that class's box.
+    """Candidates for NMS: each class over a threshold, with that class's box.
 
-    outputs: rois [R, 5], image [R], sizes [B, 2], probs [R, K] and deltas [R, K, 4].
+    outputs: rois (R of them), sizes [B, 2], probs [R, K] and deltas [R, K, 4]. `roi` says which of
+    the rois each candidate is made from.
     """
     row, labels, scores = over_threshold(outputs["probs"], threshold)
-    image = outputs["image"][row]
+    rois = outputs["rois"][row]
     deltas = outputs["deltas"][row, labels]
-    boxes = common.decode_boxes(outputs["rois"][row, 1:], deltas, RCNN_STDS)
-    boxes = common.clip_boxes(boxes, outputs["sizes"][image])
-    return dict(boxes=boxes, scores=scores, labels=labels, image=image)
+    boxes = common.decode_boxes(rois.boxes, deltas, RCNN_STDS)
+    boxes = common.clip_boxes(boxes, outputs["sizes"][rois.image])
+    return dict(boxes=boxes, scores=scores, labels=labels, image=rois.image, roi=row)
 
 
 # ------------------------------------------------------------------------------ detector
 
 
 class TwoStage(BaseDetector):
-    """A two-stage detector without heads, `loss`, `outputs`, `select`: see `engine/detector.py`."""
+    """Backbone, RPN and pooling. A detector adds heads, `loss`, `outputs` and `candidates`."""
 
-    def __init__(self, config: Config, num_classes: int):
-        super().__init__(config, num_classes)
-        most = (config.proposals_train, config.proposals_test)
-        options = dict(scale=config.anchor_scale, num_samples=config.rpn_samples)
-        self.rpn = RPN(config.fpn_channels, pre_nms=most, post_nms=most, **options)
+    settings: TwoStageModel
+
+    def __init__(self, model: TwoStageModel, num_classes: int):
+        super().__init__(model, num_classes)
+        limits = (model.proposals_train, model.proposals_test)
+        self.rpn = RPN(
+            model.fpn_channels,
+            scale=model.anchor_scale,
+            pre_nms=limits,
+            post_nms=limits,
+            num_samples=model.rpn_samples,
+        )
         self.strides = self.backbone.strides[:4]  # RoIs are pooled from P2..P5
 
-    def training_rois(self, images: list[Tensor], targets: list[dict], iou: float = 0.5):
-        """-> features, sizes [B, 2], RPN's losses; `sample_rois`'s rois, labels (0..K), gts."""
-        config = self.config
+    def training_rois(
+        self, images: list[Tensor], targets: list[dict], iou: float = 0.5
+    ) -> tuple[list[Tensor], Tensor, dict[str, Tensor], TrainingRois]:
+        """Run backbone and RPN: features, sizes [B, 2], the RPN's losses, and the RoIs drawn."""
         batch, sizes = common.pad_images(images)
         features = self.backbone(batch)
         output = self.rpn(features)
         losses = self.rpn.loss(output, sizes, targets)
         proposals, valid = self.rpn.proposals(output, sizes, training=True)
-        draw = (config.roi_samples, config.roi_positive, iou)
-        rois, labels, gt_boxes = sample_rois(proposals, valid, targets, *draw)
-        labels = torch.where(labels >= 0, labels, self.num_classes)
-        return features, sizes, losses, rois, labels, gt_boxes
+        num, fraction = self.settings.roi_samples, self.settings.roi_positive
+        rois = sample_rois(proposals, valid, targets, num, fraction, self.num_classes, iou)
+        return features, sizes, losses, rois
 
-    def test_rois(self, images: list[Tensor]):
-        """-> features, sizes [B, 2]; rois [R, 5] and the image [R] of each."""
+    def test_rois(self, images: list[Tensor]) -> tuple[list[Tensor], Tensor, Rois]:
+        """Run backbone and RPN: features, sizes [B, 2], and the proposals."""
         batch, sizes = common.pad_images(images)
         features = self.backbone(batch)
         proposals, valid = self.rpn.proposals(self.rpn(features), sizes)
         image, slot = valid.nonzero(as_tuple=True)
-        rois = torch.cat([image[:, None].float(), proposals[image, slot]], 1)
-        return features, sizes, rois, image
+        return features, sizes, Rois(image, proposals[image, slot])
 
-    def pool(self, features: list[Tensor], rois: Tensor, size: int) -> Tensor:
-        """RoIAlign of rois [R, 5] from P2..P5 -> [R, C, size, size]."""
-        return self.normalise(kernels.roi_align(features[:4], rois, size, self.strides))
+    def pool(self, features: list[Tensor], rois: Rois, size: int) -> Tensor:
+        """RoIAlign of R RoIs from P2..P5 -> [R, C, size, size]."""
+        return self.normalise(kernels.roi_align(features[:4], rois.flat(), size, self.strides))
 
     def normalise(self, pooled: Tensor) -> Tensor:
         """With `pool_norm` each channel of each RoI has mean 0 and variance 1: [R, C, S, S]."""
-        return torch.group_norm(pooled, pooled.shape[1]) if self.config.pool_norm else pooled
+        if not self.settings.pool_norm:
+            return pooled
+        return torch.group_norm(pooled, pooled.shape[1])
 
-    def by_level(self, features: list[Tensor], rois: Tensor, pool) -> Tensor:
-        """pool(i, [map], rois of that level, [its stride]) of P2..P5, in the order of rois [R, 5].
+    def pool_by_level(self, features: list[Tensor], rois: Rois, pool: Callable) -> Tensor:
+        """Pool the RoIs of each level by `pool(level, [map], rois [r, 5], [stride])`, from P2..P5.
 
         For a pooling with weights of its own on each level, or of boxes that are not the RoIs.
         """
-        level = kernels.roi_level(rois, self.strides)
-        members = [(level == i).nonzero()[:, 0] for i in range(len(self.strides))]
-        pooled = [
-            pool(i, features[i : i + 1], rois[m], self.strides[i : i + 1])
-            for i, m in enumerate(members)
-        ]
-        order = level.argsort(stable=True)  # members, one after the other
+        flat = rois.flat()
+        level = kernels.roi_level(flat, self.strides)
+        pooled = []
+        for i, stride in enumerate(self.strides):
+            members = (level == i).nonzero()[:, 0]
+            pooled.append(pool(i, features[i : i + 1], flat[members], [stride]))
+        order = level.argsort(stable=True)  # of the levels' members, one after the other
         return torch.cat(pooled)[order.argsort()]
 
 
 class Detector(TwoStage):
-    """Faster R-CNN. Class and deltas of an RoI are two outputs of the same hidden layers."""
+    """Faster R-CNN: class logits and deltas of every RoI."""
 
-    def __init__(self, config: Config, num_classes: int):
-        super().__init__(config, num_classes)
-        features, hidden = config.fpn_channels * 7 * 7, config.fc_channels
-        self.classify = two_fc(features, hidden, num_classes + 1, config.class_std)
-        self.regress = output_layer(hidden, 4 * num_classes, 0.001)  # Fast R-CNN's
+    settings: Model
+
+    def __init__(self, model: Model, num_classes: int):
+        super().__init__(model, num_classes)
+        features, hidden = model.fpn_channels * 7 * 7, model.fc_channels
+        self.classify = two_fc(features, hidden, num_classes + 1, model.class_std)
+        self.regress = self.make_box_branch()
         self.to(memory_format=torch.channels_last)
 
-    def head(self, features: list[Tensor], rois: Tensor) -> tuple[Tensor, Tensor]:
-        """rois [R, 5] -> class logits [R, K + 1], deltas [R, 4K]."""
-        hidden = self.classify[:-1](self.pool(features, rois, 7))
-        return self.classify[-1](hidden), self.regress(hidden)
+    def make_box_branch(self) -> nn.Module:
+        hidden, num_deltas = self.settings.fc_channels, 4 * self.num_classes
+        if self.settings.shared:
+            return output_layer(hidden, num_deltas, 0.001)  # Fast R-CNN's
+        return two_fc(self.settings.fpn_channels * 7 * 7, hidden, num_deltas)
+
+    def class_features(self, features: list[Tensor], rois: Rois) -> Tensor:
+        """The features that R RoIs are classified from: [R, C, 7, 7]."""
+        return self.pool(features, rois, 7)
+
+    def head(self, features: list[Tensor], rois: Rois) -> tuple[Tensor, Tensor]:
+        """Class logits [R, K + 1] and deltas [R, 4K] of R RoIs."""
+        hidden = self.classify[:-1](self.class_features(features, rois))
+        logits = self.classify[-1](hidden)
+        if self.settings.shared:
+            return logits, self.regress(hidden)
+        return logits, self.regress(self.pool(features, rois, 7))
 
     def loss(self, images: list[Tensor], targets: list[dict]) -> dict[str, Tensor]:
-        features, _, losses, rois, labels, gt_boxes = self.training_rois(images, targets)
+        """The RPN's losses, and those of the head on the RoIs drawn: `cls`, `reg`."""
+        features, _, losses, rois = self.training_rois(images, targets)
         logits, deltas = self.head(features, rois)
-        losses["cls"] = class_loss(logits, labels)
-        losses["reg"] = class_box_loss(deltas, rois, labels, gt_boxes)
+        losses["cls"] = self.settings.cls_weight * class_loss(logits, rois.labels)
+        losses["reg"] = class_box_loss(deltas, rois.flat(), rois.labels, rois.gt_boxes)
         return losses
 
     @torch.no_grad()
     def outputs(self, images: list[Tensor]) -> dict:
-        """Proposals, and of each its class probabilities [R, K] and deltas [R, K, 4]."""
-        features, sizes, rois, image = self.test_rois(images)
+        """The proposals, and the class probabilities [R, K] and deltas [R, K, 4] of each."""
+        features, sizes, rois = self.test_rois(images)
         logits, deltas = self.head(features, rois)
-        probs, deltas = logits.float().softmax(1)[:, :-1], deltas.unflatten(1, (-1, 4))
-        return dict(sizes=sizes, rois=rois, image=image, probs=probs, deltas=deltas)
+        probs = logits.float().softmax(1)[:, :-1]
+        return dict(sizes=sizes, rois=rois, probs=probs, deltas=deltas.unflatten(1, (-1, 4)))
 
-    def select(self, outputs: dict, config: Config) -> dict[str, Tensor]:
-        return best_boxes(outputs, config.score_threshold)
-
-
-# No rows: the papers' baselines are rows of the methods, which train them with their own settings.
-ROWS: dict[str, dict] = {}
-PAPER: dict[str, dict] = {}
-
-TINY = dict(engine.TINY, fc_channels=256, rpn_samples=64, roi_samples=16, roi_positive=0.5)
-TINY |= dict(proposals_train=200, proposals_test=100)
-TINY |= dict(anchor_scale=4.0)  # small objects: images are 128 px wide
-TINY |= dict(pool_norm=True, class_std=0.1)  # without them all classes look alike for 250 steps
+    def candidates(self, outputs: dict, test: Test) -> dict[str, Tensor]:
+        """Each class over the threshold, with that class's box."""
+        return best_boxes(outputs, test.score_threshold)
 
 
 def main(argv=None):
-    return engine.run("faster_rcnn", Config, Detector, ROWS, PAPER, TINY, argv)
+    return engine.run("faster_rcnn", Settings, Detector, argv)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,42 @@
 """How a detector is run: settings, training, checkpoints, evaluation, prediction.
 
+    settings.py     Model, Test, Run and Settings
     detector.py     the contract that every detector keeps
-    settings.py     the flags, and where the value of each comes from
-    command.py      `run`, what a script's command line does
+    command.py      `run`, the command line of every script
     train.py        the training loop
-    checkpoints.py  files of a run, and which script made one
-    data.py         a data set checked, shared out among processes, batched
-    metrics.py      `detect` over a data set, `evaluate` what it finds
+    checkpoints.py  files of a run: checkpoints, the log, resuming
+    loader.py       a data set shared out among processes and batched
+    metrics.py      `detect` over a data set, `evaluate` the detections
     predict.py      `load(...).detect(...)` in Python, and --predict
+    export.py       --export
     pictures.py     boxes on images, and curves
-    processes.py    one process or many, and devices
+    deformable.py   deformable convolution in the backbone
+    processes.py    one process or many, devices, messages
 
 It never imports a method: `load` finds the one that made a checkpoint by its name, when it runs.
 """
 
+from data.settings import Amount, Data, Natural, Share, Whole
 from engine.command import run
 from engine.metrics import evaluate
 from engine.predict import load, predict_files
-from engine.settings import TINY, Config
+from engine.settings import TINY, Model, Run, Settings, Test
 from engine.train import train
 
-__all__ = ["Config", "TINY", "run", "train", "evaluate", "load", "predict_files"]
+__all__ = [
+    "Amount",
+    "Data",
+    "Model",
+    "Natural",
+    "Run",
+    "Settings",
+    "Share",
+    "TINY",
+    "Test",
+    "Whole",
+    "evaluate",
+    "load",
+    "predict_files",
+    "run",
+    "train",
+]

@@ -1,19 +1,30 @@
-"""Files of a run: checkpoints, written whole or not at all, read without running foreign code."""
+"""Files of a run: checkpoints, the log, and how a run is resumed from them.
+
+Files are written whole or not at all, and read without running foreign code.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib
 import json
 import os
 import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common import BadInput
-from engine.processes import rank_and_world, say
+from data.coco import read_json
+from engine.pictures import draw_curves, drawing
+from engine.processes import gather, print_once, rank_and_world
+from engine.settings import MAY_CHANGE_ON_RESUME, Settings, flag
+
+# ------------------------------------------------------------------------------ checkpoints
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -35,7 +46,10 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """A checkpoint of `train`; BadInput names a file that is none, or holds more than weights."""
+    """A checkpoint of `train`; its `settings` are grouped as `Settings.to_dict` groups them.
+
+    Raises BadInput for a file that is no checkpoint, or that holds more than weights.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -44,15 +58,17 @@ def load_checkpoint(path: str | Path) -> dict:
         why = str(e).partition("WeightsUnpickler error:")[2].split("\n")[0].strip()
         why = why or type(e).__name__  # torch's other lines advise to load it unsafely
         raise BadInput(f"{path}: not a checkpoint that is safe to load: {why}") from e
-    if not isinstance(state, dict) or not {"model", "categories", "config"} <= state.keys():
+    if isinstance(state, dict) and "config" in state:  # before settings had four objects
+        state["settings"] = state.pop("config")
+    if not isinstance(state, dict) or not {"model", "categories", "settings"} <= state.keys():
         raise BadInput(
-            f"{path}: not a checkpoint of this project (no model, categories and config)"
+            f"{path}: not a checkpoint of this project (no model, categories and settings)"
         )
     return state
 
 
 def load_weights(model: nn.Module, state: dict, path, categories: list[dict] | None = None) -> None:
-    """Fill the model; BadInput where classes or shapes differ, or weights are not finite."""
+    """Fill the model; raise BadInput if classes or shapes differ or a weight is not finite."""
     odd = [k for k, v in state["model"].items() if not torch.as_tensor(v).isfinite().all()]
     if odd:
         raise BadInput(f"{path}: {len(odd)} of its tensors are not finite, {odd[0]} first")
@@ -69,31 +85,78 @@ def load_weights(model: nn.Module, state: dict, path, categories: list[dict] | N
         ) from e
 
 
+def class_rows(num_classes: int, per_class: int, by_anchor: bool) -> Tensor:
+    """Row numbers [K, per_class] of a layer that has so many outputs for each class.
+
+    The rows of a class lie together, unless the layer is ordered `by_anchor`: then all classes are
+    repeated for each anchor.
+
+    >>> class_rows(3, 2, by_anchor=False).tolist(), class_rows(3, 2, by_anchor=True).tolist()
+    ([[0, 1], [2, 3], [4, 5]], [[0, 3], [1, 4], [2, 5]])
+    """
+    rows = torch.arange(num_classes * per_class)
+    return rows.view(per_class, num_classes).T if by_anchor else rows.view(num_classes, per_class)
+
+
+def start_from(model: nn.Module, state: dict, path, categories: list[dict], detector) -> None:
+    """Start training from a checkpoint that may be of other classes.
+
+    Layers whose shape depends on the classes keep the rows of the classes that both have, by name,
+    and start anew in the others; all other layers are loaded. detector(settings, num_classes)
+    builds the model, which tells the layers that depend on the classes.
+    """
+    old_names = [c["name"] for c in state["categories"]]
+    new_names = [c["name"] for c in categories]
+    if old_names == new_names:
+        return load_weights(model, state, path, categories)
+    with torch.device("meta"):
+        more = detector(model.settings, len(new_names) + 1).state_dict()
+    own = model.state_dict()
+    of_classes = [name for name in own if own[name].shape != more[name].shape]
+    by_anchor = getattr(model, "rows_by_anchor", ())
+    pairs = [(new_names.index(n), i) for i, n in enumerate(old_names) if n in new_names]
+    merged = {**state["model"]}
+    for name in of_classes:
+        old, new = state["model"].get(name), own[name].clone()
+        per_class = len(more[name]) - len(new)
+        if old is not None and old.shape[1:] == new.shape[1:]:
+            old_rows = class_rows(len(old_names), per_class, name in by_anchor)
+            new_rows = class_rows(len(new_names), per_class, name in by_anchor)
+            for i, j in pairs:
+                new[new_rows[i]] = old[old_rows[j]].to(new)
+            if len(new) > new_rows.numel():  # a last row is the background's
+                new[-1] = old[-1]
+        merged[name] = new
+    load_weights(model, {**state, "model": merged}, path)
+    common_names = ", ".join(new_names[i] for i, _ in pairs) or "none"
+    layers = ", ".join(sorted({name.rpartition(".")[0] for name in of_classes}))
+    print_once(f"{path}: of {len(old_names)} other classes; starting anew, by class: {layers}")
+    print_once(f"classes whose weights are kept, by name: {common_names}")
+
+
 def script_name(model: nn.Module) -> str:
     """The module that a detector's class is in, as one would import it: what made a checkpoint."""
     name = type(model).__module__
     if name != "__main__":
         return name
-    main = sys.modules[
-        "__main__"
-    ]  # started as `python d2det.py` or `python -m baselines.retinanet`
+    main = sys.modules["__main__"]  # started as `python d2det.py` or `python -m baselines.gfl`
     spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", "")
     return spec.name if spec else Path(file).stem
 
 
-def find_script(state: dict, path, method=None):
-    """The module whose `Config` and `Detector` a checkpoint needs: named in it, or by `method`.
+def find_script(state: dict, path, method: str | ModuleType | None = None) -> ModuleType:
+    """The module whose `Settings` and `Detector` a checkpoint needs.
 
-    `method` is a name, or the module itself; a checkpoint without a name asks for it. What a
-    checkpoint names is imported only if it is a script of this project or was imported before: a
-    file from elsewhere cannot choose what runs here.
+    Its name is in the checkpoint; an older one needs `method`, a name or the module itself. What a
+    checkpoint names is imported only if it is a script of this project or was imported before, so
+    a file from elsewhere cannot choose what runs here.
     """
     script = method or state.get("method", "")
     if isinstance(script, str):
         parts = script.split(".")
         file = Path(__file__).resolve().parent.parent.joinpath(*parts)
-        here = parts[:-1] in ([], ["baselines"]) and all(p.isidentifier() for p in parts)
-        ours = here and file.with_suffix(".py").is_file()
+        in_place = parts[:-1] in ([], ["baselines"]) and all(p.isidentifier() for p in parts)
+        ours = in_place and file.with_suffix(".py").is_file()
         if not (method or script in sys.modules or ours):
             made = f"made by {script!r}, which is no script here" if script else "names no script"
             raise BadInput(f'{path}: {made}; say which made it, as in method="d2det"')
@@ -101,13 +164,16 @@ def find_script(state: dict, path, method=None):
             script = importlib.import_module(script)
         except (ImportError, TypeError) as e:
             raise BadInput(f"{path}: cannot import its script {script}: {e}") from e
-    if not (hasattr(script, "Config") and hasattr(script, "Detector")):
-        raise BadInput(f"{path}: {script} has no Config and Detector")
+    if not (hasattr(script, "Settings") and hasattr(script, "Detector")):
+        raise BadInput(f"{path}: {script} has no Settings and Detector")
     return script
 
 
+# ------------------------------------------------------------------------------ folders
+
+
 def write_json(path: Path, value) -> None:
-    """A list on one line, a dict indented; makes the folder. Whole or not at all."""
+    """Write a list on one line or a dict indented; makes the folder. Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(value, indent=None if isinstance(value, list) else 2) + "\n")
@@ -115,18 +181,18 @@ def write_json(path: Path, value) -> None:
 
 
 def set_aside(folder: Path, file: str = "last.pt") -> None:
-    """Rename the folder of an earlier run, which `file` marks, so that nothing is written over."""
+    """Rename the folder of an earlier run, which `file` marks, so that nothing is overwritten."""
     if rank_and_world()[0] == 0 and (folder / file).exists():
-        numbers = (
-            n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}-{n}").exists()
-        )
-        older = folder.with_name(f"{folder.name}-{next(numbers)}")
+        number = 1
+        while folder.with_name(f"{folder.name}-{number}").exists():
+            number += 1
+        older = folder.with_name(f"{folder.name}-{number}")
         folder.rename(older)
-        say(f"moved the earlier run to {older}")
+        print_once(f"moved the earlier run to {older}")
 
 
 def check_folder(out: Path) -> None:
-    """BadInput if results cannot be written there; before hours are spent on making them."""
+    """Raise BadInput if results cannot be written there, before hours are spent on making them."""
     try:
         if Path.cwd().is_relative_to(out.resolve()):
             raise BadInput(f"--out {out}: the folder that you are in is no place for results")
@@ -134,3 +200,133 @@ def check_folder(out: Path) -> None:
         tempfile.TemporaryFile(dir=out).close()
     except (OSError, RuntimeError) as e:  # RuntimeError: links in a circle
         raise BadInput(f"--out {out}: cannot write there: {getattr(e, 'strerror', e)}") from e
+
+
+class RunLog:
+    """OUT/log.jsonl, a line a logging step or evaluation, and its picture; first process only.
+
+    A run that is resumed at step `start` forgets the lines of later steps, which are done again.
+    """
+
+    def __init__(self, out: Path, start: int):
+        self.path = out / "log.jsonl"
+        self.lines: list[dict] = []
+        self.silent = rank_and_world()[0] > 0
+        if self.silent:
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        if start and self.path.exists():
+            for text in self.path.read_text().splitlines():
+                with contextlib.suppress(json.JSONDecodeError):  # a kill may have torn the last
+                    line = json.loads(text)
+                    if line["step"] <= start:
+                        self.lines.append(line)
+        whole = self.path.with_name(".log.tmp")
+        whole.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        os.replace(whole, self.path)
+
+    def write(self, line: dict) -> None:
+        if not self.silent:
+            self.lines.append(line)
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def has_metrics(self, step: int) -> bool:
+        return any("AP" in line and line["step"] == step for line in self.lines)
+
+    def draw(self) -> None:
+        picture = self.path.with_name("curves.png")
+        if self.lines and not self.silent:
+            with drawing(picture):
+                draw_curves(self.lines, picture)
+
+
+# ------------------------------------------------------------------------------ saving, resuming
+
+
+@dataclasses.dataclass
+class RunState:
+    """What a checkpoint holds of a run beside model and optimiser."""
+
+    settings: Settings  # with the batch sizes that were derived
+    categories: list[dict]
+    fingerprint: str  # of the training data
+    step: int = 0  # steps done
+    window: list[Tensor] = dataclasses.field(default_factory=list)  # losses not yet logged
+
+
+def save_run(path: Path, model: nn.Module, optimizer, run: RunState) -> None:
+    """Write all that resuming and `load` need, of all processes; the first one writes it."""
+    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
+        raise FloatingPointError(f"step {run.step}: weights are not finite, and are not saved")
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    rng = gather([torch.get_rng_state(), *cuda])
+    if rank_and_world()[0] == 0:
+        save_checkpoint(
+            path,
+            {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "settings": as_saved(run.settings),
+                "method": script_name(model),
+                "categories": run.categories,
+                "data": run.fingerprint,
+                "step": run.step,
+                "rng": rng,
+                "window": torch.stack(run.window) if run.window else [],
+            },
+        )
+
+
+def as_saved(settings: Settings) -> dict:
+    """Settings as plain values, tuples as lists, as JSON and checkpoints have them."""
+    return json.loads(json.dumps(settings.to_dict()))
+
+
+def check_settings(path: Path, settings: Settings, saved: Settings) -> None:
+    """Raise BadInput if the settings differ from the saved run's.
+
+    `Test` may differ, and so may the settings of `Run` that do not affect training.
+    """
+    old, new = saved.flat(), settings.flat()
+    free = {*vars(settings.test), *MAY_CHANGE_ON_RESUME}
+    differ = [k for k, v in new.items() if k not in free and flag(k, v) != flag(k, old.get(k))]
+    if differ:
+        flags = " ".join(flag(k, old.get(k)) for k in differ)
+        raise BadInput(f"{path}: cannot resume, the run was made with {flags}")
+
+
+def resume_or_start(out: Path, resume: bool, model: nn.Module, optimizer, run: RunState) -> None:
+    """Continue the run in `out` where it was saved, or make room for a new one.
+
+    Fills model, optimiser, random numbers, and `run`'s step and window.
+    """
+    last, config = out / "last.pt", out / "config.json"
+    settings_class = type(run.settings)
+    if not (resume and last.exists()):
+        if resume and config.exists():
+            check_settings(config, run.settings, settings_class.from_dict(read_json(config)))
+            print_once(f"{out} has no checkpoint yet: its run starts anew")
+            return
+        if resume:
+            print_once(f"nothing to resume in {out}: starting anew")
+        set_aside(out)
+        return
+    state = load_checkpoint(last)
+    check_settings(last, run.settings, settings_class.from_dict(state["settings"]))
+    if state["categories"] != run.categories:
+        raise BadInput(f"{last}: cannot resume, the data's categories are others now")
+    if state.get("data", run.fingerprint) != run.fingerprint:  # older checkpoints have none
+        raise BadInput(f"{last}: cannot resume, the training images or boxes are others now")
+    load_weights(model, state, last)
+    optimizer.load_state_dict(state["optimizer"])
+    rank, world = rank_and_world()
+    if len(state["rng"]) == world:
+        main, *cuda = state["rng"][rank]
+        torch.set_rng_state(main)
+        if cuda and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])
+    else:
+        print_once(f"{len(state['rng'])} processes before, {world} now: sampling starts anew")
+    print_once(f"resumed at step {state['step']}")
+    run.step, run.window = state["step"], list(state.get("window", []))

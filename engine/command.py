@@ -1,50 +1,241 @@
-"""The command line of every script: train, evaluate, predict, list rows."""
+"""The command line of every script: where each setting comes from, and what is done with it."""
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import sys
+import tomllib
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
+import tyro
 
+import data
 from common import BadInput
-from engine.checkpoints import check_folder, load_checkpoint, load_weights
-from engine.data import load_data
+from data.checks import check_images
+from data.coco import read_json
+from data.files import counted
+from data.settings import Data
+from engine.checkpoints import check_folder, load_checkpoint, load_weights, script_name, start_from
 from engine.export import export_file
-from engine.metrics import evaluate, show_metrics
+from engine.metrics import evaluate, show_metrics, show_per_class
 from engine.predict import predict_files
-from engine.processes import end_processes, rank_and_world, say, start_processes, warn_of_busy_cores
-from engine.settings import Config, parse, show_rows, untrained
+from engine.processes import (
+    end_processes,
+    gather,
+    keep_memory,
+    print_once,
+    progress,
+    rank_and_world,
+    start_processes,
+    warn_of_busy_cores,
+)
+from engine.settings import TINY_PHOTOS, Run, Settings, choices, flag
 from engine.train import train
 
+ROWS = Path(__file__).resolve().parent.parent / "rows"
 
-def run(
-    name: str,
-    config_class,
-    detector_class,
-    rows: dict,
-    paper: dict,
-    tiny: dict,
-    argv=None,
-):
-    """A script's `main`: everything the command line can ask for. Returns the metrics.
 
-    `rows`: settings of the rows of the paper's tables, `paper`: their printed numbers; `tiny`: what
-    --preset tiny changes.
+@dataclass
+class Command:
+    """What to do."""
+
+    train: bool = False  # train, then evaluate
+    eval: bool = False  # evaluate --weights on the validation set
+    predict: tuple[str, ...] = ()  # detect in these image files and folders with --weights
+    export: str = ""  # write the network up to NMS into this file, which torch.export.load reads
+    rows: bool = False  # print the paper's tables and the flags of each row
+    row: str = ""  # take the settings of this row of the paper's tables (see --rows)
+    preset: Literal["auto", "paper", "tiny"] = "auto"  # auto: tiny for synthetic data, else paper
+    weights: str = ""  # checkpoint to evaluate, to predict with, or to start training from
+    resume: bool = False  # go on from OUT/last.pt, if there is one
+
+
+# ------------------------------------------------------------------------------ rows
+
+
+def read_rows(name: str) -> tuple[dict[str, dict], dict[str, dict]]:
+    """rows/<name>.toml: the settings of each row of the paper's tables, and the printed numbers.
+
+    A row that is `like` another one has its settings too, under its own.
+    """
+    file = ROWS / f"{name}.toml"
+    rows = tomllib.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    def settings(row: str) -> dict:
+        own = rows[row]
+        base = settings(own["like"]) if "like" in own else {}
+        lists_as_tuples = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in own.get("settings", {}).items()
+        }
+        return {**base, **lists_as_tuples}
+
+    return {row: settings(row) for row in rows}, {row: rows[row]["printed"] for row in rows}
+
+
+def show_rows(name: str) -> None:
+    """Print each row's printed numbers and its flags."""
+    settings, printed = read_rows(name)
+    for row, numbers in printed.items():
+        shown = "  ".join(f"{k} {v}" for k, v in numbers.items())
+        flags = " ".join(flag(k, v) for k, v in settings[row].items()) or "(defaults)"
+        print(f"{row:{max(map(len, printed))}}  {shown or 'not in the paper'}")
+        print(f"{'':4}{flags}")
+
+
+# Fields of Model that limit how many boxes are looked at, which makes no other network.
+BOX_LIMITS = ("roi_samples", "proposals_test")
+
+
+def check_row(name: str, row: str, settings: Settings, tiny: dict, source) -> None:
+    """Raise BadInput if a checkpoint's network is not the one that makes this row this row.
+
+    Compared are the fields of Model that any row sets. Where this row leaves one open, the default
+    and the tiny preset's value both count, and box limits may have any value.
+    """
+    rows, _ = read_rows(name)
+    default = type(settings)(**choices(type(settings), rows[row]))
+    own = default.replace(**without_choices(settings, rows[row]))
+    differ = []
+    for field_name in sorted({k for row_settings in rows.values() for k in row_settings}):
+        if not hasattr(settings.model, field_name):
+            continue
+        if field_name in BOX_LIMITS and field_name not in rows[row]:
+            continue
+        allowed = [getattr(own.model, field_name, None)]
+        if field_name not in rows[row] and field_name in tiny:
+            allowed.append(tiny[field_name])
+        if getattr(settings.model, field_name) not in allowed:
+            differ.append(flag(field_name, allowed[0]))
+    if differ:
+        raise BadInput(f"--row {row}: {source} was trained without {' '.join(differ)}")
+
+
+# ------------------------------------------------------------------------------ parsing
+
+
+# Where the data lie: all of it comes from the command line if one of the first three is given.
+PLACES = (
+    "data train_json val_json train_images val_images train_split val_split val_share upright"
+).split()
+
+
+def without_choices(settings: Settings, flat: dict[str, Any]) -> dict[str, Any]:
+    """Flat settings without those that choose among defaults (`base`)."""
+    return {k: v for k, v in flat.items() if k not in choices(type(settings), flat)}
+
+
+def parse(
+    name: str, settings_class: type[Settings], argv: list[str] | None = None
+) -> tuple[Command, Settings]:
+    """Flags over the checkpoint's settings over the row over the preset over the defaults.
+
+    Raises BadInput for a row or a checkpoint that does not exist or does not fit.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+
+    def read(settings: Settings, args: list[str], partly: bool = False):
+        parts = [
+            ("command", Command, field(default_factory=Command)),
+            ("settings", settings_class, field(default_factory=lambda: settings)),
+        ]
+        return cast(Any, tyro.cli)(
+            dataclasses.make_dataclass("CommandLine", parts),
+            args=args,
+            prog=f"{name}.py",
+            description=f"{settings_class.__doc__} Defaults are those that these flags lead to.",
+            config=(tyro.conf.AvoidSubcommands, tyro.conf.OmitArgPrefixes),
+            return_unknown_args=partly,
+        )
+
+    # First what is asked for: it decides which defaults there are, and which --help shows.
+    asked, _ = read(settings_class(), [a for a in argv if a not in ("-h", "--help")], partly=True)
+    command, flags = asked.command, asked.settings
+    rows, _ = read_rows(name)
+    if command.row and command.row not in rows:
+        raise BadInput(f"--row {command.row}: no such row, see --rows")
+    row = rows.get(command.row, {})
+    synthetic = flags.data.data == "synthetic" and not (
+        flags.data.train_json or flags.data.val_json
+    )
+    tiny = command.preset == "tiny" or (command.preset == "auto" and synthetic)
+
+    chosen = choices(settings_class, row)
+    for k, value in choices(settings_class, flags.flat()).items():
+        if value != getattr(settings_class(), k):
+            chosen[k] = value
+    settings = settings_class(**chosen)
+    if tiny:
+        settings = settings.replace(**settings.tiny)
+    if tiny and not synthetic:
+        settings = settings.replace(**TINY_PHOTOS)
+    settings = settings.replace(**without_choices(settings, row))
+
+    out = Path(flags.run.out or f"runs/{name}")
+    weights, source = command.weights, None
+    if command.train:
+        saved_files = [file for file in (out / "last.pt", out / "config.json") if file.exists()]
+        source = saved_files[0] if command.resume and saved_files else None
+    elif command.eval or command.predict or command.export:
+        if not weights and (out / "last.pt").exists():
+            weights = str(out / "last.pt")
+        source = weights
+    if source:
+        places_given = any(getattr(flags.data, k) != getattr(Data(), k) for k in PLACES[:3])
+        settings = saved_settings(settings_class, source, settings, places_given)
+        if row:
+            own_test = {k: v for k, v in row.items() if hasattr(settings.test, k)}
+            settings = settings.replace(**own_test)
+
+    defaults, parsed = settings, read(settings, argv)
+    command, settings = parsed.command, parsed.settings
+    for k, value in choices(settings_class, settings.flat()).items():
+        if value != getattr(defaults, k):
+            raise BadInput(f"--{k} {value}: the row or checkpoint has {getattr(defaults, k)}")
+    if source and command.row:
+        check_row(name, command.row, settings, settings.tiny, source)
+    command = dataclasses.replace(command, weights=weights)
+    return command, settings.replace(out=str(out))
+
+
+def saved_settings(
+    settings_class: type[Settings], source, given: Settings, places_given: bool
+) -> Settings:
+    """A checkpoint's or config.json's settings, but for what belongs to this machine."""
+    if str(source).endswith(".json"):  # of a run that was killed before its first checkpoint
+        saved = settings_class.from_dict(read_json(source))
+    else:
+        saved = settings_class.from_dict(load_checkpoint(source)["settings"])
+    machine = {k: getattr(Run(), k) for k in ("out", "device", "workers", "check", "compile")}
+    saved = saved.replace(**machine)
+    if places_given:
+        saved = saved.replace(**{k: getattr(given.data, k) for k in PLACES})
+    return saved
+
+
+# ------------------------------------------------------------------------------ running
+
+
+def run(name: str, settings_class: type[Settings], detector, argv: list[str] | None = None):
+    """A script's `main`: everything that the command line can ask for. Returns the metrics.
+
+    detector(model, num_classes): the script's `Detector`; rows are read from rows/<name>.toml.
     """
     try:
         if hasattr(signal, "SIGPIPE") and "--help" in (sys.argv if argv is None else argv):
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` is no error
-        config = parse(config_class, rows, tiny, name, argv)
-        if config.rows:
-            return show_rows(rows, paper)
-        if config.row and config.row not in rows:
-            raise BadInput(f"--row {config.row}: no such row, see --rows")
-        device = start_processes(config.device)
+        command, settings = parse(name, settings_class, argv)
+        if command.rows:
+            return show_rows(name)
+        device = start_processes(settings.run.device)
+        if device.type == "cpu":
+            keep_memory()
         warn_of_busy_cores(device)
-        torch.manual_seed(config.seed)
-        return _run(detector_class, config, device)
+        torch.manual_seed(settings.run.seed)
+        return execute(command, settings, detector, device)
     except (BadInput, FloatingPointError, OSError) as e:
         # a loader's worker puts its whole traceback into the message; the reason ends it
         print(f"error: {str(e).rpartition('BadInput: ')[2].strip()}", file=sys.stderr)
@@ -53,45 +244,80 @@ def run(
         end_processes()
 
 
-def _run(detector_class, config: Config, device: torch.device):
-    out, needs_data = Path(config.out), config.train or config.eval
-    if not (needs_data or config.predict or config.export):
+def load_data(settings: Settings, train: bool, categories=None):
+    """(training set or None, validation set), with image files checked as `Run.check` asks."""
+    check = settings.run.check
+    loaded = data.load(
+        settings.data,
+        seed=settings.run.seed,
+        masks=settings.model.masks,
+        train=train,
+        categories=categories,
+    )
+    for dataset in loaded:
+        if isinstance(dataset, data.CocoDetection):
+            if dataset.note:
+                print_once(dataset.note)
+            skipped = check_images(dataset, *rank_and_world(), progress, check, gather)
+            images = f"{dataset.source}: {skipped} of {counted(len(dataset), 'image')}"
+            if check == "none":
+                print_once(f"{images} not checked (--check none)")
+            elif skipped:
+                print_once(f"{images} unchanged since a check (--check all repeats it)")
+    return loaded
+
+
+def execute(command: Command, settings: Settings, detector, device: torch.device):
+    """Do what is asked: train, evaluate, predict, export."""
+    out, needs_data = Path(settings.run.out), command.train or command.eval
+    if not (needs_data or command.predict or command.export):
         raise BadInput("nothing to do: --train, --eval, --predict, --export or --rows (see --help)")
-    if config.compile and config.export:
+    if settings.run.compile and command.export:
         raise BadInput("--export is not of a compiled model: leave --compile out")
-    state = load_checkpoint(config.weights) if config.weights else None
-    if not (state or config.train):
+    state = load_checkpoint(command.weights) if command.weights else None
+    if not (state or command.train):
         raise BadInput(f"this needs --weights (there is no {out / 'last.pt'})")
-    for path in config.predict:
+    for path in command.predict:
         if not Path(path).exists():
             raise BadInput(f"--predict {path}: no such file or folder")
     check_folder(out)
     train_data = val_data = None
     if needs_data:
-        known = None if config.train else state["categories"]
-        train_data, val_data = load_data(config, config.train, True, known)
+        known = None if command.train else state["categories"]
+        train_data, val_data = load_data(settings, command.train, known)
     categories = val_data.categories if val_data is not None else state["categories"]
-    loaded = state or (config.resume and (out / "last.pt").exists())
-    model = detector_class(untrained(config) if loaded else config, len(categories)).to(device)
-    if state:
-        load_weights(model, state, config.weights, categories)
-    if config.compile:
+    model_settings = settings.model
+    if state or (command.resume and (out / "last.pt").exists()):
+        model_settings = model_settings.without_download()
+    model = detector(model_settings, len(categories)).to(device)
+    if state and command.train:
+        start_from(model, state, command.weights, categories, detector)
+    elif state:
+        load_weights(model, state, command.weights, categories)
+    if settings.run.compile:
         model.compile_parts()
     metrics = None
-    if config.train:
-        metrics = train(model, config, train_data, val_data, out)
-        say(f"results: {out}/")
-    elif config.eval:
-        metrics = evaluate(model, val_data, config, device, out / "eval")
-        say(f"{show_metrics(metrics)}\nresults: {out}/eval/")
-    if config.predict:
-        folder = out / "predict"
-        found = predict_files(model, config.predict, categories, config, device, folder)
-        drawn = sum(r["score"] >= config.draw_score for r in found)
-        say(
-            f"{len(found)} detections: {folder}/predictions.json; {drawn} drawn: {folder}/pictures/"
+    if command.train:
+        metrics = train(model, settings, train_data, val_data, out, resume=command.resume)
+        if metrics.get("AP") is not None:
+            print_once(show_per_class(metrics))
+        name = script_name(model)
+        script = f"python -m {name}" if "." in name else f"python {name}.py"
+        print_once(
+            f"results: {out}/\n"
+            f"look at {out}/detections.png (found, false and missed objects) and {out}/curves.png\n"
+            f"next: {script} --predict PHOTO.jpg --weights {out}/best.pt"
         )
-    if config.export and rank_and_world()[0] == 0:
-        export_file(model, categories, config.export)
-        say(f"exported: {config.export}")
+    elif command.eval:
+        metrics = evaluate(model, val_data, settings, out / "eval")
+        print_once(f"{show_metrics(metrics)}\nresults: {out}/eval/")
+    if command.predict:
+        folder = out / "predict"
+        results = predict_files(model, command.predict, categories, settings, folder)
+        drawn = sum(r["score"] >= settings.test.draw_score for r in results)
+        print_once(f"{len(results)} detections: {folder}/predictions.json")
+        print_once(f"{drawn} drawn: {folder}/pictures/")
+    if command.export and rank_and_world()[0] == 0:
+        export_file(model, categories, command.export, settings.test)
+        print_once(f"exported: {command.export}")
     return metrics

@@ -1,73 +1,104 @@
-"""`detect`: a detector over a data set; `evaluate`: COCO's, VOC's and UAVDT's metrics of it."""
+"""`detect`: a detector over a data set; `evaluate`: the metrics of COCO, VOC and UAVDT."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import io
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torchvision
-from torch import nn
-from torch.utils.data import Dataset
+from torch import Tensor, nn
 
-from common import Resized, xywh_to_xyxy
+from data import DetectionDataset
+from data.masks import encode_mask, paste_mask
+from data.transforms import TestImages
+from data.uavdt import UAVDT, uavdt_ap
+from data.voc import voc07_ap
 from engine.checkpoints import write_json
-from engine.data import make_loader, per_process_batch, to_device
-from engine.detector import candidates_by_size, paste_mask
-from engine.pictures import draw_grid
-from engine.processes import autocast, gather, progress, rank_and_world, say
-from engine.settings import Config
-from formats import UAVDT, encode_mask
+from engine.detector import candidates_by_size
+from engine.loader import batches_of, make_loader, per_process_batch, to_device
+from engine.pictures import draw_grid, drawing
+from engine.processes import autocast, gather, print_once, progress, rank_and_world
+from engine.settings import Settings, Test
+
+# ------------------------------------------------------------------------------ detections
+
+
+def detect(
+    model, data, settings: Settings, shared: bool = True
+) -> Iterator[tuple[dict, dict[str, Tensor]]]:
+    """Yield (target, detections in the original image's pixels) for this process's images.
+
+    Those are its share of the data set, or all images if not `shared`. See `detect_under`.
+    """
+    for target, (found,) in detect_under(model, data, settings, [settings.test], shared):
+        yield target, found
 
 
 @torch.no_grad()
-def detect(
-    model: nn.Module, data: Dataset, config: Config, device: torch.device | str, shared: bool = True
-):
-    """Yield (target, detections in the original image's pixels) for this process's images: its
-    share of them or, not `shared`, all.
+def detect_under(
+    model, data, settings: Settings, tests: list[Test], shared: bool = True
+) -> Iterator[tuple[dict, list[dict[str, Tensor]]]]:
+    """Yield (target, the detections under each of `tests`), from one forward pass an image.
 
-    With several test scales, or the mirrored image too, the candidates of all are merged before
-    the last NMS. Every image is seen exactly once over all processes, in order of aspect: a batch
-    then has few padded sizes. The target's boxes are in pixels of the last scale.
+    The views are those of settings.test: with several scales, or the mirrored image too, the
+    candidates of all views are merged before the last NMS. Every image is seen exactly once over
+    all processes, in order of aspect, so that a batch has few padded sizes. The target's boxes are
+    in pixels of the last scale.
     """
     model.eval()
-    device = torch.device(device)
+    device, run = next(model.parameters()).device, settings.run
     rank, world = rank_and_world() if shared else (0, 1)
     sizes = np.asarray(data.sizes)
     aspect = sizes[:, 1] / sizes[:, 0]
     mine = sorted(range(rank, len(data), world), key=aspect.__getitem__)
-    batch = config.eval_batch or per_process_batch(config)
-    loaders = [
-        make_loader(Resized(data, config, False, s), config, device, sampler=mine, batch_size=batch)
-        for s in config.test_scales
-    ]
-    for batches in progress(zip(*loaders), "detecting", len(loaders[0])):
-        merged = []
-        for items in batches:
-            images, targets = to_device(items, device)
-            for flip in (False, True)[: 1 + config.test_flip]:
-                with autocast(config.amp, device):
-                    seen = [i.flip(-1) for i in images] if flip else images
-                    found = candidates_by_size(model, seen)
-                inner = torch.tensor([i.shape[1:] for i in images], device=device)
-                outer = torch.tensor([t["size"] for t in targets], device=device)
-                boxes, index = found["boxes"], found["image"]
-                if flip:
-                    if "masks" in found:
-                        found["masks"] = found["masks"].flip(-1)
-                    width = inner[index, 1]
-                    mirrored = [width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]]
-                    boxes = torch.stack(mirrored, 1)
-                # (w, h, w, h): sides are rounded apart
-                grow = (outer / inner).flip(-1).repeat(1, 2)
-                merged.append({**found, "boxes": boxes * grow[index]})
-        candidates = {k: torch.cat([m[k] for m in merged]) for k in merged[0]}
-        for target, found in zip(targets, model.finish(candidates, len(images))):
-            yield target, {k: v.cpu() for k, v in found.items()}
+    views = TestImages(
+        data, settings.test.test_scales, settings.data.max_size, settings.data.scales
+    )
+    batch = run.eval_batch or per_process_batch(run)
+    loader = make_loader(views, run.workers, device, sampler=mine, batch_size=batch)
+    with batches_of(loader) as iterator:
+        for items in progress(iterator, "detecting", len(loader)):
+            merged: list[list[dict]] = [[] for _ in tests]
+            for one_scale in zip(*items):  # a list of (image, target) at this scale
+                images, targets = to_device(one_scale, device)
+                flips = (False, True) if settings.test.test_flip else (False,)
+                for flip in flips:
+                    with autocast(run.amp, device):
+                        seen = [i.flip(-1) for i in images] if flip else images
+                        found = candidates_by_size(model, seen, tests)
+                    for parts, candidates in zip(merged, found):
+                        parts.append(in_original_pixels(candidates, images, targets, flip))
+            all_views = [
+                {k: torch.cat([p[k] for p in parts]) for k in parts[0]} for parts in merged
+            ]
+            detections = [
+                model.detections(candidates, len(images), test)
+                for candidates, test in zip(all_views, tests)
+            ]
+            for target, *under in zip(targets, *detections):
+                yield target, [{k: v.cpu() for k, v in found.items()} for found in under]
+
+
+def in_original_pixels(
+    candidates: dict[str, Tensor], images: list[Tensor], targets: list[dict], flip: bool
+) -> dict[str, Tensor]:
+    """Candidates of resized, perhaps mirrored images, in pixels of the images on disk."""
+    boxes, index = candidates["boxes"], candidates["image"]
+    inner = torch.tensor([i.shape[1:] for i in images], device=boxes.device)
+    outer = torch.tensor([t["size"] for t in targets], device=boxes.device)
+    if flip:
+        if "masks" in candidates:
+            candidates["masks"] = candidates["masks"].flip(-1)
+        width = inner[index, 1]
+        mirrored = [width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]]
+        boxes = torch.stack(mirrored, 1)
+    grow = (outer / inner).flip(-1).repeat(1, 2)  # (w, h, w, h): sides are rounded apart
+    return {**candidates, "boxes": boxes * grow[index]}
 
 
 def to_coco(image_id, found: dict, categories: list[dict], size=None) -> list[dict]:
@@ -91,6 +122,9 @@ def to_coco(image_id, found: dict, categories: list[dict], size=None) -> list[di
             result["segmentation"] = encode_mask(paste_mask(mask, box, size))
             result["mask_score"] = score
     return results
+
+
+# ------------------------------------------------------------------------------ metrics
 
 
 def coco_metrics(
@@ -121,7 +155,7 @@ def coco_metrics(
     number = lambda v: None if v != v or v < 0 else float(v)  # noqa: E731
     mean = lambda v: number(v[v > -1].mean()) if (v > -1).any() else None  # noqa: E731
     every = precision[..., 0, -1]
-    metrics = {"AP": mean(every), "AP50": mean(every[:1]), "AP75": mean(every[5:6])}
+    metrics: dict[str, Any] = {"AP": mean(every), "AP50": mean(every[:1]), "AP75": mean(every[5:6])}
     areas = list(enumerate(("small", "medium", "large"), 1))
     metrics |= {f"AP_{name}": mean(precision[..., i, -1]) for i, name in areas}
     metrics |= {f"AR{n}": mean(recall[..., 0, i]) for i, n in enumerate(sorted(detections))}
@@ -197,113 +231,47 @@ def complete_truth(truth: dict) -> dict:
     return truth
 
 
-def voc07_ap(truth: dict, results: list[dict], iou: float = 0.5) -> float:
-    """Mean over classes of VOC 2007's 11-point AP, with the challenge's own rules of matching.
-
-    A detection belongs to the object it overlaps most; a second one on the same object is false;
-    one on a difficult object counts neither way.
-    """
-    groups: dict = {}
-    for a in truth["annotations"]:
-        groups.setdefault((a["category_id"], a["image_id"]), []).append(a)
-    aps = []
-    for category in truth["categories"]:
-        mine = sorted(  # of equal scores the same one first, whatever the order of detection
-            (r for r in results if r["category_id"] == category["id"]),
-            key=lambda r: (-r["score"], r["image_id"]),
-        )
-        objects = {k[1]: v for k, v in groups.items() if k[0] == category["id"]}
-        num = sum(not a.get("difficult", 0) for v in objects.values() for a in v)
-        if not num:
-            continue
-        boxes = {k: xywh_to_xyxy([a["bbox"] for a in v]) for k, v in objects.items()}
-        taken, hits = set(), []
-        for r in mine:
-            image_id, value, best = r["image_id"], 0.0, -1
-            if image_id in boxes:
-                overlap = torchvision.ops.box_iou(xywh_to_xyxy([r["bbox"]]), boxes[image_id])[0]
-                value, best = overlap.max(0)
-            if value <= iou:
-                hits.append(False)
-            elif not objects[image_id][best].get("difficult", 0):
-                hits.append((image_id, int(best)) not in taken)
-                taken.add((image_id, int(best)))
-        hits = torch.tensor(hits, dtype=torch.float64).cumsum(0)
-        recall, precision = hits / num, hits / torch.arange(1, len(hits) + 1)
-        at = [precision[recall >= t / 10 - 1e-9] for t in range(11)]
-        aps.append(sum(p.max().item() if len(p) else 0 for p in at) / 11)
-    return sum(aps) / len(aps) if aps else 0.0
-
-
-def uavdt_ap(truth: dict, results: list[dict], iou: float = 0.7) -> float | None:
-    """AP as UAVDT's official detection evaluator has it, over all frames; None without objects.
-
-    In each frame detections take objects, best score first: each takes the one it overlaps most of
-    those not taken yet, if their IoU is at least `iou`; else it is false. Before that, detections
-    strictly inside one rectangle to ignore (a crowd) are removed, but in two sequences; objects
-    inside count. AP is the area under the monotone precision-recall curve, as VOC's since 2010.
-    Image ids begin with the sequence, as in "M0203/img000001".
-    """
-    unfiltered = ("M0209", "M0801")  # (release)
-    frames: dict = {image["id"]: ([], [], [], []) for image in truth["images"]}
-    for a in truth["annotations"]:
-        frames[a["image_id"]][a.get("iscrowd", 0)].append(a["bbox"])
-    for r in sorted(results, key=lambda r: -r["score"]):
-        frames[r["image_id"]][2].append(r["bbox"])
-        frames[r["image_id"]][3].append(r["score"])
-    scores, hits, num = [], [], 0
-    for image_id in sorted(frames):  # of equal scores the earlier frame's comes first
-        objects, ignored, found = (xywh_to_xyxy(boxes) for boxes in frames[image_id][:3])
-        points, kept = torch.tensor(frames[image_id][3]), torch.ones(len(found), dtype=torch.bool)
-        if image_id.split("/")[0] not in unfiltered:
-            inside = (found[:, None, :2] > ignored[:, :2]) & (found[:, None, 2:] < ignored[:, 2:])
-            kept = ~inside.all(-1).any(-1)
-        objects = objects.flip(0)  # of equal overlaps the last object's counts
-        overlap = torchvision.ops.box_iou(found[kept], objects).numpy()  # [D, G]
-        hit = np.zeros(len(overlap))
-        for d in np.flatnonzero((overlap >= iou).any(1)):
-            best = overlap[d].argmax()
-            if overlap[d, best] >= iou:
-                hit[d] = 1
-                overlap[:, best] = 0  # taken
-        num += len(objects)
-        scores.append(points[kept])
-        hits.append(torch.from_numpy(hit))
-    if not num:
-        return None
-    hits = torch.cat(hits)[torch.cat(scores).argsort(descending=True, stable=True)]
-    precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)
-    precision = precision.flip(0).cummax(0)[0].flip(0)  # the best at this recall or a higher one
-    return (precision * hits).sum().item() / num
-
-
-def evaluate(model: nn.Module, data: Dataset, config: Config, device=None, out=None) -> dict:
+def evaluate(
+    model: nn.Module,
+    data: DetectionDataset,
+    settings: Settings,
+    out: str | Path | None = None,
+    truth: dict | None = None,
+) -> dict:
     """Detect in all images of `data` and score with pycocotools; all processes get the metrics.
 
-    With `out` (first process) writes predictions.json, metrics.json and detections.png there. Of a
-    set without annotations the metrics are all None: predictions.json is for its server.
+    Every setting of settings.test is honoured. With `out` the first process writes
+    predictions.json, metrics.json and detections.png there. The metrics of a set without
+    annotations are all None: predictions.json is for its server. `truth` is data.coco(), for
+    callers that evaluate often.
     """
-    device = device or next(model.parameters()).device
-    results, seen = [], 0
-    for target, found in detect(model, data, config, device):
+    results: list[dict] = []
+    seen = 0
+    for target, found in detect(model, data, settings):
         results += to_coco(target["image_id"], found, data.categories, target["size"])
         seen += 1
     shares = gather((results, seen))
     metrics = None
     if rank_and_world()[0] == 0:
-        results, counts = [r for share, _ in shares for r in share], [n for _, n in shares]
+        results = [r for share, _ in shares for r in share]
         results.sort(key=lambda r: r["image_id"])  # the same file from any number of processes
+        counts = [n for _, n in shares]
         assert sum(counts) == len(data), f"{counts} images evaluated, the set has {len(data)}"
-        truth, limits = data.coco(), (config.metric_detections, config.metric_sides)
-        metrics = coco_metrics(truth, results, *limits)
+        truth = data.coco() if truth is None else truth
+        test = settings.test
+        metrics = coco_metrics(truth, results, test.metric_detections, test.metric_sides)
         known = all(a.get("segmentation") for a in truth.get("annotations", []))
-        if getattr(config, "masks", False) and known:
-            scored = coco_metrics(truth, results, *limits, masks=True)
+        if settings.model.masks and known:
+            scored = coco_metrics(
+                truth, results, test.metric_detections, test.metric_sides, masks=True
+            )
             metrics |= {f"mask_{name}": value for name, value in scored.items()}
         if out:
             write_json(Path(out) / "predictions.json", results)
             write_json(Path(out) / "metrics.json", metrics)
-            draw_grid(data, results, config.draw_score, Path(out) / "detections.png")
+            picture = Path(out) / "detections.png"
+            with drawing(picture):
+                draw_grid(data, results, test.draw_score, picture)
     return gather(metrics)[0]
 
 
@@ -314,10 +282,18 @@ def show_metrics(metrics: dict) -> str:
     return shown or "no AP: the set has no annotated objects"
 
 
+def show_per_class(metrics: dict, most: int = 40) -> str:
+    """AP of each class, the worst first, a few on each line."""
+    known = {k: v for k, v in metrics.get("per_class", {}).items() if v is not None}
+    parts = [f"{name} {ap:.3f}" for name, ap in sorted(known.items(), key=lambda kv: kv[1])]
+    more = [f"... and {len(parts) - most} better ones"] if len(parts) > most else []
+    return "AP by class: " + "  ".join(parts[:most] + more)
+
+
 def show_table(rows: dict[str, dict]) -> None:
     """Print metrics of several evaluations, one a line, in percent."""
     width, keys = max(map(len, rows)), "AP AP50 AP60 AP70 AP75 AP80 AP90".split()
-    say(f"{'':{width}}  " + "  ".join(f"{k:>5}" for k in keys))
+    print_once(f"{'':{width}}  " + "  ".join(f"{k:>5}" for k in keys))
     for name, metrics in rows.items():
         values = ("    -" if metrics[k] is None else f"{100 * metrics[k]:5.1f}" for k in keys)
-        say(f"{name:{width}}  " + "  ".join(values))
+        print_once(f"{name:{width}}  " + "  ".join(values))

@@ -2,28 +2,82 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 import torchvision
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from common import as_transformed, rgb_tensor, xywh_to_xyxy
-from engine.detector import paste_mask
-from formats import decode_mask
+from data import DetectionDataset
+from data.coco import xywh_to_xyxy
+from data.images import rgb_tensor
+from data.masks import decode_mask, paste_mask
+from data.transforms import as_transformed
+from engine.processes import print_once
+
+
+@contextlib.contextmanager
+def drawing(path: Path) -> Iterator[None]:
+    """No result is lost to a picture: one that cannot be drawn is a message."""
+    try:
+        yield
+    except Exception as e:  # fonts, disks and decoders fail in many ways
+        print_once(f"{path}: not drawn: {type(e).__name__}: {e}")
+
+
+@functools.cache
+def font_file(characters: str) -> tuple[str, bool]:
+    """A font that has these characters, DejaVu Sans first, and whether there is one."""
+    from matplotlib import font_manager, get_data_path
+    from matplotlib.ft2font import FT2Font
+
+    own = f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    for path in [own, *sorted(font_manager.findSystemFonts())]:
+        with contextlib.suppress(Exception):  # a font of the system may be broken
+            if {ord(c) for c in characters} <= FT2Font(path).get_charmap().keys():
+                ImageFont.truetype(path, 20)
+                return path, True
+    return own, False
+
+
+def readable_names(names: list[str]) -> tuple[list[str], str]:
+    """Names as they can be drawn, on one line, and a font file: class numbers if no font has them.
+
+    >>> readable_names(["traffic\\nlight"])[0]
+    ['traffic light']
+    """
+    names = [" ".join(name.split()) for name in names]
+    path, found = font_file("".join(sorted({c for name in names for c in name})))
+    if not found:
+        numbers = [str(i) for i in range(len(names))]
+        print_once(f"no font of this machine can draw all class names: numbers 0..{len(names) - 1}")
+        return numbers, path
+    return names, path
+
 
 MOST_BOXES = 40  # choice: of more in one picture none can be read
 
 
-def draw(image: Tensor, boxes: Tensor, labels, names: list[str], scores=None, masks=None) -> Tensor:
+def draw(
+    image: Tensor,
+    boxes: Tensor,
+    labels: list[int],
+    names: list[str],
+    scores: list[float] | None = None,
+    masks: Iterable[Tensor] | None = None,
+    colours: list[tuple] | None = None,
+) -> Tensor:
     """uint8 [3, h, w] with boxes [G, 4], names and scores written on it.
 
-    Over masks, G bitmaps [h, w], if there are any: then a colour is an object's, else a class's. Of
-    more than MOST_BOXES objects the best are drawn, without scores the first. A line in a corner
-    counts the others, and the boxes that had no room for a label.
+    Over masks, G bitmaps [h, w], if there are any. `colours` are the objects'; by default a class
+    has its colour, or with masks an object. Of more than MOST_BOXES objects the best are drawn,
+    without scores the first. A line in a corner counts the others, and the boxes that had no room
+    for a label.
     """
     import matplotlib
 
@@ -32,9 +86,10 @@ def draw(image: Tensor, boxes: Tensor, labels, names: list[str], scores=None, ma
     height, width = image.shape[1:]
     order = sorted(range(len(boxes)), key=lambda i: 0 if scores is None else -scores[i])
     order = order[:MOST_BOXES]
-    palette = matplotlib.colormaps["tab10"].colors
-    shades = labels if masks is None else range(len(labels))
-    colours = [tuple(int(255 * c) for c in palette[shade % 10]) for shade in shades]
+    palette = [matplotlib.colormaps["tab10"](i)[:3] for i in range(10)]
+    if colours is None:
+        shades = labels if masks is None else range(len(labels))
+        colours = [tuple(int(255 * c) for c in palette[shade % 10]) for shade in shades]
     if masks is not None:
         image = image.clone()
         for i, (mask, colour) in enumerate(zip(masks, torch.tensor(colours))):
@@ -46,7 +101,7 @@ def draw(image: Tensor, boxes: Tensor, labels, names: list[str], scores=None, ma
     side = math.sqrt(height * width)
     crowd = max(1, len(order) / 15)  # choice: smaller letters where many labels share the room
     line, font_size = max(2, round(side / 180)), max(11, round(side / 32 / math.sqrt(crowd)))
-    font = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    names, font = readable_names(names)
     pen.font = ImageFont.truetype(font, font_size)
 
     def outline(box: list[float], thick: int, colour) -> None:
@@ -153,8 +208,29 @@ def percent(value: float | None) -> float:
     return math.nan if value is None else 100 * value
 
 
-def draw_grid(data: Dataset, results: list[dict], score: float, path: Path, count: int = 6) -> None:
-    """A picture of the first images: ground truth beside detections above `score`."""
+FOUND, FALSE, MISSED = (46, 160, 67), (218, 54, 51), (255, 176, 0)  # colours
+
+
+def judge(boxes: Tensor, labels: list[int], target: dict) -> tuple[list[bool], list[int]]:
+    """Which detections, best first, are on an object of their class (IoU 0.5), and what is missed.
+
+    -> a bool for each detection, and the numbers of the objects that no detection is on.
+    """
+    free = {i for i, ignored in enumerate(target["ignore"].tolist()) if not ignored}
+    iou = torchvision.ops.box_iou(boxes, target["boxes"].as_subclass(Tensor))  # [D, G]
+    hits = []
+    for row, label in zip(iou, labels):
+        own = [i for i in free if target["labels"][i] == label and row[i] >= 0.5]
+        if own:
+            free.remove(own[int(row[own].argmax())])
+        hits.append(bool(own))
+    return hits, sorted(free)
+
+
+def draw_grid(
+    data: DetectionDataset, results: list[dict], score: float, path: Path, count: int = 6
+) -> None:
+    """The first images twice: ground truth, and detections above `score`, told apart by colour."""
     names = [c["name"] for c in data.categories]
     label = {c["id"]: i for i, c in enumerate(data.categories)}
     count = min(count, len(data))
@@ -164,29 +240,52 @@ def draw_grid(data: Dataset, results: list[dict], score: float, path: Path, coun
         axis.axis("off")
     for i in range(count):
         image, target = data[i]
+        mine = [r for r in results if r["image_id"] == target["image_id"] and r["score"] >= score]
+        mine.sort(key=lambda r: -r["score"])
+        boxes = xywh_to_xyxy([r["bbox"] for r in mine])
+        labels = [label[r["category_id"]] for r in mine]
+        hits, missed = judge(boxes, labels, target)
         # enlarge small images, so that text fits, but not thin ones to thousands of pixels
         zoom = max(1, min(512 // min(image.shape[1:]), 2048 // max(image.shape[1:])))
-        image = image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
-        mine = [r for r in results if r["image_id"] == target["image_id"] and r["score"] >= score]
-        found = xywh_to_xyxy([r["bbox"] for r in mine])
-        labels = [label[r["category_id"]] for r in mine]
-        boxes, masks, seen_masks = target["boxes"] * zoom, None, None
+        image = enlarge_pixels(image, zoom)
+        truth = target["boxes"].as_subclass(Tensor) * zoom
+        truth_labels = target["labels"].tolist()
+        truth_masks = seen_masks = None
         if "masks" in target:
             crops = as_transformed(target, (0, 0))["masks"]
-            masks = (paste_mask(m, b, image.shape[1:]) for m, b in zip(crops, boxes))
+            size = (image.shape[1], image.shape[2])
+            truth_masks = [paste_mask(m, b, size) for m, b in zip(crops, truth)]
         if any("segmentation" in r for r in mine):
-            bitmaps = (decode_mask(r["segmentation"]) for r in mine)
-            seen_masks = (b.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1) for b in bitmaps)
-        truth = draw(image, boxes, target["labels"].tolist(), names, None, masks)
-        seen = draw(image, found * zoom, labels, names, [r["score"] for r in mine], seen_masks)
-        for axis, picture, title in zip(
-            axes.flat[2 * i : 2 * i + 2],
-            (truth, seen),
-            ("ground truth", f"detections above {score:g}"),
-        ):
+            seen_masks = [enlarge_pixels(decode_mask(r["segmentation"]), zoom) for r in mine]
+        left = draw(image, truth, truth_labels, names, None, truth_masks)
+        right = draw(
+            image,
+            truth[missed],
+            [truth_labels[i] for i in missed],
+            names,
+            None,
+            None,
+            [MISSED] * len(missed),
+        )
+        right = draw(
+            right,
+            boxes * zoom,
+            labels,
+            names,
+            [r["score"] for r in mine],
+            seen_masks,
+            [FOUND if hit else FALSE for hit in hits],
+        )
+        titles = ("ground truth", f"above {score:g}: found green, false red, missed orange")
+        for axis, picture, title in zip(axes.flat[2 * i : 2 * i + 2], (left, right), titles):
             axis.imshow(picture.permute(1, 2, 0).numpy())
             axis.set_title(title)
     figure.savefig(path, dpi=120)
+
+
+def enlarge_pixels(image: Tensor, zoom: int) -> Tensor:
+    """[..., h, w] -> [..., zoom * h, zoom * w], each pixel a square."""
+    return image.repeat_interleave(zoom, -2).repeat_interleave(zoom, -1)
 
 
 def draw_curves(log: list[dict], path: Path) -> None:

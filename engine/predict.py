@@ -6,16 +6,23 @@ Photos are turned upright as their EXIF data say, which training and evaluation 
 from __future__ import annotations
 
 import dataclasses
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, cast
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
+from PIL import Image, ImageOps
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from common import BadInput, check_image, make_target, read_image, rgb_tensor
+from common import BadInput, check_image
+from data.checks import broken_images, refuse_images
+from data.contract import make_target
+from data.images import FORMATS, IMAGE_ENDINGS, MAX_PIXELS, read_image, rgb_tensor
+from data.masks import decode_mask, paste_mask
 from engine.checkpoints import (
     find_script,
     load_checkpoint,
@@ -23,26 +30,23 @@ from engine.checkpoints import (
     set_aside,
     write_json,
 )
-from engine.data import broken_images, refuse_images
-from engine.detector import paste_mask
 from engine.metrics import detect, to_coco
-from engine.pictures import draw
-from engine.processes import find_device, gather, rank_and_world, say
-from engine.settings import Config, saved_settings, untrained
-from formats import decode_mask
-
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+from engine.pictures import draw, drawing
+from engine.processes import find_device, gather, print_once, progress, rank_and_world
+from engine.settings import Settings
 
 
-def to_image(source) -> Tensor:
-    """uint8 [3, h, w] of a file, a PIL image, an array [h, w, 3] (RGB, uint8), or of itself.
+def to_image(source, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """uint8 [3, h, w] of a file (path or open), a PIL image, an RGB array [h, w, 3], or of itself.
 
-    Only a file is turned upright: what is in memory already is as its owner wants it.
+    Only a file is turned upright: an image in memory is as its owner wants it.
     """
     if isinstance(source, (str, Path)):
-        return read_image(source, upright=True)
-    if isinstance(source, Image.Image):
+        return read_image(source, upright=True, max_pixels=max_pixels)
+    if isinstance(source, (Image.Image, io.IOBase)):
         try:
+            if isinstance(source, io.IOBase):
+                source = ImageOps.exif_transpose(Image.open(cast(Any, source), formats=FORMATS))
             return rgb_tensor(source)
         except Exception as e:  # decoded only now: a decoder may raise anything
             raise BadInput(f"cannot read the image: {e}") from e
@@ -55,120 +59,149 @@ def to_image(source) -> Tensor:
 
 
 class Images(Dataset):
-    """A list of what `to_image` takes, as a data set without objects; image_id: the place in it."""
+    """A list of what `to_image` takes, as a data set without objects; image_id is the index."""
 
-    def __init__(self, images: list):
-        self.images = images
+    def __init__(self, images: list, max_pixels: int = MAX_PIXELS):
+        self.images, self.max_pixels = images, max_pixels
         self.sizes = np.ones((len(images), 2))  # unknown: detected in the order given
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int):
-        image = to_image(self.images[index])
-        empty = torch.zeros(0, 4), [], []
-        return image, make_target(*empty, index, tuple(image.shape[1:]))
+        image = to_image(self.images[index], self.max_pixels)
+        return image, make_target(torch.zeros(0, 4), [], [], index, tuple(image.shape[1:]))
+
+
+def images_in(folder: Path) -> list[Path]:
+    """All image files in a folder and in its folders, in order of name; BadInput without any."""
+    inside = [path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS]
+    inside = sorted(path for path in inside if not path.name.startswith("."))
+    if not inside:
+        raise BadInput(f"{folder}: no image in this folder ({' '.join(IMAGE_ENDINGS)})")
+    return inside
 
 
 class Files(Images):
-    """Files and folders (searched through, in order of name). Unreadable files are left out, aloud;
+    """Image files, and all images in folders, in order of name.
 
-    BadInput where nothing is left.
+    Skips unreadable files with a message; raises BadInput if none remains.
     """
 
-    def __init__(self, paths, categories: list[dict]):
+    def __init__(self, paths, categories: list[dict], max_pixels: int = MAX_PIXELS):
         files, self.categories = [], categories
         for path in map(Path, paths):
             if path.is_dir():
-                inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS)
-                if not inside:
-                    raise BadInput(f"{path}: no image in this folder ({' '.join(IMAGE_ENDINGS)})")
-                files += inside
+                files += images_in(path)
             else:
                 files.append(path)
-        broken = {i: why for share in gather(broken_images(files)) for i, why in share.items()}
+        rank, world = rank_and_world()
+        mine = range(rank, len(files), world)
+        shares = gather(
+            broken_images(files, indices=mine, progress=progress, max_pixels=max_pixels)
+        )
+        broken = {i: why for share in shares for i, why in share.items()}
         if len(broken) == len(files):
             refuse_images(broken)
         for i in sorted(broken):
-            say(f"skipped: {broken[i]}")
+            print_once(f"skipped: {broken[i]}")
         self.files = [file for i, file in enumerate(files) if i not in broken]
-        super().__init__(self.files)
+        super().__init__(self.files, max_pixels)
 
 
-def predict_files(model, paths, categories: list[dict], config: Config, device, out: Path) -> list:
-    """Detect in files and folders; draws OUT/pictures/* and writes OUT/predictions.json.
+def predict_files(
+    model: nn.Module, paths, categories: list[dict], settings: Settings, out: Path
+) -> list[dict]:
+    """Detect in files and folders; writes OUT/predictions.json and draws OUT/pictures/*.
 
     Returns the COCO results, in pixels of the upright image; each also names its file and category.
     """
-    data = Files(paths, categories)
+    data = Files(paths, categories, settings.data.max_pixels)
     names = [c["name"] for c in categories]
     set_aside(out, "pictures")
-    gather(None)  # the first process has done it
+    gather(None)  # the others wait until the first process has done it
     (out / "pictures").mkdir(parents=True, exist_ok=True)
-    results = []
-    for target, found in detect(model, data, config, device):
+    results, to_draw = [], []
+    for target, found in detect(model, data, settings):
         file = data.files[target["image_id"]]
         mine = to_coco(target["image_id"], found, categories, target["size"])
-        called = (names[label] for label in found["labels"].tolist())
-        results += [{**r, "category": n, "file_name": str(file)} for r, n in zip(mine, called)]
-        sure = found["scores"] >= config.draw_score
-        boxes, labels, scores = (found[k][sure] for k in ("boxes", "labels", "scores"))
-        segmentations = (r["segmentation"] for r, s in zip(mine, sure) if s)
-        masks = map(decode_mask, segmentations) if "masks" in found else None
-        picture = draw(to_image(file), boxes, labels.tolist(), names, scores.tolist(), masks)
-        name = f"{target['image_id']:05d}_{file.stem}.jpg"  # files of one name may meet
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(out / "pictures" / name, quality=92)
+        for result, label in zip(mine, found["labels"].tolist()):
+            results.append({**result, "category": names[label], "file_name": str(file)})
+        shown = found["scores"] >= settings.test.draw_score
+        masks = None
+        if "masks" in found:
+            masks = [r["segmentation"] for r, drawn in zip(mine, shown) if drawn]
+        values = {k: found[k][shown] for k in ("boxes", "labels", "scores")}
+        to_draw.append((target["image_id"], file, values, masks))
     results = [r for share in gather(results) for r in share]
     if rank_and_world()[0] == 0:
         write_json(out / "predictions.json", sorted(results, key=lambda r: r["image_id"]))
+    for image_id, file, values, masks in to_draw:
+        path = out / "pictures" / f"{image_id:05d}_{file.stem}.jpg"  # files of one name may meet
+        with drawing(path):
+            picture = draw(
+                to_image(file, data.max_pixels),
+                values["boxes"],
+                values["labels"].tolist(),
+                names,
+                values["scores"].tolist(),
+                None if masks is None else [decode_mask(m) for m in masks],
+            )
+            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path, quality=92)
     return results
 
 
-class Detections(NamedTuple):
-    """What is seen in one image, best first, on the CPU."""
+@dataclass
+class Detections:
+    """What is seen in one image, best first, on the CPU.
+
+    Unpacks to four: boxes, scores, labels, names = detector.detect(photo).
+    """
 
     boxes: Tensor  # [D, 4] xyxy in pixels of the image as it was given
     scores: Tensor  # [D]
     labels: Tensor  # [D], places in `categories`
     names: list[str]  # the labels' names
+    masks: Tensor | None = None  # bool [D, h, w] of the image's size, if the detector makes masks
+    mask_scores: Tensor | None = None  # [D], by which masks are ranked, best highest
 
-
-class MaskDetections(Detections):
-    """The same four, and beside them the objects' masks."""
-
-    masks: Tensor  # bool [D, h, w] of the image's size
-    mask_scores: Tensor  # [D], by which masks are ranked: higher the better they are
+    def __iter__(self) -> Iterator:
+        return iter((self.boxes, self.scores, self.labels, self.names))
 
 
 class LoadedDetector:
-    """A trained detector, ready to use: `model` in eval mode, `config`, `categories`, `device`."""
+    """A trained detector, ready to use: `model` in eval mode, `settings`, `categories`."""
 
-    def __init__(self, model, config: Config, categories: list[dict], device: torch.device):
-        self.model, self.config, self.categories = model.to(device).eval(), config, categories
-        self.device = device
+    def __init__(self, model: nn.Module, settings: Settings, categories: list[dict]):
+        self.model, self.settings, self.categories = model.eval(), settings, categories
 
-    def detect(self, images) -> Detections | list[Detections]:
-        """Detections in an image, or in each image of a list, under the settings of its tests.
+    def detect(self, images, min_score: float | None = None) -> Detections | list[Detections]:
+        """Detections in an image, or in each image of a list or folder, under `settings.test`.
 
-        `MaskDetections` where the detector makes masks.
-
-        An image is a file's path (turned upright as its EXIF data say), a PIL image, a uint8 array
-        [h, w, 3] or a uint8 tensor [3, h, w], all RGB and of any size. Scores start at the
-        detector's score_threshold: what to believe is the caller's choice.
+        An image is a file's path or an open binary file (both turned upright as their EXIF data
+        say), a PIL image, a uint8 array [h, w, 3] or a uint8 tensor [3, h, w], all RGB and of any
+        size. Detections whose final score is below `min_score` are left out.
         """
         many = isinstance(images, (list, tuple))
-        names, found = [c["name"] for c in self.categories], {}
-        data = Images(list(images) if many else [images])
-        for target, d in detect(self.model, data, self.config, self.device, shared=False):
-            called = [names[label] for label in d["labels"].tolist()]
-            seen = Detections(d["boxes"], d["scores"], d["labels"], called)
-            if "masks" in d:
-                masks = [paste_mask(*pair, target["size"]) for pair in zip(d["masks"], d["boxes"])]
-                masks = torch.stack(masks) if masks else torch.zeros(0, *target["size"]).bool()
-                seen = MaskDetections(*seen)
-                seen.masks, seen.mask_scores = masks, d["mask_scores"]
-            found[target["image_id"]] = seen
+        if isinstance(images, (str, Path)) and Path(images).is_dir():
+            images, many = images_in(Path(images)), True
+        settings = self.settings
+        if min_score is not None:
+            settings = settings.replace(min_score=min_score)
+        data = Images(list(images) if many else [images], settings.data.max_pixels)
+        found: dict[int, Detections] = {}
+        for target, detections in detect(self.model, data, settings, shared=False):
+            found[target["image_id"]] = self._named(detections, target["size"])
         return [found[i] for i in range(len(data))] if many else found[0]
+
+    def _named(self, found: dict[str, Tensor], size: tuple[int, int]) -> Detections:
+        names = [self.categories[label]["name"] for label in found["labels"].tolist()]
+        detections = Detections(found["boxes"], found["scores"], found["labels"], names)
+        if "masks" in found:
+            masks = [paste_mask(m, box, size) for m, box in zip(found["masks"], found["boxes"])]
+            detections.masks = torch.stack(masks) if masks else torch.zeros(0, *size).bool()
+            detections.mask_scores = found["mask_scores"]
+        return detections
 
 
 def load(path: str | Path, device: str = "auto", method=None, **changes) -> LoadedDetector:
@@ -180,13 +213,13 @@ def load(path: str | Path, device: str = "auto", method=None, **changes) -> Load
     """
     state, where = load_checkpoint(path), find_device(device)
     script = find_script(state, path, method)
-    config = script.Config(**saved_settings(script.Config, state))
     # In this process: images are at hand, and other processes would cost more than they read.
-    own = dict(weights=str(path), device=str(where), workers=0)
-    unknown = changes.keys() - vars(config).keys()
-    if unknown:
-        raise BadInput(f"{path}: {', '.join(sorted(unknown))}: no such setting")
-    config = dataclasses.replace(untrained(config), **{**own, **changes})
-    model = script.Detector(config, len(state["categories"]))
+    settings = script.Settings.from_dict(state["settings"]).replace(device=str(where), workers=0)
+    try:
+        settings = settings.replace(**changes)
+    except BadInput as e:
+        raise BadInput(f"{path}: {e}") from e
+    settings = dataclasses.replace(settings, model=settings.model.without_download())
+    model = script.Detector(settings.model, len(state["categories"]))
     load_weights(model, state, path)
-    return LoadedDetector(model, config, state["categories"], where)
+    return LoadedDetector(model.to(where), settings, state["categories"])

@@ -54,6 +54,8 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as e:
         raise BadInput(f"--device {name}: {str(e).splitlines()[0]}") from e
+    if device.type not in ("cpu", "cuda"):
+        raise BadInput(f"--device {name}: only cpu and cuda are supported")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BadInput(f"--device {name}: torch sees no GPU")
     return device
@@ -68,18 +70,19 @@ def start_processes(name: str) -> torch.device:
             torch.cuda.set_device(device)
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if device.type == "cpu" and not any(name.startswith("MALLOC_") for name in os.environ):
-        keep_memory()
     return device
 
 
 def keep_memory() -> None:
-    """Have glibc keep what this process frees, for its next tensors; elsewhere nothing happens.
+    """Have glibc keep the memory that this process frees, for its next tensors.
 
-    By itself it returns each block of 32 MiB or more to the system, which hands it out again page
-    by page and zeroed: up to two fifths of a large prediction's time (docs/results.md). It then
-    holds up to half more memory. Who sets one of glibc's MALLOC_ variables decides alone.
+    By default glibc returns each block of 32 MiB or more to the system, which hands it out again
+    page by page and zeroed: up to two fifths of a large prediction's time (docs/results.md). Kept
+    memory is up to half more memory held. Called by the command line alone, never by library code;
+    does nothing where any of glibc's MALLOC_ variables is set, or without glibc.
     """
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
     with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the top of the heap is never returned
@@ -93,7 +96,7 @@ def warn_of_busy_cores(device: torch.device) -> None:
         return
     load, cores = os.getloadavg()[0], os.cpu_count()
     if load > 0.5 * cores:
-        say(
+        print_once(
             f"other programs kept {load:.1f} of {cores} cores busy in the last minute; "
             "if they still do, OMP_WAIT_POLICY=passive in the environment makes this "
             "up to three times as fast"
@@ -122,7 +125,7 @@ def progress(iterable, what: str, total: int):
         shown = time.perf_counter()
         for i, item in enumerate(iterable):
             if time.perf_counter() - shown > 30:
-                say(f"{what}: {i} of {total}")
+                print_once(f"{what}: {i} of {total}")
                 shown = time.perf_counter()
             yield item
 
@@ -134,7 +137,7 @@ def progress(iterable, what: str, total: int):
     )
 
 
-def say(text: str, bar=None) -> None:
+def print_once(text: str, bar=None) -> None:
     """Print on the first process, above a progress bar if one is shown."""
     if rank_and_world()[0] == 0:
         tqdm.write(text) if bar is not None and not bar.disable else print(text, flush=True)

@@ -1,41 +1,78 @@
-"""`Config`, the flags of how a detector is run, and `parse`: where the value of each comes from."""
+"""The four settings objects of every detector: `Model`, `Test` and `Run` here, `Data` in data/.
+
+A method script extends `Model` and `Test` by its own fields and puts all four into one `Settings`,
+whose defaults are the paper's. Names are unique over the four objects, so that the command line can
+be flat (`--nms-iou 0.3 --lr 0.01`), and so can `Settings().replace(nms_iou=0.3, lr=0.01)`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal
 
-import torch
-import tyro
+from common import BadInput
+from data.settings import Amount, Checked, Data, Natural, Range, Share, Sides, Whole
 
-import common
-from common import Amount, Natural, Range, Share, Whole
-from engine.checkpoints import load_checkpoint
-from formats import BadInput, read_json
+OBJECTS = ("model", "test", "run", "data")
 
 
 @dataclass
-class Config(common.Config):
-    """Settings of every detector: its data, its backbone, and how it is run."""
+class Model(Checked):
+    """What the network is and what its losses weigh. Saved with the weights."""
 
-    # What to do
-    train: bool = False  # train, then evaluate
-    eval: bool = False  # evaluate --weights on the validation set
-    predict: tuple[str, ...] = ()  # detect in these image files and folders with --weights
-    export: str = ""  # write the network up to NMS into this file, which torch.export.load reads
-    rows: bool = False  # print the paper's tables and the flags of each row
-    row: str = ""  # take the settings of this row of the paper's tables (see --rows)
-    preset: Literal["auto", "paper", "tiny"] = "auto"  # auto: tiny for synthetic data without a GPU
-    weights: str = ""  # checkpoint to evaluate, to predict with, or to start training from
-    resume: bool = False  # go on from OUT/last.pt, if there is one
+    masks = False  # a detector that can find masks has a field of this name
+
+    backbone: str = "resnet50"  # resnet18/34/50/101, resnext101_32x4d/_32x8d/_64x4d, or small
+    backbone_weights: str = "imagenet"  # imagenet, none, random (to time), or torchvision's .pth
+    dcn: Literal["none", "v1", "v2"] = "none"  # deformable 3x3 convolutions in C3 to C5; v2: masked
+    norm: Literal["auto", "frozen_bn", "bn", "gn"] = "auto"  # auto: frozen_bn, or gn from scratch
+    # stem and first stages kept fixed when starting from weights
+    frozen_stages: Annotated[int, Range(0, 5)] = 2
+    fpn_channels: Natural = 256  # width of the pyramid
+
+    def without_download(self) -> Model:
+        """The same network, for weights that a checkpoint brings or that do not matter."""
+        if self.backbone_weights == "none":  # from scratch is another network: nothing is frozen
+            return self
+        return dataclasses.replace(self, backbone_weights="random")
+
+
+@dataclass
+class Test(Checked):
+    """How detections are made and scored. May be changed after training, and is always honoured."""
+
+    __test__ = False  # no test case, though pytest collects classes of this name
+
+    score_threshold: Share = 0.05  # lowest class score that is looked at
+    nms_iou: Share = 0.5  # NMS per class suppresses above this IoU
+    max_detections: Natural = 100  # detections kept per image
+    test_scales: Sides = (800,)  # shorter sides in px; detections of all scales are merged
+    test_flip: bool = False  # also detect in the mirrored image
+    min_score: Share = 0.0  # detections whose final score is below this are left out
+    draw_score: Share = 0.5  # detections below this score are not drawn
+    # detections per image that AR counts; AP counts the last (COCO)
+    metric_detections: Annotated[tuple[Natural, ...], Range(1)] = (1, 10, 100)
+    # where small, medium and large begin: roots of areas in px (COCO)
+    metric_sides: Annotated[tuple[Amount, ...], Range(3, 3)] = (0.0, 32.0, 96.0)
+
+    @property
+    def several_views(self) -> bool:
+        """Whether detections of several views of an image are merged."""
+        return len(self.test_scales) > 1 or self.test_flip
+
+
+@dataclass
+class Run(Checked):
+    """Optimiser, schedule, device and output."""
+
+    seed: Whole = 0  # of weights, order, augmentation, sampling and synthetic images
     out: str = ""  # results folder (default: runs/<script>)
-    device: str = "auto"  # auto: cuda if there is one, else cpu
+    device: str = "auto"  # cpu, cuda, or auto: cuda if there is one
     # loader processes per training process; -1: 2 on a CPU (of two cores: none), 4 on a GPU
     workers: Annotated[int, Range(-1, 1000)] = -1
-    # Training
+    # image files to decode before anything else: all, those new or changed since a check, or none
+    check: Literal["all", "new", "none"] = "new"
     batch: Whole = 0  # images per step over all processes; 0: 2 per process
     optimizer: Literal["sgd", "adamw"] = "sgd"  # the papers use SGD
     lr: Amount = 0.02  # learning rate at lr_batch images a step; scaled linearly to the batch
@@ -44,6 +81,8 @@ class Config(common.Config):
     weight_decay: Amount = 1e-4  # weight decay, of all weights
     epochs: Amount = 12.0  # length of training, passes over the data
     steps: Whole = 0  # length of training in steps instead
+    min_steps: Whole = 0  # at least this many steps, however few images there are
+    max_steps: Whole = 0  # at most this many, however many there are; 0: no limit
     drops: tuple[Share, ...] = (8 / 12, 11 / 12)  # lr / 10 at these fractions of training
     cosine: bool = False  # lr falls along half a cosine to 0 instead; drops are not used then
     warmup: Whole = 500  # steps of linear warm-up (at most a tenth of training) ...
@@ -51,25 +90,22 @@ class Config(common.Config):
     clip_norm: Amount = 0.0  # largest gradient norm; 0: no clipping
     amp: Literal["auto", "off", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it
     compile: bool = False  # torch.compile backbone and heads; starts slowly, not with --export
-    # Testing and book-keeping
     log_every: Natural = 20  # steps between lines of the log
     save_every: Natural = 1000  # steps between checkpoints
-    eval_every: Whole = 0  # steps between evaluations; 0: only at the end
+    eval_times: Natural = 1  # evaluations, evenly spaced, the last at the end
+    eval_every: Whole = 0  # steps between evaluations instead
     eval_batch: Whole = 0  # images per process when testing; 0: as in training
-    test_flip: bool = False  # also test on the mirrored image
-    draw_score: Amount = 0.5  # detections below this score are not drawn
-    # detections per image that AR counts; AP counts the last (COCO)
-    metric_detections: Annotated[tuple[Natural, ...], Range(1)] = (1, 10, 100)
-    # where small, medium and large begin: roots of areas, px (COCO)
-    metric_sides: Annotated[tuple[Amount, ...], Range(3, 3)] = (0.0, 32.0, 96.0)
-
-    def brings(self, tiny: bool) -> dict:
-        """Settings that others bring along: over the preset's (tiny or not), under a row's."""
-        return {}
 
 
-# What `--preset tiny` changes: a small network learns from scratch, in minutes on a CPU.
-TINY = dict(
+# Settings that may differ when a run is resumed, beside all of Test: they do not affect training.
+MAY_CHANGE_ON_RESUME = (
+    *("out", "device", "workers", "check", "compile"),
+    *("log_every", "save_every", "eval_times", "eval_every", "eval_batch", "max_pixels"),
+)
+
+
+# What --preset tiny changes for all detectors: a small network learns from scratch in minutes.
+TINY: dict[str, Any] = dict(
     backbone="small",
     backbone_weights="none",
     fpn_channels=32,
@@ -87,124 +123,94 @@ TINY = dict(
     cosine=True,
     warmup=100,
     save_every=200,
-    eval_every=600,
+    eval_times=5,
 )
 
 
-# Flags that say what to do now; the others come with a checkpoint.
-ACTIONS = (
-    "train eval predict export rows row preset weights resume out device workers compile".split()
+# What it changes beyond that where the images are one's own photos: larger ones, and a length that
+# suits 50 to 5,000 of them.
+TINY_PHOTOS: dict[str, Any] = dict(
+    scales=(256,),
+    test_scales=(256,),
+    max_size=448,
+    epochs=12.0,
+    min_steps=450,
+    max_steps=1500,
 )
 
 
-# Flags that say where the data is; these come with it unless one of the first three is given.
-PLACES = "data train_json val_json train_images val_images train_split val_split".split()
+@dataclass
+class Settings:
+    """All settings of a run. A script's own `Settings` has its paper's defaults.
+
+    A script may add fields that choose among defaults, such as `base`. `tiny`, no field, are the
+    values that --preset tiny changes.
+    """
+
+    tiny = TINY
+
+    model: Model = field(default_factory=Model)
+    test: Test = field(default_factory=Test)
+    run: Run = field(default_factory=Run)
+    data: Data = field(default_factory=Data)
+
+    def replace(self, **changes) -> Settings:
+        """A copy in which each named field, of whichever object has it, has another value.
+
+        >>> Settings().replace(nms_iou=0.3, lr=0.01).test.nms_iou
+        0.3
+        """
+        parts = {}
+        for name in OBJECTS:
+            part = getattr(self, name)
+            own = {f.name: changes.pop(f.name) for f in fields(part) if f.name in changes}
+            parts[name] = dataclasses.replace(part, **own)
+        if changes:
+            raise BadInput(f"{', '.join(sorted(changes))}: no such setting")
+        return dataclasses.replace(self, **parts)
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its name, those that choose (`base`) among them."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in OBJECTS}
+        for name in OBJECTS:
+            part = getattr(self, name)
+            values |= {f.name: getattr(part, f.name) for f in fields(part)}
+        return values
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in checkpoints and config.json: plain values, grouped by object."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> Settings:
+        """The settings in a checkpoint or config.json.
+
+        Checkpoints made before there were four objects hold one flat dict, by the same names. What
+        this version does not know is left out; what the older one did not know has its default.
+        """
+        grouped = any(isinstance(saved.get(name), dict) for name in OBJECTS)
+        flat = {k: v for k, v in saved.items() if k not in OBJECTS or not grouped}
+        for name in OBJECTS if grouped else ():
+            flat |= saved.get(name, {})
+        settings = cls(**choices(cls, flat))
+        known = settings.flat().keys() - choices(cls, flat).keys()
+        return settings.replace(**{k: v for k, v in flat.items() if k in known})
 
 
-# Flags that say how a model is trained, not what it is.
-SCHEDULE = "epochs steps lr lr_batch drops batch".split()
-
-
-# How many boxes are looked at: no row that is silent on these asks for the default.
-COUNTS = "roi_samples proposals_test reg_test max_detections".split()
-
-
-# Flags that may differ when a run is continued: they do not change what is learned.
-FREE = (
-    "log_every save_every eval_every eval_batch test_scales test_flip draw_score".split()
-    + "metric_detections metric_sides".split()
-    + ACTIONS
-)
-
-
-def parse(config_class, rows: dict, tiny: dict, name: str, argv=None) -> Config:
-    """Flags over the checkpoint's settings over the row over the preset over the defaults."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-
-    def cli(default, args):  # twice: what is asked for decides which defaults --help shows
-        about = f"{config_class.__doc__} Defaults shown are those that these flags lead to."
-        flat = (tyro.conf.AvoidSubcommands,)
-        prog = f"{name}.py"
-        return tyro.cli(
-            config_class, args=args, default=default, prog=prog, description=about, config=flat
-        )
-
-    asked = cli(config_class(), [a for a in argv if a not in ("-h", "--help")])
-    settings = {}
-    synthetic = asked.data == "synthetic" and not (asked.train_json or asked.val_json)
-    slow = asked.device == "cpu" or not torch.cuda.is_available()
-    small = asked.preset == "tiny" or (asked.preset == "auto" and synthetic and slow)
-    if small:
-        settings |= tiny
-    row = rows.get(asked.row, {})
-    settings |= dataclasses.replace(asked, **row).brings(small) | row
-    last = Path(asked.out or f"runs/{name}") / "last.pt"
-    weights = asked.weights
-    if (asked.eval or asked.predict or asked.export) and not asked.train:
-        weights = weights or (str(last) if last.exists() else "")
-        source = weights
-    else:
-        begun = [file for file in (last, last.with_name("config.json")) if file.exists()]
-        source = begun[0] if asked.resume and begun else None
-    if source:
-        json = str(source).endswith(".json")  # a run that was killed before its first checkpoint
-        state = {"config": read_json(source)} if json else load_checkpoint(source)
-        saved = saved_settings(config_class, state)
-        # What the code that saved it did not know yet is as in the defaults, not as in a preset.
-        known = {k: v for k, v in settings.items() if k in saved}
-        if any(getattr(asked, k) != getattr(config_class(), k) for k in PLACES[:3]):
-            saved = {k: v for k, v in saved.items() if k not in PLACES}
-        settings = known | saved
-    config = cli(dataclasses.replace(config_class(), **settings), argv)
-    if source and asked.row in rows:
-        check_row(config, rows, tiny, asked.row, source)
-    return dataclasses.replace(config, out=config.out or f"runs/{name}", weights=weights)
-
-
-def check_row(config: Config, rows: dict, tiny: dict, row: str, source) -> None:
-    """BadInput if a checkpoint's settings are not those that make a row this row, no other."""
-    default = dataclasses.replace(type(config)(), **rows[row])
-    default = dataclasses.replace(default, **default.brings(False))
-    switches = {k for row in rows.values() for k in row} - Config.__dataclass_fields__.keys()
-    wanted = {k: getattr(default, k) for k in switches - set(COUNTS) | {"backbone", "dcn"}}
-    wanted = {k: v for k, v in wanted.items() if isinstance(v, (bool, int, str))}
-    wanted |= {k: v for k, v in rows[row].items() if k not in SCHEDULE}
-    free = tiny.keys() - rows[row].keys()  # these may be the tiny preset's as well
-    differ = [
-        flag(k, v)
-        for k, v in wanted.items()
-        if getattr(config, k) not in ((v, tiny[k]) if k in free else (v,))
-    ]
-    if differ:
-        raise BadInput(
-            f"--row {row}: {source} has other settings; where they are not trained in, "
-            f"they can be given as flags: {' '.join(sorted(differ))}"
-        )
-
-
-def saved_settings(config_class, state: dict) -> dict:
-    """A checkpoint's settings, as far as this Config has them; what to do is not among them."""
-    known = {f.name for f in dataclasses.fields(config_class)} - set(ACTIONS)
-    return {k: v for k, v in state["config"].items() if k in known}
+def choices(settings_class: type[Settings], flat: dict[str, Any]) -> dict[str, Any]:
+    """Of flat settings those that are fields of the `Settings` itself, such as `base`."""
+    names = {f.name for f in fields(settings_class)} - set(OBJECTS)
+    return {k: v for k, v in flat.items() if k in names}
 
 
 def flag(name: str, value) -> str:
-    """A setting as one would give it on the command line."""
+    """A setting as one would give it on the command line.
+
+    >>> flag("soft_nms", False), flag("test_scales", (600, 800))
+    ('--no-soft-nms', '--test-scales 600 800')
+    """
     name = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no-{name}"
-    return f"--{name} {' '.join(map(str, value)) if isinstance(value, (tuple, list)) else value}"
-
-
-def untrained(config: Config) -> Config:
-    """The same model without a download: its weights come from a checkpoint, or do not matter."""
-    scratch = config.backbone_weights == "none"
-    return config if scratch else dataclasses.replace(config, backbone_weights="random")
-
-
-def show_rows(rows: dict, paper: dict) -> None:
-    for row, numbers in paper.items():
-        printed = "  ".join(f"{k} {v}" for k, v in numbers.items())
-        flags = " ".join(flag(k, v) for k, v in rows[row].items()) or "(defaults)"
-        print(f"{row:{max(map(len, paper))}}  {printed or 'not in the paper'}")
-        print(f"{'':4}{flags}")
+    shown = " ".join(map(str, value)) if isinstance(value, (tuple, list)) else value
+    return f"--{name} {shown}"

@@ -1,115 +1,62 @@
-"""`train`, the loop: schedule, optimiser, one step, the log, what is saved and how it resumes."""
+"""`train`, the loop: schedule, optimiser, one step, the log, what is saved and when."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import math
-import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from common import Resized
-from engine.checkpoints import (
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-    script_name,
-    set_aside,
-    write_json,
-)
-from engine.data import (
+from common import BadInput
+from data.checks import check_dataset, check_labels
+from data.transforms import TrainingImages
+from engine.checkpoints import RunLog, RunState, as_saved, resume_or_start, save_run, write_json
+from engine.loader import (
     TrainBatches,
-    check_dataset,
-    check_labels,
+    batches_of,
     fingerprint,
     make_loader,
     per_process_batch,
     to_device,
 )
 from engine.metrics import evaluate, show_metrics
-from engine.pictures import draw_curves
 from engine.processes import (
     autocast,
     gather,
     peak_memory,
+    print_once,
     progress,
     rank_and_world,
-    say,
     share_buffers,
 )
-from engine.settings import FREE, Config, flag
-from formats import BadInput, read_json
+from engine.settings import Run, Settings
 
 
-def learning_rate(config: Config, step: int, total: int, batch: int) -> float:
+def learning_rate(run: Run, step: int, total: int, batch: int) -> float:
     """Linear scaling rule, warm-up from warmup_factor; then a tenth at each drop, or a cosine."""
-    base = config.lr * batch / config.lr_batch
-    warmup = min(config.warmup, total // 10)
+    base = run.lr * batch / run.lr_batch
+    warmup = min(run.warmup, total // 10)
     share = min(1.0, step / warmup) if warmup else 1.0
-    warm = config.warmup_factor + (1 - config.warmup_factor) * share
-    fall = 0.1 ** sum(step >= round(drop * total) for drop in config.drops)
-    if config.cosine:
+    warm = run.warmup_factor + (1 - run.warmup_factor) * share
+    fall = 0.1 ** sum(step >= round(drop * total) for drop in run.drops)
+    if run.cosine:
         fall = (1 + math.cos(math.pi * step / total)) / 2
     return base * warm * fall
 
 
-def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, run: Run) -> torch.optim.Optimizer:
     weights = [p for p in model.parameters() if p.requires_grad]
-    decay = config.weight_decay
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(weights, lr=config.lr, weight_decay=decay, fused=True)
-    return torch.optim.SGD(weights, lr=config.lr, momentum=config.momentum, weight_decay=decay)
-
-
-def check_settings(path: Path, settings: dict, saved: dict) -> None:
-    """BadInput if a run is not what was saved of it, but for flags that change nothing learned."""
-    differ = [k for k, v in settings.items() if k not in FREE and flag(k, v) != flag(k, saved[k])]
-    if differ:
-        old = " ".join(flag(k, saved[k]) for k in differ)
-        raise BadInput(f"{path}: cannot resume, the run was made with {old}")
-
-
-def begin(out: Path, config: Config, settings, model, optimizer, about) -> tuple[int, list]:
-    """Take up the run in `out` if config.resume, or make room for a new one.
-
-    `about`: the data's categories and fingerprint. Returns steps done, losses not yet logged.
-    """
-    path, known, again = out / "last.pt", out / "config.json", config.resume
-    defaults = dataclasses.asdict(type(config)())  # of what an older run did not know yet
-    if not (again and path.exists()):
-        if again and known.exists():
-            check_settings(known, settings, defaults | read_json(known))
-            say(f"{out} has no checkpoint yet: its run starts anew")
-        else:
-            if again:
-                say(f"nothing to resume in {out}: starting anew")
-            set_aside(out)
-        return 0, []
-    state = load_checkpoint(path)
-    check_settings(path, settings, defaults | state["config"])
-    if state["categories"] != about["categories"]:
-        raise BadInput(f"{path}: cannot resume, the data's categories are others now")
-    if state.get("data", about["data"]) != about["data"]:  # older checkpoints have none
-        raise BadInput(f"{path}: cannot resume, the training images or boxes are others now")
-    load_weights(model, state, path)
-    optimizer.load_state_dict(state["optimizer"])
-    rank, world = rank_and_world()
-    if len(state["rng"]) == world:
-        main, *cuda = state["rng"][rank]
-        torch.set_rng_state(main)
-        if cuda and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])
-    else:
-        say(f"{len(state['rng'])} processes before, {world} now: sampling starts anew")
-    say(f"resumed at step {state['step']}")
-    return state["step"], list(state.get("window", []))
+    if run.optimizer == "adamw":
+        return torch.optim.AdamW(weights, lr=run.lr, weight_decay=run.weight_decay, fused=True)
+    return torch.optim.SGD(weights, lr=run.lr, momentum=run.momentum, weight_decay=run.weight_decay)
 
 
 class LossOnly(nn.Module):
@@ -123,11 +70,11 @@ class LossOnly(nn.Module):
         return self.model.loss(images, targets)
 
 
-def take_step(wrapped, optimizer, rate: float, items: list, config: Config, device):
+def take_step(wrapped, optimizer, rate: float, items: list, run: Run, device):
     """One update of the weights -> losses and the gradients' norm, on their device; image ids."""
     images, targets = to_device(items, device)
     try:
-        with autocast(config.amp, device):
+        with autocast(run.amp, device):
             losses = wrapped(images, targets)
     except ValueError as e:
         if "more than 1 value per channel" not in str(e):
@@ -139,25 +86,31 @@ def take_step(wrapped, optimizer, rate: float, items: list, config: Config, devi
     (group,) = optimizer.param_groups
     group["lr"] = rate
     norm = nn.utils.get_total_norm([p.grad for p in group["params"] if p.grad is not None])
-    if config.clip_norm:
-        nn.utils.clip_grads_with_norm_(group["params"], config.clip_norm, norm)
+    if run.clip_norm:
+        nn.utils.clip_grads_with_norm_(group["params"], run.clip_norm, norm)
     optimizer.step()
     return losses, norm, [t["image_id"] for t in targets]
 
 
 @contextlib.contextmanager
-def signals_caught():
-    """A list that collects SIGTERM and SIGINT, which do not end the process; the third does."""
-    caught: list[int] = []
+def signals_collected() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT in a list instead of dying; the third signal interrupts.
 
-    def catch(number, _):
-        caught.append(number)
-        if len(caught) == 3:  # somebody insists: the step hangs, and torchrun has sent its own
+    Outside the main thread, where Python allows no handlers, nothing is changed.
+    """
+    collected: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield collected
+        return
+
+    def collect(number, _):
+        collected.append(number)
+        if len(collected) == 3:  # somebody insists: the step hangs, and torchrun has sent its own
             raise KeyboardInterrupt
 
-    before = {s: signal.signal(s, catch) for s in (signal.SIGTERM, signal.SIGINT)}
+    before = {s: signal.signal(s, collect) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield caught
+        yield collected
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
@@ -166,8 +119,9 @@ def signals_caught():
 class LossWatch:
     """The losses since the log's last line; each travels to the host during the next step."""
 
-    def __init__(self, window: list[Tensor] = ()):
-        self.window, self.pending = list(window), None
+    def __init__(self, window: list[Tensor]):
+        self.window = window
+        self.pending: tuple | None = None
 
     def add(self, step: int, image_ids: list, losses: dict[str, Tensor], norm: Tensor) -> None:
         self.check()
@@ -191,160 +145,169 @@ class LossWatch:
                 raise FloatingPointError(f"step {step}, images {image_ids}: not finite: {shown}")
 
     def means(self) -> dict[str, float]:
+        """Each loss's mean over the window, which starts anew."""
         self.check()
-        means, self.window = torch.stack(self.window).mean(0).tolist(), []
+        means = torch.stack(self.window).mean(0).tolist()
+        self.window.clear()
         return dict(zip(self.pending[2][:-1], means))  # without the norm
 
 
-class RunLog:
-    """OUT/log.jsonl, a line a logging step or evaluation, and its picture; first process only."""
-
-    def __init__(self, out: Path, start: int):
-        self.path, self.lines = out / "log.jsonl", []
-        self.silent = rank_and_world()[0] > 0
-        if not self.silent:
-            out.mkdir(parents=True, exist_ok=True)
-            if start and self.path.exists():  # forget the lines of steps that were lost
-                for text in self.path.read_text().splitlines():
-                    with contextlib.suppress(json.JSONDecodeError):  # a kill may have torn the last
-                        line = json.loads(text)
-                        self.lines += [line] if line["step"] <= start else []
-            whole = self.path.with_name(".log.tmp")
-            whole.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-            os.replace(whole, self.path)
-
-    def write(self, line: dict) -> None:
-        if not self.silent:
-            self.lines.append(line)
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
-
-    def has_metrics(self, step: int) -> bool:
-        return any("AP" in line and line["step"] == step for line in self.lines)
-
-    def draw(self) -> None:
-        if self.lines and not self.silent:
-            draw_curves(self.lines, self.path.with_name("curves.png"))
-
-
-def report(step: int, batches, rate: float, means: dict, seconds: float, steps: int, device):
-    """The log's line of a step, and what is printed; `seconds` were spent on `steps` steps."""
-    batch, total = batches.batch * batches.world, batches.total
-    line = {"step": step, "epoch": round(step / batches.per_epoch, 3), "lr": rate}
+def report(step: int, batches: TrainBatches, rate: float, means: dict, speed: float, device):
+    """The log's line of a step, and what is printed of it; speed in images/s."""
+    line: dict[str, Any] = {"step": step, "epoch": round(step / batches.per_epoch, 3), "lr": rate}
     line |= {"loss": sum(means.values()), "losses": means}
-    speed = steps * batch / seconds
     line |= {"images_per_s": speed, "memory_mib": peak_memory(device) >> 20}
     parts = " ".join(f"{k} {v:.3f}" for k, v in means.items())
-    left = (total - step) * batch / speed / 60
+    left = (batches.total - step) * batches.batch * batches.world / speed / 60
     return line, (
-        f"step {step}/{total}  loss {line['loss']:.3f} ({parts})  "
+        f"step {step}/{batches.total}  loss {line['loss']:.3f} ({parts})  "
         f"{speed:.2f} images/s, {left:.1f} min left"
     )
 
 
-def save(path: Path, step: int, model, optimizer, settings: dict, about, window: list) -> None:
-    """All that `resume` and `load` need, of all processes; the first one writes it."""
-    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
-        raise FloatingPointError(f"step {step}: weights are not finite, and are not saved")
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    rng = gather([torch.get_rng_state(), *cuda])
-    if rank_and_world()[0] == 0:
-        state = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
-        state |= dict(step=step, rng=rng, config=settings, method=script_name(model))
-        state |= dict(about, window=torch.stack(window) if window else [])
-        save_checkpoint(path, state)
-
-
-def check_data(model: nn.Module, train_data, val_data, masks: bool = False) -> None:
-    """BadInput if the data are not what training needs, or not of the model's classes."""
-    check_dataset(train_data, "training", masks=masks)
-    if val_data is not None:
-        check_dataset(val_data, "validation", scored=True)
-    have, need = len(train_data.categories), getattr(model, "num_classes", None)
-    if need not in (None, have):
-        raise BadInput(f"the detector is made for {need} classes, the training data have {have}")
-
-
-def train(model: nn.Module, config: Config, train_data, val_data=None, out="runs/model") -> dict:
-    """Train to the end of the schedule, or to SIGTERM; returns the last metrics ({} without data).
-
-    OUT receives log.jsonl, last.pt, curves.png and what `evaluate` writes. With config.resume it
-    continues exactly where last.pt was written. BadInput: data that are not as common.py says.
-    """
-    out, device = Path(out), next(model.parameters()).device
-    check_data(model, train_data, val_data, getattr(config, "masks", False))
-    rank, world = rank_and_world()
-    batch = per_process_batch(config) * world
-    batches = TrainBatches(train_data.sizes, batch // world, config.seed)
-    batches.total = config.steps or max(1, round(config.epochs * batches.per_epoch))
-    # derived: a later test may run on another number of processes
-    derived = dict(batch=batch, eval_batch=config.eval_batch or batch // world)
-    settings = json.loads(json.dumps({**dataclasses.asdict(config), **derived}))  # tuples as lists
-    wrapped = LossOnly(model)
-    if world > 1:
-        wrapped = nn.parallel.DistributedDataParallel(wrapped)
-    optimizer = make_optimizer(model, config)
-    torch.manual_seed(config.seed + rank)  # from here on only sampling draws from it
-    about = dict(categories=train_data.categories, data=fingerprint(train_data))
-    batches.start, window = begin(out, config, settings, model, optimizer, about)
-    log, watch, metrics = RunLog(out, batches.start), LossWatch(window), {}
-    if rank == 0:
-        write_json(out / "config.json", settings)
+def describe(settings: Settings, batches: TrainBatches, num_images: int, model, device) -> str:
+    """The line that a run begins with: its length, batch, learning rate, network and machine."""
+    run, batch = settings.run, batches.batch * batches.world
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    say(
-        f"{batches.total} steps of {batch} images ({world} x {batch // world}), "
-        f"{batches.total / batches.per_epoch:.3g} epochs of {len(train_data)}; learning rate "
-        f"{config.lr} x {batch}/{config.lr_batch} = {config.lr * batch / config.lr_batch:.4g}; "
-        f"{config.backbone} at {' '.join(map(str, config.scales))} px, "
+    return (
+        f"{batches.total} steps of {batch} images ({batches.world} x {batches.batch}), "
+        f"{batches.total / batches.per_epoch:.3g} epochs of {num_images}; learning rate "
+        f"{run.lr} x {batch}/{run.lr_batch} = {run.lr * batch / run.lr_batch:.4g}; "
+        f"{settings.model.backbone} at {' '.join(map(str, settings.data.scales))} px, "
         f"{millions:.1f} M parameters, torch {torch.__version__} on {device}"
     )
-    loader = make_loader(Resized(train_data, config, True), config, device, batch_sampler=batches)
+
+
+class Evaluations:
+    """When a run is evaluated, and what follows: the log, the pictures, best.pt."""
+
+    def __init__(self, model, val_data, settings: Settings, out: Path, log: RunLog, total: int):
+        self.model, self.data, self.settings = model, val_data, settings
+        self.out, self.log = out, log
+        self.metrics: dict[str, Any] = {}
+        self.truth = val_data.coco() if val_data is not None and rank_and_world()[0] == 0 else None
+        every, times = settings.run.eval_every, settings.run.eval_times
+        self.steps = {round(total * i / times) for i in range(1, times)}
+        if every:
+            self.steps = set(range(every, total, every))
+        if val_data is None:
+            self.steps = set()
+
+    def due(self, step: int) -> bool:
+        """Whether a step is followed by an evaluation; the last step's is not among these."""
+        return step in self.steps
+
+    def run(self, step: int, save: Callable[[Path], None], bar=None) -> None:
+        """Evaluate, log the metrics, draw, and save best.pt if no AP before was as high."""
+        share_buffers(self.model)
+        earlier = [line["AP"] or 0 for line in self.log.lines if "AP" in line]
+        self.metrics = evaluate(self.model, self.data, self.settings, self.out, self.truth)
+        if not self.log.has_metrics(step):
+            self.log.write({"step": step, **self.metrics})
+        self.log.draw()
+        print_once(f"step {step}: {show_metrics(self.metrics)}", bar)
+        best = gather((self.metrics["AP"] or 0) >= max(earlier, default=0))[0]
+        if best and self.metrics["AP"] is not None:
+            save(self.out / "best.pt")
+
+
+def check_data(model: nn.Module, settings: Settings, train_data, val_data) -> None:
+    """Raise BadInput if the data are not what training needs, or not of the model's classes."""
+    check_dataset(train_data, "training", masks=settings.model.masks)
+    if val_data is not None:
+        check_dataset(val_data, "validation", scored=True)
+    num_classes = len(train_data.categories)
+    if getattr(model, "num_classes", num_classes) != num_classes:
+        made_for = f"the detector is made for {model.num_classes} classes"
+        raise BadInput(f"{made_for}, the training data have {num_classes}")
+
+
+def length(run: Run, per_epoch: int) -> int:
+    """Steps of a whole run: `steps`, or `epochs` within `min_steps` and `max_steps`."""
+    if run.steps:
+        return run.steps
+    steps = max(1, run.min_steps, round(run.epochs * per_epoch))
+    return min(steps, run.max_steps) if run.max_steps else steps
+
+
+def train(
+    model: nn.Module,
+    settings: Settings,
+    train_data,
+    val_data=None,
+    out: str | Path = "runs/model",
+    resume: bool = False,
+) -> dict:
+    """Train to the end of the schedule, or to SIGTERM; returns the last metrics ({} without data).
+
+    OUT receives config.json, log.jsonl, last.pt, best.pt, curves.png and what `evaluate` writes.
+    With `resume` it continues exactly where last.pt was written. The data sets keep
+    `data.DetectionDataset`; BadInput says what one lacks.
+    """
+    out, device, run = Path(out), next(model.parameters()).device, settings.run
+    check_data(model, settings, train_data, val_data)
+    rank, world = rank_and_world()
+    batch = per_process_batch(run) * world
+    batches = TrainBatches(train_data.sizes, batch // world, run.seed)
+    batches.total = length(run, batches.per_epoch)
+    step_images = batches.batch * world  # fewer than `batch` if the whole set is smaller
+    wrapped: nn.Module = LossOnly(model)
+    if world > 1:
+        wrapped = nn.parallel.DistributedDataParallel(wrapped)
+    optimizer = make_optimizer(model, run)
+    torch.manual_seed(run.seed + rank)  # from here on only sampling draws from it
+    # The derived batch sizes are saved: a later test may run on another number of processes.
+    derived = settings.replace(batch=batch, eval_batch=run.eval_batch or batch // world)
+    state = RunState(derived, train_data.categories, fingerprint(train_data))
+    resume_or_start(out, resume, model, optimizer, state)
+    batches.start = state.step
+    log, watch = RunLog(out, state.step), LossWatch(state.window)
+    if rank == 0:
+        write_json(out / "config.json", as_saved(derived))
+    print_once(describe(settings, batches, len(train_data), model, device))
+    images = TrainingImages(
+        train_data, settings.data.scales, settings.data.max_size, settings.data.flip, run.seed
+    )
+    loader = make_loader(images, run.workers, device, batch_sampler=batches)
     bar = progress(None, "training", batches.total)
     bar.update(batches.start)
+    evaluations = Evaluations(model, val_data, settings, out, log, batches.total)
 
-    def test(step: int, where=None) -> dict:
-        share_buffers(model)
-        found = evaluate(model, val_data, config, device, where)
-        if not log.has_metrics(step):
-            log.write({"step": step, **found})
-        say(f"step {step}: {show_metrics(found)}", bar)
-        return found
+    def save(path: Path) -> None:
+        watch.check()
+        save_run(path, model, optimizer, state)
 
-    def due(step: int) -> bool:
-        every = config.eval_every if val_data is not None else 0
-        return bool(every) and 0 < step < batches.total and step % every == 0
-
-    if due(batches.start) and not gather(log.has_metrics(batches.start))[0]:  # a kill fell into it
-        metrics = test(batches.start)
-    logged, clock = batches.start, time.perf_counter()
-    with signals_caught() as caught, contextlib.closing(bar):
-        for step, items in enumerate(loader, batches.start + 1):
+    # a run may have been killed during an evaluation
+    if evaluations.due(state.step) and not gather(log.has_metrics(state.step))[0]:
+        evaluations.run(state.step, save)
+    logged, clock = state.step, time.perf_counter()
+    with signals_collected() as signals, contextlib.closing(bar), batches_of(loader) as iterator:
+        for step, items in enumerate(iterator, batches.start + 1):
             check_labels([target for _, target in items], len(train_data.categories))
             model.train()
-            rate = learning_rate(config, step - 1, batches.total, batch)
-            losses, norm, ids = take_step(wrapped, optimizer, rate, items, config, device)
-            watch.add(step, ids, losses, norm)
+            rate = learning_rate(run, step - 1, batches.total, step_images)
+            losses, norm, image_ids = take_step(wrapped, optimizer, rate, items, run, device)
+            watch.add(step, image_ids, losses, norm)
+            state.step, state.window = step, watch.window
             bar.update()
-            stop = max(gather(caught[0] if caught else 0))
-            if step == batches.total or step % config.log_every == 0:
-                means, seconds = watch.means(), time.perf_counter() - clock
-                line, text = report(step, batches, rate, means, seconds, step - logged, device)
+            stop = max(gather(signals[0] if signals else 0))
+            if step == batches.total or step % run.log_every == 0:
+                speed = (step - logged) * step_images / (time.perf_counter() - clock)
+                line, text = report(step, batches, rate, watch.means(), speed, device)
                 log.write(line)
-                say(text, bar)
+                print_once(text, bar)
                 logged, clock = step, time.perf_counter()
-            if stop or step == batches.total or step % config.save_every == 0:
-                watch.check()
-                save(out / "last.pt", step, model, optimizer, settings, about, watch.window)
+            if stop or step == batches.total or step % run.save_every == 0:
+                save(out / "last.pt")
             if stop:
                 log.draw()
-                say(f"stopped by signal {stop} after step {step}; --resume goes on", bar)
+                print_once(f"stopped by signal {stop} after step {step}; --resume goes on", bar)
                 sys.exit(128 + stop)
-            if due(step):
+            if evaluations.due(step):
                 paused = time.perf_counter()
-                metrics = test(step)
-                log.draw()
+                evaluations.run(step, save, bar)
                 clock += time.perf_counter() - paused
     if val_data is not None:  # also where a run is resumed that had only this left to do
-        metrics = test(batches.total, out)
+        evaluations.run(batches.total, save)
     log.draw()
-    return metrics
+    return evaluations.metrics

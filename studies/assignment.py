@@ -1,34 +1,36 @@
-"""Which anchors does the IAC score make positive? Of DC loss's section 2.2, over validation images.
+"""Which anchors does the IAC score make positive? DC loss's section 2.2, over validation images.
 
     python -m studies.assignment dc_loss_clnms --weights CKPT
     torchrun --nproc_per_node 2 -m studies.assignment dc_loss_clnms --weights CKPT --data DIR
 
-Anchors that RetinaNet's rule makes positive (IoU over 0.5) stand beside those that the IAC score
-adds: how many, how sure the classifier already is of them (p of the gt's class), how well their
-predicted boxes fit the gt (IoU), and which share of the added ones RetinaNet would have ignored
-(IoU 0.4 to 0.5). A model that was trained without the score is asked what the score would add.
+Compares the anchors that RetinaNet's rule makes positive (IoU over 0.5) with those that the IAC
+score adds: how many there are, how sure the classifier already is of them (p of the gt's class),
+how well their predicted boxes fit the gt (IoU), and what share of the added ones RetinaNet would
+have ignored (IoU 0.4 to 0.5). For a model that was trained without the score, the study says what
+the score would add.
 
-Writes OUT/assignment.json, and OUT/assignment.png: how p and IoU are spread in both groups.
+Writes OUT/assignment.json, and OUT/assignment.png: the distributions of p and IoU in both groups.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import tyro
+from torch import Tensor, nn
 
-import common
-from common import Resized
-from dc_loss_clnms import Detector
+from baselines.gfl import GFL
+from baselines.retinanet import RetinaNet
+from common import aligned_iou
 from engine.checkpoints import write_json
-from engine.data import to_device
+from engine.loader import to_device
 from engine.pictures import new_figure
-from engine.processes import gather, progress, rank_and_world, say
+from engine.processes import gather, print_once, progress, rank_and_world
 from studies.checkpoint import Options as CheckpointOptions
-from studies.checkpoint import open_study, read_options, reported
+from studies.checkpoint import network_images, open_study, read_options, reported
 
 GROUPS = ("by IoU", "added")
 
@@ -39,25 +41,27 @@ class Options(CheckpointOptions):
 
 
 @torch.no_grad()
-def positives(model: Detector, images: list, targets: list[dict]) -> dict[str, torch.Tensor]:
+def positives(model: nn.Module, images: list, targets: list[dict]) -> dict[str, Tensor]:
     """The P positive anchors of a batch: `added` [P] by the IAC score, `ignored` [P] without it.
 
-    `p` [P] is of the gt's class, `iou` [P] of the predicted box with the gt.
+    `p` [P] is that of the gt's class, `iou` [P] that of the predicted box with the gt.
     """
-    config, out = model.config, model.outputs(images)
-    plain, _, _ = super(Detector, model).assign(out, targets)  # its base's
-    model.config = replace(config, iac=True)
-    labels, gt_boxes, gt_labels = model.assign(out, targets)
-    model.config = config
+    out = model.outputs(images)
+    base = GFL if isinstance(model, GFL) else RetinaNet
+    plain = base.assign(model, out, targets)
+    labels = model.add_positives(out, plain).labels
     at = (labels == 1).nonzero(as_tuple=True)
-    boxes = model.decode(out, at)
-    p = out["cls_logits"][at].sigmoid().gather(1, gt_labels[at][:, None])[:, 0]
-    iou = common.aligned_iou(boxes, gt_boxes[at])
-    return dict(added=plain[at] != 1, ignored=plain[at] == -1, p=p, iou=iou)
+    probs = out["cls_logits"][at].sigmoid()  # [P, K]
+    return {
+        "added": plain.labels[at] != 1,
+        "ignored": plain.labels[at] == -1,
+        "p": probs.gather(1, plain.gt_labels[at][:, None])[:, 0],
+        "iou": aligned_iou(model.decode(out, at), plain.gt_boxes[at]),
+    }
 
 
-def summarise(found: dict[str, torch.Tensor]) -> dict:
-    """Numbers of `positives`: of those by IoU, of those added, and how many more these are."""
+def summarise(found: dict[str, Tensor]) -> dict:
+    """`positives` as numbers: those by IoU, those added, and how many more these are."""
     added, numbers = found["added"], {}
     for name, part in zip(GROUPS, (~added, added)):
         means = {k: found[k][part].mean().item() if part.any() else None for k in ("p", "iou")}
@@ -67,8 +71,8 @@ def summarise(found: dict[str, torch.Tensor]) -> dict:
     return numbers | {"more": int(added.sum()) / max(1, int((~added).sum()))}
 
 
-def draw_positives(found: dict[str, torch.Tensor], path: Path) -> None:
-    """How p and IoU of `positives` are spread, of each group as shares of its anchors."""
+def draw_positives(found: dict[str, Tensor], path: Path) -> None:
+    """The distributions of p and IoU of `positives`, as shares of each group's anchors."""
     figure, (axes,) = new_figure(11, 4, 1, 2)
     labels = {"p": "p of the gt's class", "iou": "IoU of the predicted box with the gt"}
     for axis, (key, label) in zip(axes, labels.items()):
@@ -85,24 +89,25 @@ def draw_positives(found: dict[str, torch.Tensor], path: Path) -> None:
 def main(argv=None) -> dict:
     with reported():
         study = open_study(*read_options("assignment", Options, __doc__, argv))
-        model, data = study.model.eval(), Resized(study.data, study.config, False)
+        images = network_images(study)
         rank, world = rank_and_world()
-        mine, parts = range(rank, len(data), world), []
+        mine, parts = range(rank, len(images), world), []
         for i in progress(mine, "looking", len(mine)):
-            part = positives(model, *to_device([data[i]], study.device))
+            part = positives(study.model, *to_device(images[i], study.device))
             parts.append({k: v.cpu() for k, v in part.items()})
         shares = gather(parts)
         if rank:
             return {}
-        parts = [shares[i % world][i // world] for i in range(len(data))]  # in the images' order
+        parts = [shares[i % world][i // world] for i in range(len(images))]  # in their order
         found = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-        numbers = dict(images=len(data)) | summarise(found)
+        numbers = dict(images=len(images)) | summarise(found)
         write_json(study.out / "assignment.json", numbers)
         draw_positives(found, study.out / "assignment.png")
         for name in GROUPS:
             shown = " ".join(f"{k} {v}" for k, v in numbers[name].items())
-            say(f"{name:7}: {shown}")
-        say(f"{numbers['more']:.1%} more positives; results: {study.out}/assignment.json, .png")
+            print_once(f"{name:7}: {shown}")
+        print_once(f"{numbers['more']:.1%} more positives")
+        print_once(f"results: {study.out}/assignment.json, .png")
         return numbers
 
 

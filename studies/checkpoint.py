@@ -1,4 +1,4 @@
-"""What studies begin with: their command line, a checkpoint, and the data to look at it with."""
+"""What every study starts with: its command line, a checkpoint, and the validation images."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ import tyro
 from torch import nn
 from torch.utils.data import Dataset
 
-import engine
 from common import BadInput
-from engine.data import load_data
+from data.transforms import TestImages
+from engine.checkpoints import load_checkpoint, load_weights
+from engine.command import load_data, parse
 from engine.processes import end_processes, start_processes
-from engine.settings import Config, parse, untrained
+from engine.settings import Settings
 
-# the flags that leave out what the paper adds
+# The flags that leave out what each paper adds.
 BASELINES = {
     "d2det": ["--row", "table2.baseline"],
-    "double_head": ["--row", "table1.fc"],
+    "double_head": ["--heads", "fc"],
     "cpm_rcnn": ["--row", "table1.baseline"],
     "iou_aware_retinanet": ["--no-iou-head"],
     "dc_loss_clnms": ["--no-iac", "--no-dc-loss", "--nms", "plain"],
@@ -43,32 +44,33 @@ class Options:
 
 @dataclass
 class Study:
-    """A trained detector, and what it is to be studied with."""
+    """A trained detector, and the images to study it with."""
 
     model: nn.Module
-    config: Config  # the checkpoint's settings, under the flags given
-    data: Dataset  # validation images
-    device: torch.device
+    settings: Settings  # the checkpoint's, under the flags given
+    categories: list[dict]  # those that the model was trained for
+    weights: str
     out: Path
+    data: Dataset | None = None  # validation images
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
 
-def method_of(name: str):
-    """The module of a method, or of a baseline."""
+def script_of(name: str):
+    """The module of a method or of a baseline."""
     return importlib.import_module(name if name in PAPERS else f"baselines.{name}")
 
 
-def settings_of(name: str, flags: list[str]) -> Config:
-    """Settings of a method under `flags`; BadInput where they are no setting."""
-    method = method_of(name)
-    config = parse(method.Config, method.ROWS, method.TINY, name, flags)
-    if config.row and config.row not in method.ROWS:
-        raise BadInput(f"--row {config.row}: no such row, see --rows")
-    return config
+def settings_of(name: str, flags: list[str]) -> Settings:
+    """A method's settings under these flags; raises BadInput for flags that do not fit."""
+    return parse(name, script_of(name).Settings, flags)[1]
 
 
 def read_options(name: str, options_class, about: str, argv=None):
-    """A study's own options, and the other flags: those of the method."""
-    more = "Every flag of the method works too, over its own settings: see METHOD --help."
+    """A study's own options, and the remaining flags, which are the method's."""
+    more = "Every flag of the method works too and overrides its settings: see METHOD --help."
     return tyro.cli(
         options_class,
         args=argv,
@@ -79,28 +81,51 @@ def read_options(name: str, options_class, about: str, argv=None):
     )
 
 
-def open_study(options: Options, flags: list[str]) -> Study:
-    """Load the checkpoint, and the validation data that it or the flags name."""
+def open_model(options: Options, flags: list[str]) -> Study:
+    """The detector in a checkpoint, under the flags given; no images yet."""
+    script = script_of(options.method)
     weights = ["--weights", options.weights] if options.weights else []
-    config = settings_of(options.method, ["--eval", *weights, *flags])
-    if config.train or config.predict or config.rows:
+    command, settings = parse(options.method, script.Settings, ["--eval", *weights, *flags])
+    if command.train or command.predict or command.rows or command.export:
         raise BadInput("a study neither trains nor predicts: it looks at --weights")
-    if not config.weights:
-        raise BadInput(f"this needs --weights (there is no {config.out}/last.pt)")
-    out = Path(options.out or Path(config.weights).parent / "studies")
+    if not command.weights:
+        raise BadInput(f"this needs --weights (there is no {settings.run.out}/last.pt)")
+    out = Path(options.out or Path(command.weights).parent / "studies")
     if out.exists() and not out.is_dir():
         raise BadInput(f"--out {out}: a file has that name")
-    device = start_processes(config.device)
-    torch.manual_seed(config.seed)
-    settings = {**vars(untrained(config)), "device": str(device)}  # of this process
-    loaded = engine.load(config.weights, method=method_of(options.method), **settings)
-    _, data = load_data(config, False, True, loaded.categories)
-    return Study(loaded.model, config, data, device, out)
+    device = start_processes(settings.run.device)
+    torch.manual_seed(settings.run.seed)
+    state = load_checkpoint(command.weights)
+    model = script.Detector(settings.model.without_download(), len(state["categories"]))
+    load_weights(model, state, command.weights)
+    model = model.to(device).eval()
+    return Study(model, settings, state["categories"], command.weights, out)
+
+
+def open_study(options: Options, flags: list[str]) -> Study:
+    """A checkpoint, with the validation images that it or the flags name."""
+    study = open_model(options, flags)
+    _, study.data = load_data(study.settings, train=False, categories=study.categories)
+    return study
+
+
+def network_images(study: Study, data: Dataset | None = None) -> TestImages:
+    """Images as the network gets them, at the first test scale; items are [(image, target)].
+
+    They are the study's own unless `data` is given.
+    """
+    settings = study.settings
+    return TestImages(
+        study.data if data is None else data,
+        settings.test.test_scales[:1],
+        settings.data.max_size,
+        settings.data.scales,
+    )
 
 
 @contextlib.contextmanager
 def reported():
-    """Bad input ends the program with a line that says why; torchrun's processes leave."""
+    """End the program with one line for bad input, and leave torchrun's other processes."""
     try:
         yield
     except (BadInput, FloatingPointError) as e:

@@ -3,15 +3,16 @@
     python -m studies.cost            # ResNet-50, one 800x1333 image, 80 classes; no data, no GPU
     python -m studies.cost d2det --backbone resnet101
 
-A prediction is counted with a score threshold of 0 and random weights: as many boxes go through
-each head as the method lets through. Convolutions and matrix products count, as PyTorch's counter
-sees them, a deformable convolution as the plain one of its size; pooling, NMS and elementwise
+A prediction is counted with random weights and a score threshold of 0, so that as many boxes go
+through each head as the method allows. Convolutions and matrix products count, as PyTorch's counter
+sees them, and a deformable convolution as a plain one of its size; pooling, NMS and elementwise
 operations do not. Prints a table, writes OUT/cost.json.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,15 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from common import BadInput
 from engine.checkpoints import write_json
-from engine.settings import untrained
-from studies.checkpoint import (
-    BASELINES,
-    PAPERS,
-    method_of,
-    read_options,
-    reported,
-    settings_of,
-)
+from studies.checkpoint import BASELINES, PAPERS, read_options, reported, script_of, settings_of
 
 
 @dataclass
@@ -40,7 +33,7 @@ class CostOptions:
 
 
 def flop_counter() -> FlopCounterMode:
-    """PyTorch's counter of operations, made to know deformable convolutions."""
+    """PyTorch's counter of operations, extended by deformable convolutions."""
 
     def forward(x, weight, *others, out_shape, **options):  # all of them shapes
         return conv_flop_count(x, weight, out_shape)
@@ -55,12 +48,12 @@ def flop_counter() -> FlopCounterMode:
 
 def cost(name: str, flags: list[str], size: tuple[int, int]) -> tuple[float, float]:
     """Millions of parameters and 10^9 multiply-adds of a prediction, under these flags."""
-    config = settings_of(name, ["--preset", "paper", *flags])
-    config = replace(untrained(config), score_threshold=0.0)
+    settings = settings_of(name, ["--preset", "paper", *flags])
     torch.manual_seed(0)
-    model = method_of(name).Detector(config, 80).eval()
+    model = script_of(name).Detector(settings.model.without_download(), 80).eval()
+    test = dataclasses.replace(settings.test, score_threshold=0.0)
     with torch.no_grad(), flop_counter() as counter:
-        model.predict([torch.randint(0, 256, (3, *size), dtype=torch.uint8)])
+        model.predict([torch.randint(0, 256, (3, *size), dtype=torch.uint8)], test)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     return parameters, counter.get_total_flops() / 2e9
 
@@ -69,8 +62,8 @@ def main(argv=None) -> dict[str, dict]:
     with reported():
         options, flags = read_options("cost", CostOptions, __doc__, argv)
         if min(options.image) < 32:
-            raise BadInput(f"--image {options.image}: 32 is the least")
-        found = {}
+            raise BadInput(f"--image {options.image}: at least 32")
+        costs = {}
         print("| | parameters, M | multiply-adds, G | over the baseline |")
         print("|---|---|---|---|")
         for name in options.methods:
@@ -79,9 +72,9 @@ def main(argv=None) -> dict[str, dict]:
             more = f"{own[0] - base[0]:+.1f} M, {own[1] - base[1]:+.0f} G"
             for label, numbers, extra in ((f"{name}, baseline", base, ""), (name, own, more)):
                 print(f"| {label} | {numbers[0]:.1f} | {numbers[1]:.0f} | {extra} |", flush=True)
-                found[label] = dict(zip(("million_parameters", "giga_multiply_adds"), numbers))
-        write_json(Path(options.out) / "cost.json", found)
-        return found
+                costs[label] = dict(zip(("million_parameters", "giga_multiply_adds"), numbers))
+        write_json(Path(options.out) / "cost.json", costs)
+        return costs
 
 
 if __name__ == "__main__":

@@ -3,21 +3,21 @@
     python -m studies.errors d2det --weights CKPT
     python -m studies.errors d2det --weights CKPT --data DIR --show all "super animal" cat
 
-Seven precision-recall curves of a class, each forgiving one more kind of error, so that the area
-between two of them is what that kind costs:
+Seven precision-recall curves a class, each forgiving one more kind of error. The area between two
+of them is what that kind of error costs:
 
-    C75  as it is, at IoU 0.75
-    C50  at IoU 0.5: what placing the boxes a little better would bring
-    Loc  at IoU 0.1: all errors of place are forgiven, a second box on an object is not
-    Sim  also: boxes on objects of another class of the same supercategory do not count
-    Oth  also: boxes on objects of any other class do not count
-    BG   also: boxes on background do not count: 1 up to the highest recall that is reached
-    FN   also: objects that are missed do not count: 1 everywhere
+    C75  the detector as it is, at IoU 0.75
+    C50  at IoU 0.5: what slightly better boxes would gain
+    Loc  at IoU 0.1: errors of place are forgiven, a second box on an object is not
+    Sim  boxes on objects of another class of the same supercategory do not count either
+    Oth  boxes on objects of any other class do not count either
+    BG   boxes on background do not count either: 1 up to the highest recall that is reached
+    FN   missed objects do not count either: 1 everywhere
 
 Each number is the mean over 101 recalls, and for a supercategory, or all, the mean over classes.
 OUT/errors.json has them for all, each supercategory and each class, by object size; OUT/errors.png
-draws those that --show names, a row each. The rules are those of COCO's own MATLAB program: objects
-of other classes are ignored like those out of a size range; each excuses one box, not any number.
+draws those that --show names, one row each. The rules are those of COCO's own MATLAB program: an
+object of another class is ignored like one out of a size range, and excuses one box, not several.
 """
 
 from __future__ import annotations
@@ -31,16 +31,14 @@ from common import BadInput
 from engine.checkpoints import write_json
 from engine.metrics import coco_evaluation, complete_truth, detect, to_coco
 from engine.pictures import new_figure
-from engine.processes import gather, progress, rank_and_world, say
+from engine.processes import gather, print_once, progress, rank_and_world
 from studies.checkpoint import Options as CheckpointOptions
 from studies.checkpoint import open_study, read_options, reported
 
 KINDS = ("C75", "C50", "Loc", "Sim", "Oth", "BG", "FN")
 AREAS = ("all", "small", "medium", "large")
-# of the area that a kind adds, as in the original; black lines are around each
-COLOURS = dict(
-    zip(KINDS, ("white", "white", "#4f82bd", "#bf4f4c", "#5ce661", "#8063a3", "#ff9900"))
-)
+# of the area that each kind adds, as in the original; black lines surround it
+COLOURS = ("white", "white", "#4f82bd", "#bf4f4c", "#5ce661", "#8063a3", "#ff9900")
 
 
 @dataclass
@@ -49,25 +47,26 @@ class Options(CheckpointOptions):
 
 
 def class_curves(truth: dict, results: list[dict], category: dict) -> np.ndarray:
-    """Precision [7 KINDS, 101 recalls, 4 AREAS] of one class. 0 where it has no object (but FN)."""
+    """Precision [7 KINDS, 101 recalls, 4 AREAS] of one class; 0 where it has no object (FN: 1)."""
     mine = [r for r in results if r["category_id"] == category["id"]]
     group = category.get("supercategory", category["name"])
     similar = {c["id"] for c in truth["categories"] if c.get("supercategory", c["name"]) == group}
 
     def precision(ious, classes: set) -> np.ndarray:
         """[ious, 101, 4], with objects of other `classes` ignored."""
-        annotations = [
-            {**a, "category_id": category["id"], "difficult": a.get("difficult", 0) or not own}
-            for a in truth["annotations"]
-            if (own := a["category_id"] == category["id"]) or a["category_id"] in classes
-        ]
+        annotations = []
+        for a in truth["annotations"]:
+            own = a["category_id"] == category["id"]
+            if own or a["category_id"] in classes:
+                ignored = a.get("difficult", 0) or not own
+                annotations.append({**a, "category_id": category["id"], "difficult": ignored})
         part = {**truth, "annotations": annotations, "categories": [category]}
         found = coco_evaluation(part, mine if annotations else [], ious=ious)
         return found.eval["precision"][:, :, 0, :, -1].clip(0)  # -1: no object
 
+    everything = {c["id"] for c in truth["categories"]}
     curves = [*precision((0.75, 0.5, 0.1), set())]
-    curves += [*precision((0.1,), similar)]
-    curves += [*precision((0.1,), {c["id"] for c in truth["categories"]})]
+    curves += [*precision((0.1,), similar), *precision((0.1,), everything)]
     background = (curves[-1] > 0).astype(float)
     return np.stack([*curves, background, np.ones_like(background)])
 
@@ -85,14 +84,14 @@ def error_curves(truth: dict, results: list[dict]) -> dict[str, np.ndarray]:
 
 
 def draw_errors(curves: dict[str, np.ndarray], path: Path) -> None:
-    """A row for each name, a column for each size; of each kind the area that it adds."""
+    """One row a name, one column a size; each kind of error is the area that it adds."""
     figure, axes = new_figure(18, 4.2 * len(curves), len(curves), 4)
     recall = np.linspace(0, 1, 101)
     for row, (name, found) in zip(axes, curves.items()):
         for axis, area, values in zip(row, AREAS, np.moveaxis(found, -1, 0)):
-            for kind, precision in reversed([*zip(KINDS, values)]):
+            for kind, colour, precision in reversed([*zip(KINDS, COLOURS, values)]):
                 label = f"{precision.mean():.3f} {kind}"
-                axis.fill_between(recall, precision, color=COLOURS[kind], label=label)
+                axis.fill_between(recall, precision, color=colour, label=label)
                 axis.plot(recall, precision, "k", lw=0.8)
             title = f"{name}, {area} sizes" if area == "all" else f"{name}, {area}"
             axis.set(title=title, xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1))
@@ -110,9 +109,10 @@ def main(argv=None) -> dict:
         truth, results = study.data.coco(), []
         names = {"all", *(c["name"] for c in truth["categories"])}
         names |= {f"super {c.get('supercategory')}" for c in truth["categories"]} - {"super None"}
-        if unknown := [name for name in options.show if name not in names]:
-            raise BadInput(f"--show {unknown[0]}: there are {', '.join(sorted(names)[:20])} ...")
-        for target, found in detect(study.model, study.data, study.config, study.device):
+        for name in options.show:
+            if name not in names:
+                raise BadInput(f"--show {name}: there are {', '.join(sorted(names)[:20])} ...")
+        for target, found in detect(study.model, study.data, study.settings):
             results += to_coco(target["image_id"], found, study.data.categories)
         results = [r for share in gather(results) for r in share]
         if rank_and_world()[0]:
@@ -128,8 +128,8 @@ def main(argv=None) -> dict:
         write_json(study.out / "errors.json", numbers)
         draw_errors({name: curves[name] for name in options.show}, study.out / "errors.png")
         for area, means in numbers["all"].items():
-            say(f"{area:6}  " + "  ".join(f"{kind} {v:.3f}" for kind, v in means.items()))
-        say(f"results: {study.out}/errors.json, .png")
+            print_once(f"{area:6}  " + "  ".join(f"{kind} {v:.3f}" for kind, v in means.items()))
+        print_once(f"results: {study.out}/errors.json, .png")
         return numbers
 
 

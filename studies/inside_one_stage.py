@@ -7,79 +7,91 @@ import torchvision
 from torch import Tensor
 
 import dc_loss_clnms
-from baselines.retinanet import match_anchors
-from common import BadInput, aligned_iou
-from studies.seen import FOUND, OTHER, TRUTH, Seen, heat, numbers_of, outline, recorded, scale, show
+import kernels
+from baselines.retinanet import Positives, RetinaNet
+from common import BadInput, aligned_iou, padded_size
+from studies.boxes import class_losses
+from studies.seen import (
+    FOUND,
+    OTHER,
+    TRUTH,
+    Panel,
+    Seen,
+    heat,
+    numbers_of,
+    outline,
+    outlines,
+    scale,
+    show,
+)
 
 # ------------------------------------------------------------------------------ IoU-aware RetinaNet
 
 
-def iou_aware_panels(seen: Seen, pick: int) -> list:
-    if not seen.model.config.iou_head:
+def iou_aware_panels(seen: Seen, pick: int) -> list[Panel]:
+    model, out = seen.model, seen.outputs
+    if not model.settings.iou_head:
         raise BadInput("this checkpoint predicts no IoU: it is the baseline")
-    row, truth, out = seen.row(pick), seen.truth(pick), seen.outputs
-    anchor, label = int(seen.candidates["anchor"][row]), int(seen.candidates["labels"][row])
-    first, level = 0, 0
-    while anchor >= first + out["per_level"][level]:
-        first, level = first + out["per_level"][level], level + 1
-    count, stride = out["per_level"][level], seen.model.backbone.strides[level]
-    w = seen.image.shape[2]
-    width = -(-(-(-w // 32) * 32) // stride)  # of the padded image, in cells
+    truth, found = seen.truth(pick), seen.box(pick)
+    anchor = int(seen.candidates["anchor"][seen.row(pick)])
+    ends = torch.tensor(out["per_level"]).cumsum(0)
+    level = int((ends <= anchor).sum())
+    count, stride = out["per_level"][level], model.backbone.strides[level]
+    first = int(ends[level]) - count
+    width = -(-padded_size(seen.image)[1] // stride)  # of the level's map
     shape, kind = (count // 9 // width, width, 9), (anchor - first) % 9
 
-    def level_map(values: Tensor) -> Tensor:  # [N] -> [H, W] of the detection's anchor shape
+    def level_map(values: Tensor) -> Tensor:
+        """Of values [N], those of the anchors of the detection's level and shape: [H, W]."""
         return values[first : first + count].view(shape)[..., kind]
 
-    maps = {"class score": level_map(out["cls_logits"][0, :, label].sigmoid())}
-    maps["predicted IoU"] = level_map(out["iou_logits"][0].sigmoid())
-    boxes = level_map(torch.arange(len(out["anchors"]), device=seen.image.device))
-    index = (torch.zeros_like(boxes.flatten()), boxes.flatten())
+    maps = {
+        "class score": level_map(out["cls_logits"][0, :, seen.label(pick)].sigmoid()),
+        "predicted IoU": level_map(out["iou_logits"][0].sigmoid()),
+    }
     if truth is not None:
-        iou = torchvision.ops.box_iou(seen.model.decode(out, index), truth[None])
-        maps["true IoU"] = iou.view(shape[:2])
+        anchors = level_map(torch.arange(len(out["anchors"]), device=found.device)).flatten()
+        boxes = model.decode(out, (torch.zeros_like(anchors), anchors))
+        maps["true IoU"] = aligned_iou(boxes, truth).view(shape[:2])
     seen.numbers |= dict(level=level, anchor=anchor, **{k: numbers_of(v) for k, v in maps.items()})
     ground = torch.tensor([0.0, 0, shape[1] * stride, shape[0] * stride])
-    drawings = []
+    panels = []
     for name, values in maps.items():
 
         def draw(axis, values=values):
             show(axis, seen, grey=True)
             heat(axis, values, ground, alpha=0.7, limits=(0, 1))
-            outline(axis, truth, TRUTH)
-            outline(axis, seen.detections["boxes"][pick], FOUND)
+            outlines(axis, truth, found)
 
-        drawings.append(
-            (f"{name}: P{stride.bit_length() - 1}'s anchors\nof the found box's shape", draw)
-        )
-    return [
-        *drawings,
-        ("boxes on the object, ranked\nby class score and fused", ranking(seen, row)),
-    ]
+        title = f"{name}: P{stride.bit_length() - 1}'s anchors\nof the found box's shape"
+        panels.append((title, draw))
+    title = "boxes on the object, ranked\nby class score and fused"
+    return [*panels, (title, ranking(seen, seen.row(pick)))]
 
 
 def ranking(seen: Seen, row: int, most: int = 12):
-    """A drawing of the boxes around one before NMS: their places by class score and by Eq. 5."""
-    found = seen.candidates
+    """A drawing of the candidates around one of them: their ranks by class score and by Eq. 5."""
+    found, objects = seen.candidates, seen.target["boxes"]
     near = torchvision.ops.box_iou(found["boxes"][row][None], found["boxes"])[0] > 0.5
     near &= found["labels"] == found["labels"][row]
-    objects = seen.target["boxes"]
-    ious = torchvision.ops.box_iou(found["boxes"][near], objects)
-    iou = ious.amax(1) if len(objects) else found["iou_probs"][near]
-    known = "true IoU" if len(objects) else "predicted IoU"
+    iou, known = found["iou_probs"][near], "predicted IoU"
+    if len(objects):
+        iou = torchvision.ops.box_iou(found["boxes"][near], objects).amax(1)
+        known = "true IoU"
     order = found["cls_probs"][near].argsort(descending=True, stable=True)
     fused = found["scores"][near].argsort(descending=True, stable=True).argsort()[order]
-    places = [
+    lines = [
         dict(by_class=i + 1, fused=int(f) + 1, iou=round(iou[o].item(), 4))
         for i, (o, f) in enumerate(zip(order.tolist(), fused))
     ]
-    seen.numbers["ranking"] = places
+    seen.numbers["ranking"] = lines
 
     def draw(axis):
         import matplotlib
 
         colours = matplotlib.colormaps["viridis"]
         norm = matplotlib.colors.Normalize(0.5, 1)
-        for line in places:
+        for line in lines:
             ends = line["by_class"], line["fused"]
             if min(ends) <= most:
                 axis.plot((0, 1), ends, "o-", color=colours(norm(line["iou"])), lw=2)
@@ -93,26 +105,28 @@ def ranking(seen: Seen, row: int, most: int = 12):
 # ------------------------------------------------------------------------------ DC loss and CL-NMS
 
 
-def dc_panels(seen: Seen, pick: int) -> list:
-    truth, drawings = seen.truth(pick), []
-    if truth is not None:
-        drawings = training_panels(seen, truth)
-    return drawings + [nms_panel(seen, pick)]
+def dc_panels(seen: Seen, pick: int) -> list[Panel]:
+    panels, gt = [], seen.gt(pick)
+    if gt is not None:
+        panels = training_panels(seen, gt)
+    return [*panels, nms_panel(seen, pick)]
 
 
-def training_panels(seen: Seen, truth: Tensor) -> list:
-    """The coefficients of the object's positives, and those that the IAC score adds."""
-    model, drawings = seen.model, []
-    if "assign" not in seen.calls:  # a training step of this image, once a page
-        with torch.no_grad(), recorded(model, ["assign", "coefficients"]) as calls:
-            model.loss([seen.image], [seen.target])
-        seen.calls |= calls
-    (out, targets), (labels, gt_boxes, _) = seen.calls["assign"][0]
-    own = (labels[0] == 1) & (gt_boxes[0] == truth).all(1)  # positives of this object
-    if seen.calls["coefficients"]:
-        (_, positives), weights = seen.calls["coefficients"][0]
-        mine = (positives.gt_boxes == truth).all(1)
-        boxes, weights = positives.boxes()[mine], weights[mine]
+@torch.no_grad()
+def training_panels(seen: Seen, gt: int) -> list[Panel]:
+    """The weights lambda' of an object's positives, and the anchors that the IAC score adds."""
+    model, settings, out = seen.model, seen.model.settings, seen.outputs
+    truth, targets = seen.target["boxes"][gt], [seen.target]
+    assigned = model.assign(out, targets)
+    positive = assigned.labels == 1  # [1, N]
+    own, panels = (positive & (assigned.gt == gt))[0], []
+    if settings.dc_loss:
+        index = positive.nonzero(as_tuple=True)
+        boxes = model.decode(out, index)
+        positives = Positives.at(index, assigned, out["cls_logits"], boxes)
+        weights = model.coefficients(class_losses(model, out, assigned, index), positives)
+        mine = own[index[1]]
+        boxes, weights = boxes[mine], weights[mine]
         seen.numbers |= dict(weights=numbers_of(weights), boxes=[numbers_of(b) for b in boxes])
 
         def draw_weights(axis):
@@ -126,13 +140,11 @@ def training_panels(seen: Seen, truth: Tensor) -> list:
             outline(axis, truth, TRUTH)
             scale(axis, mapped)
 
-        drawings.append(
-            (f"boxes of its {len(boxes)} positives;\ncolour: weight lambda'", draw_weights)
-        )
-    if model.config.iac and model.config.base == "retinanet":
-        thresholds = (model.config.fg_iou, model.config.bg_iou)
-        by_iou, _, _ = match_anchors(out["anchors"], out["sizes"], targets, *thresholds)
-        added = own & (by_iou[0] != 1)
+        title = f"boxes of its {len(boxes)} positives;\ncolour: weight lambda'"
+        panels.append((title, draw_weights))
+    if isinstance(model, RetinaNet) and settings.iac:
+        by_iou = RetinaNet.assign(model, out, targets).labels[0] == 1
+        added = own & ~by_iou
         seen.numbers |= dict(positives=int(own.sum()), added_by_iac=int(added.sum()))
 
         def draw_anchors(axis):
@@ -142,46 +154,44 @@ def training_panels(seen: Seen, truth: Tensor) -> list:
                     outline(axis, anchor, colour, width=1.0)
             outline(axis, truth, TRUTH)
 
-        by_score, by_overlap = int(added.sum()), int((own & ~added).sum())
-        title = f"its anchors: {by_overlap} by IoU (blue)\n{by_score} by IAC (magenta)"
-        drawings.append((title, draw_anchors))
-    return drawings
+        title = f"its anchors: {int((own & by_iou).sum())} by IoU (blue)\n"
+        panels.append((f"{title}{int(added.sum())} by IAC (magenta)", draw_anchors))
+    return panels
 
 
-def nms_panel(seen: Seen, pick: int):
+def nms_panel(seen: Seen, pick: int) -> Panel:
     """The cluster of a detection, its centre, and the box that each NMS keeps of it (2.3)."""
-    found, config = seen.candidates, seen.config
-    same = (found["labels"] == seen.detections["labels"][pick]).nonzero()[:, 0]
+    found, test, truth = seen.candidates, seen.test, seen.truth(pick)
+    same = (found["labels"] == seen.label(pick)).nonzero()[:, 0]
     boxes, scores = found["boxes"][same], found["scores"][same]
-    row = int((same == seen.row(pick)).int().argmax())
-    left = scores.argsort(descending=True, stable=True)
-    while len(left):  # clusters in order of their best score, until the detection's
-        near = torchvision.ops.box_iou(boxes[left[:1]], boxes[left])[0] > config.nms_iou
-        near[0] = True
-        cluster, left = left[near], left[~near]
-        if row in cluster:
-            break
-    boxes, scores = boxes[cluster], scores[cluster]
-    kept = dc_loss_clnms.cl_nms_of_one_class(boxes, scores, config.nms_iou, config.cl_literal)
-    chosen = {"plain and soft": 0, "CL": int(kept[0])}  # of the cluster, whose first is its best
+    row = int((same == seen.row(pick)).nonzero())
+    # The boxes that plain NMS keeps name the clusters. A box is in the first that it overlaps.
+    heads = kernels.batched_nms(boxes, scores, torch.zeros_like(same), test.nms_iou)
+    overlaps = torchvision.ops.box_iou(boxes, boxes[heads]) > test.nms_iou  # [N, clusters]
+    overlaps[heads, torch.arange(len(heads), device=heads.device)] = True
+    cluster_of = overlaps.int().argmax(1)
+    mine = (cluster_of == cluster_of[row]).nonzero()[:, 0]
+    mine = mine[scores[mine].argsort(descending=True, stable=True)]
+    boxes, scores = boxes[mine], scores[mine]
+    (kept,) = dc_loss_clnms.cl_nms_of_one_class(boxes, scores, test.nms_iou, test.cl_literal)
+    chosen = {"plain and soft": 0, "CL": int(kept)}  # the first has the best score
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
     centre = (scores[:, None] * centres).sum(0) / scores.sum()
     seen.numbers |= dict(cluster=[numbers_of(b) for b in boxes], cluster_scores=numbers_of(scores))
     seen.numbers |= dict(centre=numbers_of(centre), kept=chosen)
-    truth = seen.truth(pick)
-    kept_by = ["plain NMS", "CL-NMS"]
+    title = f"of {len(boxes)} boxes magenta is kept by\nplain NMS, blue by CL-NMS"
     if truth is not None:
-        plain, cl = aligned_iou(boxes[list(chosen.values())], truth[None]).tolist()
+        plain, cl = aligned_iou(boxes[list(chosen.values())], truth).tolist()
         seen.numbers |= dict(iou_plain=plain, iou_cl=cl)
-        kept_by = [f"plain NMS (IoU {plain:.2f})", f"CL-NMS ({cl:.2f})"]
-    title = f"of {len(boxes)} boxes magenta is kept by\n{', blue by '.join(kept_by)}"
+        title = f"of {len(boxes)} boxes magenta is kept by\n"
+        title += f"plain NMS (IoU {plain:.2f}), blue by CL-NMS ({cl:.2f})"
 
     def draw(axis):
         show(axis, seen, [*boxes, truth])
         for box in boxes:
             outline(axis, box, "0.3", width=0.6, alpha=0.6)
         outline(axis, truth, TRUTH)
-        outline(axis, boxes[chosen["plain and soft"]], OTHER)
+        outline(axis, boxes[0], OTHER)
         outline(axis, boxes[chosen["CL"]], FOUND, "--")
         axis.plot(*centres.T.cpu(), ".", color="0.2", ms=4)
         axis.plot(*centre.cpu(), "+", color="lime", ms=12, mew=2.5)

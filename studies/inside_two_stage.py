@@ -1,115 +1,118 @@
 """What `studies.explain` draws of the two-stage methods.
 
-METHOD_record(model) names what is listened to. METHOD_panels(seen, place of a detection) gives the
-columns, (title, draw(axis)) each, and adds the numbers in them to `seen.numbers`.
+METHOD_panels(seen, pick) returns the columns of a detection's row and adds the numbers in them to
+`seen.numbers`. A head that the detector ran on many RoIs runs here on the detection's RoI alone.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import cpm_rcnn
 import d2det
 import double_head
-from baselines.faster_rcnn import RCNN_STDS
-from common import BadInput, aligned_iou, clip_boxes, decode_boxes
-from studies.seen import ENTERING, FOUND, TRUTH, Seen, heat, numbers_of, outline, scale, show
+import kernels
+from baselines.faster_rcnn import RCNN_STDS, Rois
+from common import BadInput, aligned_iou, decode_boxes
+from studies.seen import (
+    ENTERING,
+    FOUND,
+    TRUTH,
+    Panel,
+    Seen,
+    heat,
+    numbers_of,
+    outline,
+    outlines,
+    recorded,
+    scale,
+    show,
+)
 
 # ------------------------------------------------------------------------------ D2Det
 
 
-def d2det_record(model: nn.Module) -> list[str]:
-    names = ["pool"]
-    names += ["regress.offsets", "regress.overlap"] if model.config.dlr else []
-    for i in range(len(model.drp) if model.config.drp else 0):
-        names += [f"drp.{i}", f"drp.{i}.fc"]
-        names += [f"drp.{i}.pool.norm"] if model.config.weighting else []
-    return names
-
-
-def d2det_panels(seen: Seen, pick: int) -> list:
-    config, row, truth = seen.model.config, seen.row(pick), seen.truth(pick)
-    if not (config.dlr or config.drp):
+def d2det_panels(seen: Seen, pick: int) -> list[Panel]:
+    settings = seen.model.settings
+    if not (settings.dlr or settings.drp):
         raise BadInput("this checkpoint has neither DLR nor DRP: it is the baseline")
-    found, drawings = seen.detections["boxes"][pick], []
-    if config.dlr:
-        # DLR is the only one that pools 14x14; its RoIs are the candidates' proposals
-        entered = [rois for (_, rois, size), _ in seen.calls["pool"] if size == 14][0]
-        proposal = entered[row, 1:]
-        offsets = F.relu(seen.calls["regress.offsets"][0][1][row : row + 1])
-        overlap = seen.calls["regress.overlap"][0][1][row].sigmoid()  # [1, S, S]
-        cells = d2det.cell_boxes(proposal[None], offsets)[0].flatten(1).T  # [S*S, 4]
-        used = overlap.flatten() > 0.5 if config.overlap else torch.ones(len(cells)).bool()
-        area = [proposal, found, truth]
-        seen.numbers |= dict(proposal=proposal.tolist(), overlap=numbers_of(overlap))
-        seen.numbers |= dict(cells=[numbers_of(c) for c in cells], used=int(used.sum()))
-
-        def draw_cells(axis):
-            show(axis, seen, area)
-            for box, on in zip(cells, used):
-                outline(axis, box, FOUND if on else "0.35", width=0.7 if on else 0.4, alpha=0.7)
-            outline(axis, truth, TRUTH)
-            outline(axis, proposal, ENTERING, "--")
-            outline(axis, found, FOUND)
-
-        def draw_overlap(axis):
-            show(axis, seen, area, grey=True)
-            heat(axis, overlap[0], proposal, limits=(0, 1))
-            outline(axis, truth, TRUTH)
-            outline(axis, proposal, ENTERING, "--")
-            outline(axis, found, FOUND)
-
-        drawings.append(
-            (f"each cell's box; {int(used.sum())} cells of 49\nare averaged", draw_cells)
-        )
-        if config.overlap:
-            drawings.append(("is the cell on the object?\n(overlap prediction)", draw_overlap))
-    if config.drp:
-        drawings.append(("where DRP samples, and how\nmuch a sample weighs", drp(seen, row, pick)))
-    if config.masks:
-        fine = seen.candidates["masks"][row]
-        box = seen.candidates["boxes"][row]
-        coarse = F.adaptive_max_pool2d(fine[None], 7)[0]
-        for name, mask in (("its mask,\npooled to 7x7", coarse), ("its mask, 28x28", fine)):
-
-            def draw_mask(axis, mask=mask):
-                show(axis, seen, [box, truth], grey=True)
-                heat(axis, mask, box, alpha="value", limits=(0, 1))
-                outline(axis, box, FOUND)
-
-            drawings.append((name, draw_mask))
-    return drawings
+    at = seen.candidates["roi"][seen.row(pick)]
+    roi = seen.outputs["rois"][at[None]]
+    seen.numbers["proposal"] = roi.boxes[0].tolist()
+    panels = []
+    if settings.dlr:
+        panels += dlr(seen, roi, pick)
+    if settings.drp:
+        title = "where DRP samples, and how\nmuch a sample weighs"
+        panels.append((title, drp(seen, roi, seen.truth(pick))))
+    if settings.masks:
+        panels += mask_panels(seen, pick)
+    return panels
 
 
-def drp(seen: Seen, row: int, pick: int):
-    """A drawing of the samples that classify the proposal of a detection."""
-    config = seen.model.config
-    scores = seen.outputs["probs"][:, seen.detections["labels"][pick]]
-    if config.dlr:  # the proposal is known
-        entered = [rois for (_, rois, size), _ in seen.calls["pool"] if size == 14][0]
-        roi = entered[row]
-    else:  # it is the one with this score
-        roi = seen.outputs["rois"][(scores == seen.candidates["scores"][row]).int().argmax()]
-    for i, module in enumerate(seen.model.drp):
-        for call, ((_, rois, _), _) in enumerate(seen.calls[f"drp.{i}"]):
-            here = (rois == roi).all(1).nonzero()[:, 0]
-            if len(here):
-                at, size, gamma = int(here[0]), module.size, module.gamma
-                offsets = seen.calls[f"drp.{i}.fc"][call][1][at].float().view(2, size, size)
-                norm = seen.calls[f"drp.{i}.pool.norm"][call][1][at] if config.weighting else None
-    wh = (roi[3:] - roi[1:3])[:, None, None]
-    bins = d2det.cell_centres(roi[None, 1:], size)[0] + gamma * wh * offsets  # [2, S, S]
+@torch.no_grad()
+def dlr(seen: Seen, roi: Rois, pick: int) -> list[Panel]:
+    """The boxes of the cells of a detection's proposal, and which of them are averaged."""
+    model, proposal = seen.model, roi.boxes[0]
+    offsets, overlap_logits = model.regress(model.pool(seen.outputs["features"], roi, 14))
+    overlap = overlap_logits[0].float().sigmoid()  # [1, S, S]
+    cells = d2det.cell_boxes(roi.boxes, offsets.float())[0].flatten(1).T  # [S*S, 4]
+    used = overlap.flatten() > 0.5
+    if not model.settings.overlap:
+        used = torch.ones_like(used)
+    truth, found = seen.truth(pick), seen.box(pick)
+    area = [proposal, found, truth]
+    seen.numbers |= dict(overlap=numbers_of(overlap), used=int(used.sum()))
+    seen.numbers["cells"] = [numbers_of(c) for c in cells]
+
+    def draw_cells(axis):
+        show(axis, seen, area)
+        for box, on in zip(cells, used):
+            outline(axis, box, FOUND if on else "0.35", width=0.7 if on else 0.4, alpha=0.7)
+        outlines(axis, truth, found, proposal)
+
+    def draw_overlap(axis):
+        show(axis, seen, area, grey=True)
+        heat(axis, overlap[0], proposal, limits=(0, 1))
+        outlines(axis, truth, found, proposal)
+
+    title = f"each cell's box; {int(used.sum())} cells of {len(cells)}\nare averaged"
+    panels = [(title, draw_cells)]
+    if model.settings.overlap:
+        panels.append(("is the cell on the object?\n(overlap prediction)", draw_overlap))
+    return panels
+
+
+@torch.no_grad()
+def drp(seen: Seen, roi: Rois, truth: Tensor | None):
+    """A drawing of the samples that classify a proposal."""
+    model, proposal = seen.model, roi.boxes[0]
+    level = 0
+    if model.settings.drp_per_level:
+        level = int(kernels.roi_level(roi.flat(), model.strides))
+    module = model.drp[level]
+    modules = dict(offsets=module.fc)
+    if model.settings.weighting:
+        modules["norm"] = module.pool.norm
+    with recorded(**modules) as results:
+        model.class_features(seen.outputs["features"], roi)
+    size = module.size
+    offsets = results["offsets"][0].float().view(2, size, size)
+    step = module.gamma * (proposal[2:] - proposal[:2])[:, None, None]
+    bins = d2det.cell_centres(roi.boxes, size)[0] + step * offsets  # [2, S, S]
     offsets = offsets.repeat_interleave(2, 1).repeat_interleave(2, 2)  # [2, 2S, 2S]
-    points = d2det.cell_centres(roi[None, 1:], 2 * size)[0] + gamma * wh * offsets
-    weight = torch.ones(2 * size, 2 * size) if norm is None else relative_weight(norm)
+    points = d2det.cell_centres(roi.boxes, 2 * size)[0] + step * offsets
+    weight = torch.ones(2 * size, 2 * size)
+    if "norm" in results:
+        weight = relative_weight(results["norm"][0])
     seen.numbers |= dict(bins=[numbers_of(p) for p in bins], weights=numbers_of(weight))
 
     def draw(axis):
-        show(axis, seen, [roi[1:], seen.truth(pick)], margin=0.25)
-        outline(axis, seen.truth(pick), TRUTH)
-        outline(axis, roi[1:], ENTERING, "--")
+        show(axis, seen, [proposal, truth], margin=0.25)
+        outline(axis, truth, TRUTH)
+        outline(axis, proposal, ENTERING, "--")
         x, y = points.flatten(1).cpu()
         scale(axis, axis.scatter(x, y, s=12, c=weight.flatten().cpu(), cmap="plasma", lw=0))
 
@@ -117,9 +120,9 @@ def drp(seen: Seen, row: int, pick: int):
 
 
 def relative_weight(norm: Tensor) -> Tensor:
-    """How much each sample counts in DRP's output [2S, 2S]: 1 is its share in a plain average.
+    """How much each sample counts in DRP's output [2S, 2S]; 1 is its share in a plain average.
 
-    norm [C, 2S, 2S]: what DRP's norm gives. A sample is in one to four windows; the mean is over C.
+    norm [C, 2S, 2S]: what DRP's norm returns. A sample is in one to four windows; mean over C.
 
     >>> relative_weight(torch.zeros(2, 4, 4)).allclose(torch.ones(4, 4))
     True
@@ -134,54 +137,32 @@ def relative_weight(norm: Tensor) -> Tensor:
     return (share(weight) / share(torch.ones_like(weight)))[0].mean(0)
 
 
+def mask_panels(seen: Seen, pick: int) -> list[Panel]:
+    """The detection's mask, and the same as coarse as the overlap prediction."""
+    fine, box, truth = seen.detections["masks"][pick], seen.box(pick), seen.truth(pick)
+    coarse = F.adaptive_max_pool2d(fine[None], 7)[0]
+    panels = []
+    for title, mask in (("its mask,\npooled to 7x7", coarse), ("its mask, 28x28", fine)):
+
+        def draw(axis, mask=mask):
+            show(axis, seen, [box, truth], grey=True)
+            heat(axis, mask, box, alpha="value", limits=(0, 1))
+            outline(axis, box, FOUND)
+
+        panels.append((title, draw))
+    return panels
+
+
 # ------------------------------------------------------------------------------ CPM R-CNN
 
 
-def cpm_record(model: nn.Module) -> list[str]:
-    return [] if model.cascade else ["decode_stage"]
-
-
-def cpm_panels(seen: Seen, pick: int) -> list:
-    if seen.model.cascade:
+def cpm_panels(seen: Seen, pick: int) -> list[Panel]:
+    if not hasattr(seen.model, "grids"):
         raise BadInput("--base cascade has no heat maps to show")
-    row, truth, drawings = seen.row(pick), seen.truth(pick), []
-    found, ratios = seen.detections["boxes"][pick], seen.model.config.ratios
-    first = seen.calls["decode_stage"][0][0][1][row, 1:]
-    corner, wh = cpm_rcnn.enlarge(first[None], ratios[0])
-    area = [torch.cat([corner, corner + wh], 2)[0, 0], truth]
-    seen.numbers["stages"] = []
-    for (stage, rois, logits, _), result in seen.calls["decode_stage"]:
-        box, decoded, probs = rois[row, 1:], result[row, 1:], logits[row].float().sigmoid()
-        corner, wh = cpm_rcnn.enlarge(box[None], ratios[stage])
-        grid = torch.cat([corner, corner + wh], 2)[0, 0]
-        shown = probs / probs.amax((1, 2), keepdim=True)  # the best cell of each map is bright
-        canvas, best = whole_grid(shown), probs.flatten(1).argmax(1)
-        S, windows = probs.shape[-1], cpm_rcnn.unit_points(probs.device) * probs.shape[-1]
-        cells = torch.stack([best % S, best // S], 1) + windows + 0.5  # [9, 2] on the 2S grid
-        points = corner[0] + wh[0] * cells / (2 * S)
-        stage_numbers = dict(enters=numbers_of(box), box=numbers_of(decoded))
-        stage_numbers |= dict(points=[numbers_of(p) for p in points])
-        stage_numbers |= dict(probs=numbers_of(probs.flatten(1).amax(1)))
-        title = f"stage {stage + 1}: nine maps on the box\nenlarged {ratios[stage]:g} times"
-        if truth is not None:
-            before, after = aligned_iou(torch.stack([box, decoded]), truth[None]).tolist()
-            title += f"; IoU {before:.2f} to {after:.2f}"
-            stage_numbers |= dict(iou_before=before, iou_after=after)
-        seen.numbers["stages"].append(stage_numbers)
-
-        def draw(axis, box=box, decoded=decoded, grid=grid, canvas=canvas, points=points):
-            show(axis, seen, area, margin=0.03, grey=True)
-            heat(axis, canvas, grid, "inferno", "value", (0, 1), "share of the map's best cell")
-            axis.plot(*points.T.cpu(), "+", color="lime", ms=7, mew=1.2)
-            outline(axis, truth, TRUTH)
-            outline(axis, grid, "yellow", ":", 1.2)
-            outline(axis, box, ENTERING, "--")
-            outline(axis, decoded, FOUND)
-
-        drawings.append((title, draw))
+    truth, row = seen.truth(pick), seen.row(pick)
     scores = {k: seen.candidates[k][row].item() for k in ("cls", "ism", "rsm", "scores")}
     if truth is not None:
-        scores["IoU with object"] = aligned_iou(found[None], truth[None]).item()
+        scores["IoU with object"] = aligned_iou(seen.box(pick), truth).item()
     seen.numbers |= scores
 
     def bars(axis):
@@ -192,112 +173,143 @@ def cpm_panels(seen: Seen, pick: int) -> list:
         axis.set(xlim=(0, 1.2))
         axis.invert_yaxis()
 
-    return [*drawings, ("scores of the box", bars)]
+    return [*stage_panels(seen, row, truth), ("scores of the box", bars)]
+
+
+@torch.no_grad()
+def stage_panels(seen: Seen, row: int, truth: Tensor | None) -> list[Panel]:
+    """One panel a stage: the nine heat maps of a candidate's box, and the box that they draw."""
+    model, outputs = seen.model, seen.outputs
+    stages = seen.test.test_stage or model.settings.num_stages
+    at = seen.candidates["roi"][row]
+    roi, panels = outputs["rois"][at[None]], []
+    corner, wh = (v[0, 0] for v in cpm_rcnn.grid_frame(roi.boxes, model.settings.ratios[0]))
+    area = [torch.cat([corner, corner + wh]), truth]  # the first stage's, which is the largest
+    seen.numbers["stages"] = []
+    for stage, (head, ratio) in enumerate(zip(model.grids[:stages], model.settings.ratios), 1):
+        logits, _ = head(model.pool(outputs["features"], roi, 14))
+        drawn = roi.moved(cpm_rcnn.decode_grid(roi.boxes, logits, ratio, outputs["sizes"]))
+        box, decoded, probs = roi.boxes[0], drawn.boxes[0], logits[0].float().sigmoid()
+        corner, wh = (v[0, 0] for v in cpm_rcnn.grid_frame(roi.boxes, ratio))
+        grid = torch.cat([corner, corner + wh])
+        canvas = whole_grid(probs / probs.amax((1, 2), keepdim=True))  # best cells are bright
+        S, cell = probs.shape[-1], probs.flatten(1).argmax(1)
+        windows = cpm_rcnn.unit_points(probs.device) * S
+        cells = torch.stack([cell % S, cell // S], 1) + windows + 0.5  # [9, 2] on the 2S grid
+        points = corner + wh * cells / (2 * S)
+        numbers = dict(enters=numbers_of(box), box=numbers_of(decoded))
+        numbers |= dict(points=[numbers_of(p) for p in points])
+        numbers |= dict(probs=numbers_of(probs.flatten(1).amax(1)))
+        title = f"stage {stage}: nine maps on the box\nenlarged {ratio:g} times"
+        if truth is not None:
+            before, after = aligned_iou(torch.stack([box, decoded]), truth).tolist()
+            title += f"; IoU {before:.2f} to {after:.2f}"
+            numbers |= dict(iou_before=before, iou_after=after)
+        seen.numbers["stages"].append(numbers)
+
+        def draw(axis, box=box, decoded=decoded, grid=grid, canvas=canvas, points=points):
+            show(axis, seen, area, margin=0.03, grey=True)
+            heat(axis, canvas, grid, "inferno", "value", (0, 1), "share of the map's best cell")
+            axis.plot(*points.T.cpu(), "+", color="lime", ms=7, mew=1.2)
+            outline(axis, grid, "yellow", ":", 1.2)
+            outlines(axis, truth, decoded, box)
+
+        panels.append((title, draw))
+        roi = drawn
+    return panels
 
 
 def whole_grid(probs: Tensor) -> Tensor:
-    """Nine maps [9, S, S], each in its window, as one [2S, 2S]: the highest where they meet."""
+    """Nine maps [9, S, S], each in its window, as one [2S, 2S]: the highest where they overlap."""
     S = probs.shape[-1]
     canvas = probs.new_zeros(2 * S, 2 * S)
     for (x, y), values in zip((cpm_rcnn.unit_points() * S).long().tolist(), probs):
-        canvas[y : y + S, x : x + S] = torch.maximum(canvas[y : y + S, x : x + S], values)
+        window = canvas[y : y + S, x : x + S]
+        window.copy_(torch.maximum(window, values))
     return canvas
 
 
 # ------------------------------------------------------------------------------ Double-Head
 
 
-def double_head_record(model: nn.Module) -> list[str]:
-    return [f"heads.{k}" + ".blocks" * k.startswith("conv") for k in model.heads]
-
-
-def double_head_panels(seen: Seen, pick: int) -> list:
-    model, truth = seen.model, seen.truth(pick)
-    label, found = seen.detections["labels"][pick], seen.detections["boxes"][pick]
-    probs = {k: v[:, label] for k, v in seen.outputs["probs"].items()}
-    deltas = seen.outputs["deltas"][model.box_head][:, label]
-    boxes = decode_boxes(seen.outputs["rois"][:, 1:], deltas, RCNN_STDS)
-    boxes = clip_boxes(boxes, seen.outputs["sizes"][0])
-    at = int((boxes - found).abs().sum(1).argmin())  # the proposal that the detection comes from
-    proposal = seen.outputs["rois"][at, 1:]
-    heads = {name: values[at].item() for name, values in probs.items()}
-    seen.numbers |= dict(proposal=proposal.tolist(), class_score=heads)
-    drawings = []
+def double_head_panels(seen: Seen, pick: int) -> list[Panel]:
+    model, truth, found, label = seen.model, seen.truth(pick), seen.box(pick), seen.label(pick)
+    at = seen.candidates["roi"][seen.row(pick)]
+    roi = seen.outputs["rois"][at[None]]
+    scores = {k: v[at, label].item() for k, v in seen.outputs["probs"].items()}
+    seen.numbers |= dict(proposal=roi.boxes[0].tolist(), class_score=scores)
+    pooled = model.pool_for_heads(seen.outputs["features"], roi)
+    panels = []
     for name in model.cls:
-        shown = cell_evidence(model, name, seen, at, int(label))
-        seen.numbers[f"{name}_cells"] = numbers_of(shown)
-        size = model.config.conv_scale if name.startswith("conv") else 1.0
-        roi = double_head.enlarge(seen.outputs["rois"][at : at + 1], size)[0, 1:]
+        cells = cell_evidence(model, name, pooled[name], label)
+        seen.numbers[f"{name}_cells"] = numbers_of(cells)
+        size = model.settings.conv_scale if name.startswith("conv") else 1.0
+        area = double_head.enlarge_rois(roi.flat(), size)[0, 1:]
 
-        def draw(axis, shown=shown, roi=roi):
-            show(axis, seen, [roi, truth], grey=True)
-            most = float(shown.abs().max())
-            heat(axis, shown, roi, "coolwarm", limits=(-most, most))
-            outline(axis, truth, TRUTH)
-            outline(axis, proposal, ENTERING, "--")
-            outline(axis, found, FOUND)
+        def draw(axis, cells=cells, area=area):
+            show(axis, seen, [area, truth], grey=True)
+            most = float(cells.abs().max())
+            heat(axis, cells, area, "coolwarm", limits=(-most, most))
+            outlines(axis, truth, found, roi.boxes[0])
 
-        title = f"what each cell adds to the\n{name}-head's class, score {heads[name]:.2f}"
-        drawings.append((title, draw))
-    return drawings + slide(seen, found if truth is None else truth, int(label))
+        title = f"what each cell adds to the\n{name}-head's class, score {scores[name]:.2f}"
+        panels.append((title, draw))
+    return panels + slide(seen, found if truth is None else truth, label)
 
 
 @torch.no_grad()
-def cell_evidence(model, name: str, seen: Seen, at: int, label: int) -> Tensor:
-    """What each cell of RoI `at` adds to a head's logit of a class: [S, S].
+def cell_evidence(model, name: str, pooled: Tensor, label: int) -> Tensor:
+    """What each cell of one RoI, pooled [1, C, S, S], adds to a head's logit of a class: [S, S].
 
     conv-head averages over cells and ends in a linear layer: the cells and the bias add up to the
-    logit. In fc-head a cell adds to the first layer (`FCHead.maps`), and the logit's slope there
-    says what that changes.
+    logit. In fc-head a cell adds to the first layer, and the logit's slope there says how much that
+    changes.
     """
-    head, last = model.heads[name], model.cls[name]
+    head, output = model.heads[name], model.cls[name]
+    maps = head.maps(pooled)[0]  # [channels, S, S]
     if name.startswith("conv"):
-        maps = seen.calls[f"heads.{name}.blocks"][0][1][at]  # [channels, S, S]
-        return torch.einsum("dyx,d->yx", maps, last.weight[label]) / maps[0].numel()
-    maps = head.maps(seen.calls[f"heads.{name}"][0][0][0][at : at + 1])[0]
+        return torch.einsum("dyx,d->yx", maps, output.weight[label]) / maps[0].numel()
     hidden = (maps.sum((1, 2)) + head.first.bias).detach().requires_grad_()
     with torch.enable_grad():
-        logit = last(F.relu(head.second(F.relu(hidden))))[label]
+        logit = output(F.relu(head.second(F.relu(hidden))))[label]
         (slope,) = torch.autograd.grad(logit, hidden)
     return torch.einsum("dyx,d->yx", maps, slope)
 
 
 @torch.no_grad()
-def slide(seen: Seen, box: Tensor, label: int, steps: int = 33) -> list:
+def slide(seen: Seen, box: Tensor, label: int, steps: int = 33) -> list[Panel]:
     """Both heads' scores and boxes as a proposal slides off the object (cf. 3.1, Figures 2, 7)."""
     model = seen.model
     shift = torch.linspace(-1, 1, steps, device=box.device)
     moved = box.repeat(steps, 1)
     moved[:, 0::2] += shift[:, None] * (box[2] - box[0])
-    found = model.predictions(seen.outputs["features"], F.pad(moved, (1, 0)))  # of image 0
-    lines = {"IoU of the proposal": aligned_iou(moved, box[None])}
+    image = torch.zeros(steps, dtype=torch.long, device=box.device)
+    found = model.predictions(seen.outputs["features"], Rois(image, moved))
     scores = {name: probs[:, label] for name, probs in found["probs"].items()}
     if len(scores) > 1:
-        scores["fused"] = double_head.fuse_scores(*scores.values(), seen.config.fusion)
+        scores["fused"] = double_head.fuse_scores(*scores.values(), seen.test.fusion)
     regressed = {
-        name: aligned_iou(decode_boxes(moved, deltas[:, label], RCNN_STDS), box[None])
+        name: aligned_iou(decode_boxes(moved, deltas[:, label], RCNN_STDS), box)
         for name, deltas in found["deltas"].items()
     }
-    seen.numbers["slide"] = dict(shift=numbers_of(shift))
-    for what, values in (("score", scores), ("iou", regressed)):
-        seen.numbers["slide"][what] = {k: numbers_of(v) for k, v in values.items()}
-    both = []
+    seen.numbers["slide"] = {
+        "shift": numbers_of(shift),
+        "score": {k: numbers_of(v) for k, v in scores.items()},
+        "iou": {k: numbers_of(v) for k, v in regressed.items()},
+    }
+    proposal = {"IoU of the proposal": aligned_iou(moved, box)}
+    colours = {"IoU of the proposal": "0.6", "fused": "k", "fc": "tab:blue", "conv": "tab:red"}
+    panels = []
     for title, values in (
         ("score as the proposal slides", scores),
-        ("IoU of the box as it does", regressed),
+        ("IoU of the regressed box\nas the proposal slides", regressed),
     ):
 
-        def draw(axis, values=lines | values):
-            colours = {
-                "IoU of the proposal": "0.6",
-                "fused": "k",
-                "fc": "tab:blue",
-                "conv": "tab:red",
-            }
-            for name, value in values.items():
+        def draw(axis, lines=proposal | values):
+            for name, value in lines.items():
                 axis.plot(shift.cpu(), value.float().cpu(), label=name, color=colours.get(name))
             axis.set(xlabel="shift in widths", ylim=(-0.02, 1.35), yticks=(0, 0.5, 1))
             axis.legend(fontsize=8, loc="upper center", ncols=2)
 
-        both.append((title, draw))
-    return both
+        panels.append((title, draw))
+    return panels

@@ -3,40 +3,38 @@
     python -m studies.scores cpm_rcnn --weights CKPT
     python -m studies.scores cpm_rcnn --weights CKPT --data DIR --examples 8
 
-`ism` (Figure 5) compares the class score with the one times ISM's IoU. `rsm` (Figure 6) compares
-that product with the fused score (Eq. 4), at boxes that the border of the image cuts: there, the
-paper says, ISM expects the whole object and RSM makes good for it.
+`ism` (Figure 5) compares the class score with its product with ISM's IoU. `rsm` (Figure 6) compares
+that product with the fused score (Eq. 4), for boxes that the image's border cuts: there, the paper
+says, ISM expects the whole object and RSM corrects it.
 
-Shown are the boxes whose score rises most, and those whose score falls most, against the other
-boxes of their image: a factor that all have in common changes no order. Yellow is the box, white
-the object of its class with the highest IoU. The true IoU stands above, but chooses no box.
-OUT/scores.png draws these boxes, and OUT/scores.json lists them. The latter also says of all boxes
-how the scores follow the IoU (Pearson's correlation), and how far from it they are (mean distance).
+Shown are the boxes whose score rises most and those whose score falls most, relative to the other
+boxes of their image: a factor that all boxes share changes no order. Yellow is the box, white the
+object of its class with the highest IoU. The true IoU is printed above, but chooses no box.
+OUT/scores.png draws these boxes, and OUT/scores.json lists them. It also says how the scores of all
+boxes follow the IoU (Pearson's correlation), and how far from it they are (mean distance).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
-import torchvision
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from common import BadInput, xywh_to_xyxy
+from common import BadInput
 from cpm_rcnn import fused_score
 from engine.checkpoints import write_json
 from engine.metrics import detect
 from engine.pictures import frame, new_figure
-from engine.processes import gather, rank_and_world, say
-from engine.settings import Config
-from studies.alignment import Unsuppressed, correlation
+from engine.processes import print_once, rank_and_world
+from studies.boxes import BeforeNMS, Objects, objects_by_image, suppressed, with_iou
+from studies.calibration import correlation
 from studies.checkpoint import Options as CheckpointOptions
-from studies.checkpoint import open_study, read_options, reported
+from studies.checkpoint import Study, open_study, read_options, reported
 
 
 @dataclass
@@ -49,7 +47,7 @@ class Options(CheckpointOptions):
 
 
 def cut_by_border(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Mask [N] of boxes [N, 4] that come to within 1 % of the image's sides of its border.
+    """Mask [N] of boxes [N, 4] that come within 1 % of the image's sides to its border.
 
     >>> cut_by_border(torch.tensor([[0.5, 20, 60, 70], [5, 5, 90, 90]]), 100, 100)
     tensor([ True, False])
@@ -59,56 +57,71 @@ def cut_by_border(boxes: Tensor, height: int, width: int) -> Tensor:
     return near_x | (y1 < 0.01 * height) | (y2 > 0.99 * height)
 
 
-def pairs_of_scores(model: nn.Module, found: dict[str, Tensor], config: Config, size) -> dict:
-    """By figure: the mask [N] of its boxes, and their scores [N] without and with what it shows."""
-    cls = found["cls"] if config.ism_use == "multiply" else torch.ones_like(found["cls"])
+@dataclass
+class Pair:
+    """One figure's boxes in an image, and their scores without and with what the figure shows."""
+
+    shown: Tensor  # [N] bool
+    without: Tensor  # [N]
+    score: Tensor  # [N]
+
+
+def pairs_of_scores(settings, found: dict[str, Tensor], test, size) -> dict[str, Pair]:
+    """The pair of each figure that a model with these settings has; size (h, w) of the image."""
+    cls = found["cls"] if test.ism_use == "multiply" else torch.ones_like(found["cls"])
     product = cls * found["ism"]
     pairs = {}
-    if model.config.ism:
-        pairs["ism"] = torch.ones_like(cls).bool(), found["cls"], product
-    if model.config.rsm:
-        fused = fused_score(cls, found["ism"], found["rsm"], config.gamma)
-        pairs["rsm"] = cut_by_border(found["boxes"], *size), product, fused
+    if settings.ism:
+        pairs["ism"] = Pair(torch.ones_like(cls).bool(), found["cls"], product)
+    if settings.rsm:
+        fused = fused_score(cls, found["ism"], found["rsm"], test.gamma)
+        pairs["rsm"] = Pair(cut_by_border(found["boxes"], *size), product, fused)
     return pairs
 
 
-def boxes_under_two_scores(model: nn.Module, data: Dataset, config: Config, device) -> dict:
-    """By figure, of this process's images: IoU and both scores of all boxes [N, 3], and examples.
+def boxes_under_two_scores(study: Study) -> tuple[dict[str, Tensor], dict[str, list[dict]]]:
+    """By figure: IoU and both scores of all boxes [N, 3]; and examples.
 
-    Examples are dicts: of each image the box whose score rises most and the one that falls most.
+    Examples are, of each image, the box whose score rises most and the one whose falls most.
     """
-    label = {c["id"]: i for i, c in enumerate(data.categories)}
-    names = [c["name"] for c in data.categories]
-    objects: dict = {}
-    for a in data.coco()["annotations"]:
-        if not (a.get("iscrowd", 0) or a.get("difficult", 0)):
-            objects.setdefault(a["image_id"], []).append((a["bbox"], label[a["category_id"]]))
-    values: dict[str, list] = {}
-    examples: dict[str, list] = {}
-    everything = replace(config, ism=model.config.ism, rsm=model.config.rsm)
-    for target, found in detect(Unsuppressed(model, everything), data, config, device):
-        keep, _ = model.suppress(found["boxes"], found["scores"], found["labels"], everything)
-        found = {k: v[keep] for k, v in found.items()}
-        mine = objects.get(target["image_id"], [])
-        gt_boxes = xywh_to_xyxy([box for box, _ in mine])
-        same = found["labels"][:, None] == torch.tensor([k for _, k in mine]).long()
-        ious = torchvision.ops.box_iou(found["boxes"], gt_boxes) * same  # [N, G]
-        iou = F.pad(ious, (0, 1)).amax(1)  # [N]: an image may have no object
-        for figure, pair in pairs_of_scores(model, found, everything, target["size"]).items():
-            mask, without, score = pair
-            values.setdefault(figure, []).append(torch.stack([iou, without, score], 1)[mask])
-            common_factor = score.sum() / without.sum().clamp(min=1e-12)  # it changes no order
-            change = torch.where(mask, score / common_factor.clamp(min=1e-12) - without, 0)
-            most = (change.argmax().item(), change.argmin().item()) if mask.any() else ()
-            for i in (i for i in most if change[i]):
-                about = dict(image_id=target["image_id"], category=names[found["labels"][i]])
-                numbers = dict(iou=iou[i], without=without[i], score=score[i], change=change[i])
-                numbers |= {k: found[k][i] for k in ("cls", "ism", "rsm")}
-                about |= dict(box=found["boxes"][i].tolist())
-                about |= dict(object=gt_boxes[ious[i].argmax()].tolist() if iou[i] else None)
-                about |= {k: v.item() for k, v in numbers.items()}
-                examples.setdefault(figure, []).append(about)
-    return {k: (torch.cat(v), examples.get(k, [])) for k, v in values.items()}
+    model, settings, data = study.model, study.settings, study.data
+    names, objects = [c["name"] for c in data.categories], objects_by_image(data)
+    values: dict[str, list[Tensor]] = {}
+    examples: dict[str, list[dict]] = {}
+    for target, found in detect(BeforeNMS(model), data, settings, shared=False):
+        keep = suppressed(model, found, settings.test)["index"]
+        own = objects[target["image_id"]]
+        found = with_iou({k: v[keep] for k, v in found.items()}, own)
+        pairs = pairs_of_scores(model.settings, found, settings.test, target["size"])
+        for figure, pair in pairs.items():
+            numbers = torch.stack([found["iou"], pair.without, pair.score], 1)
+            values.setdefault(figure, []).append(numbers[pair.shown])
+            for example in extremes(found, pair, own):
+                category = names[example.pop("label")]
+                about = dict(image_id=target["image_id"], category=category)
+                examples.setdefault(figure, []).append(about | example)
+    return {figure: torch.cat(v) for figure, v in values.items()}, examples
+
+
+def extremes(found: dict[str, Tensor], pair: Pair, objects: Objects) -> list[dict]:
+    """The box of an image whose score rises most, and the one whose score falls most."""
+    if not pair.shown.any():
+        return []
+    common_factor = pair.score.sum() / pair.without.sum().clamp(min=1e-12)  # changes no order
+    change = pair.score / common_factor.clamp(min=1e-12) - pair.without
+    change = torch.where(pair.shown, change, 0)
+    numbers = dict(iou=found["iou"], without=pair.without, score=pair.score, change=change)
+    numbers |= {k: found[k] for k in ("cls", "ism", "rsm")}
+    chosen = []
+    for i in (int(change.argmax()), int(change.argmin())):
+        if change[i]:
+            example = {k: v[i].item() for k, v in numbers.items()}
+            example |= dict(label=int(found["labels"][i]), box=found["boxes"][i].tolist())
+            example["object"] = None
+            if found["iou"][i]:
+                example["object"] = objects.boxes[found["gt"][i]].tolist()
+            chosen.append(example)
+    return chosen
 
 
 def largest_changes(examples: list[dict], count: int) -> list[dict]:
@@ -120,7 +133,7 @@ def largest_changes(examples: list[dict], count: int) -> list[dict]:
 
 
 def summarise(values: Tensor) -> dict:
-    """Over all boxes: how the two scores follow the IoU, and how far from it they are.
+    """How the two scores of all boxes follow the IoU, and how far from it they are.
 
     values [N, 3]: IoU, score without, score with what the figure shows.
     """
@@ -141,7 +154,7 @@ TITLES = {
 
 
 def draw_scores(shown: dict[str, list[dict]], data: Dataset, path: Path) -> None:
-    """A row for each figure, a column for each box: the image around it, both scores, the IoU."""
+    """One row a figure, one column a box: the image around it, both scores, the IoU."""
     wanted = {row["image_id"] for rows in shown.values() for row in rows}
     ids = [image["id"] for image in data.coco()["images"]]
     images = {ids[i]: data[i][0] for i in range(len(data)) if ids[i] in wanted}
@@ -151,11 +164,10 @@ def draw_scores(shown: dict[str, list[dict]], data: Dataset, path: Path) -> None
         axis.axis("off")
     for line, (name, rows) in zip(axes, shown.items()):
         for axis, row in zip(line, rows):
-            image = images[row["image_id"]]
-            axis.imshow(image.permute(1, 2, 0).numpy())
-            for box, colour in ((row["object"], "white"), (row["box"], "yellow")):
-                if box:
-                    frame(axis, box, colour)
+            axis.imshow(images[row["image_id"]].permute(1, 2, 0).numpy())
+            if row["object"]:
+                frame(axis, row["object"], "white")
+            frame(axis, row["box"], "yellow")
             scores = TITLES[name].format(**row)
             axis.set_title(f"{row['category']}: IoU {row['iou']:.2f}\n{scores}", fontsize=9)
     figure.savefig(path, dpi=90)
@@ -165,28 +177,25 @@ def main(argv=None) -> dict:
     with reported():
         options, flags = read_options("scores", Options, __doc__, argv)
         if options.examples < 1:
-            raise BadInput(f"--examples {options.examples}: 1 is the least")
+            raise BadInput(f"--examples {options.examples}: at least 1")
         study = open_study(options, flags)
-        model, data, config = study.model, study.data, study.config
-        if not (model.config.ism or model.config.rsm):
-            raise BadInput(f"{config.weights}: a model without ISM and RSM has one score alone")
-        shares = gather(boxes_under_two_scores(model, data, config, study.device))
-        figures = [k for k in ("ism", "rsm") if getattr(model.config, k)]
-        shares = [share for share in shares if share]  # a process may have had no image
-        values = {k: torch.cat([share[k][0] for share in shares]) for k in figures}
-        examples = {k: [e for share in shares for e in share[k][1]] for k in figures}
-        shown = {k: largest_changes(v, options.examples) for k, v in examples.items()}
-        numbers = {k: summarise(v) | {"examples": shown[k]} for k, v in values.items()}
-        if rank_and_world()[0] == 0:
-            write_json(study.out / "scores.json", numbers)
-            if not any(shown.values()):
-                raise BadInput(f"{config.weights}: no box has a score over the threshold")
-            draw_scores(shown, data, study.out / "scores.png")
-        for name in figures:
-            told = {k: v for k, v in numbers[name].items() if k != "examples"}
-            say(f"{name}: {told}")
-        say(f"results: {study.out}/scores.json, .png")
-        return numbers
+        if not (study.model.settings.ism or study.model.settings.rsm):
+            raise BadInput(f"{study.weights}: a model without ISM and RSM has one score alone")
+        if rank_and_world()[0]:
+            return {}  # the first process does all
+        values, examples = boxes_under_two_scores(study)
+        shown = {k: largest_changes(examples.get(k, []), options.examples) for k in values}
+        numbers = {k: summarise(v) for k, v in values.items()}
+        write_json(
+            study.out / "scores.json", {k: v | {"examples": shown[k]} for k, v in numbers.items()}
+        )
+        if not any(shown.values()):
+            raise BadInput(f"{study.weights}: no box has a score over the threshold")
+        draw_scores(shown, study.data, study.out / "scores.png")
+        for name, told in numbers.items():
+            print_once(f"{name}: {told}")
+        print_once(f"results: {study.out}/scores.json, .png")
+        return {k: v | {"examples": shown[k]} for k, v in numbers.items()}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""One image as a detector sees it: its own tensors, recorded by name, and how they are drawn."""
+"""What a detector saw in one image, and how boxes and maps are drawn on it: for `explain`."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,84 +12,79 @@ import torchvision
 from torch import Tensor, nn
 
 from common import BadInput
-from engine.settings import Config
+from studies.boxes import suppressed
 
 TRUTH, ENTERING, FOUND, OTHER = "white", "orange", "deepskyblue", "magenta"  # colours of boxes
-
-
-@contextlib.contextmanager
-def recorded(model: nn.Module, names: list[str]):
-    """Calls of the model's modules and methods while it runs: {name: [(arguments, result), ...]}.
-
-    A name is that of a module, as "drp.0.fc", or of a method of the model, as "pool".
-    """
-    calls: dict[str, list[tuple]] = {name: [] for name in names}
-    modules = dict(model.named_modules())
-    with contextlib.ExitStack() as undo:
-        for name in names:
-            if name in modules:
-
-                def hook(module, inputs, result, name=name):
-                    calls[name].append((inputs, result))
-
-                undo.callback(modules[name].register_forward_hook(hook).remove)
-            else:
-
-                def method(*inputs, run=getattr(model, name), name=name):
-                    calls[name].append((inputs, run(*inputs)))
-                    return calls[name][-1][1]
-
-                setattr(model, name, method)  # hides the class's own, until it is deleted
-                undo.callback(delattr, model, name)
-        yield calls
+Panel = tuple[str, Callable]  # title, draw(axis)
 
 
 @dataclass
 class Seen:
-    """What a model found in an image, and what it saw on the way."""
+    """What a model found in an image, and what its network returned on the way."""
 
     model: nn.Module
-    config: Config
+    test: object  # the Test that it was found under
     image: Tensor  # uint8 [3, h, w], as the network gets it
-    target: dict  # as of the data set: boxes [G, 4] are in this image's pixels; G may be 0
+    target: dict  # boxes [G, 4] are in this image's pixels; G may be 0
     names: list[str]  # of the labels
-    calls: dict[str, list[tuple]]  # of `recorded`
     outputs: dict
     candidates: dict[str, Tensor]
-    detections: dict[str, Tensor]
+    detections: dict[str, Tensor]  # `index`: which of the candidates each detection is
     numbers: dict = field(default_factory=dict)  # what is drawn of a detection, for the JSON file
 
-    def row(self, pick: int) -> int:
-        """The place of a detection among the candidates: the same box and label."""
-        box, label = self.detections["boxes"][pick], self.detections["labels"][pick]
-        same = (self.candidates["boxes"] == box).all(1) & (self.candidates["labels"] == label)
-        return int(same.int().argmax())
+    def box(self, pick: int) -> Tensor:
+        return self.detections["boxes"][pick]
 
-    def truth(self, pick: int) -> Tensor | None:
-        """The object [4] that a detection overlaps most, of its class before others; or None."""
-        boxes = self.target["boxes"][~self.target["ignore"]]
-        labels = self.target["labels"][~self.target["ignore"]]
-        iou = torchvision.ops.box_iou(self.detections["boxes"][pick][None], boxes)[0]
+    def label(self, pick: int) -> int:
+        return int(self.detections["labels"][pick])
+
+    def row(self, pick: int) -> int:
+        """The detection's place among the candidates."""
+        return int(self.detections["index"][pick])
+
+    def gt(self, pick: int) -> int | None:
+        """The object that a detection overlaps most, preferring its own class; None without one."""
+        iou = torchvision.ops.box_iou(self.box(pick)[None], self.target["boxes"])[0]
+        iou = iou * ~self.target["ignore"]
         if not len(iou) or iou.max() < 0.1:
             return None
-        same = labels == self.detections["labels"][pick]
-        return boxes[(iou + (same & (iou >= 0.1))).argmax()]
+        same = self.target["labels"] == self.label(pick)
+        return int((iou + (same & (iou >= 0.1))).argmax())
+
+    def truth(self, pick: int) -> Tensor | None:
+        """That object's box [4]."""
+        gt = self.gt(pick)
+        return None if gt is None else self.target["boxes"][gt]
+
+
+def look(model: nn.Module, test, image: Tensor, target: dict, names: list[str]) -> Seen:
+    """Run a detector on one image."""
+    with torch.no_grad():
+        outputs = model.eval().outputs([image])
+        candidates = model.candidates(outputs, test)
+        detections = suppressed(model, candidates, test)
+    if not len(detections["boxes"]):
+        raise BadInput(f"nothing in it scores above {test.score_threshold}: --score-threshold")
+    return Seen(model, test, image, target, names, outputs, candidates, detections)
+
+
+@contextlib.contextmanager
+def recorded(**modules: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """What each of these modules returned last, by name, while the model runs."""
+    results: dict[str, Tensor] = {}
+    with contextlib.ExitStack() as hooks:
+        for name, module in modules.items():
+
+            def keep(_module, _inputs, result, name=name):
+                results[name] = result
+
+            hooks.callback(module.register_forward_hook(keep).remove)
+        yield results
 
 
 def numbers_of(values: Tensor) -> list[float]:
     """All values, for a JSON file."""
     return [round(v, 4) for v in values.flatten().tolist()]
-
-
-def look(model: nn.Module, config: Config, image: Tensor, target: dict, names, record) -> Seen:
-    """Run a detector on one image, and keep what the modules and methods in `record` do."""
-    with torch.no_grad(), recorded(model.eval(), record) as calls:
-        outputs = model.outputs([image])
-        candidates = model.select(outputs, config)
-        (detections,) = model.finish(candidates, 1, config)
-    if not len(detections["boxes"]):
-        raise BadInput(f"nothing in it scores above {config.score_threshold}: --score-threshold")
-    return Seen(model, config, image, target, names, calls, outputs, candidates, detections)
 
 
 # ------------------------------------------------------------------------------ drawing
@@ -97,9 +93,9 @@ def look(model: nn.Module, config: Config, image: Tensor, target: dict, names, r
 def show(axis, seen: Seen, boxes: list[Tensor | None] = (), margin=0.15, grey=False) -> None:
     """The image, or the part of it that these boxes [4] lie in; grey: as ground for a map."""
     h, w = seen.image.shape[1:]
-    ground = (0, w, h, 0)  # pixel i lies between i and i + 1, as boxes have it
+    extent = (0, w, h, 0)  # pixel i lies between i and i + 1, as boxes have it
     image = seen.image.permute(1, 2, 0).cpu().numpy()
-    axis.imshow(image.mean(2) if grey else image, "gray", extent=ground, vmin=0, vmax=255)
+    axis.imshow(image.mean(2) if grey else image, "gray", extent=extent, vmin=0, vmax=255)
     axis.set(xticks=[], yticks=[])
     known = [b for b in boxes if b is not None]
     if not known:
@@ -107,13 +103,14 @@ def show(axis, seen: Seen, boxes: list[Tensor | None] = (), margin=0.15, grey=Fa
     known = torch.stack(known)
     low, high = known[:, :2].amin(0), known[:, 2:].amax(0)
     low, high = low - margin * (high - low), high + margin * (high - low)
-    centre, half = ((low + high) / 2).tolist(), float((high - low).max()) / 2  # a square
-    axis.set(xlim=(centre[0] - half, centre[0] + half), ylim=(centre[1] + half, centre[1] - half))
-    axis.set_facecolor("0.8")  # what lies outside of the image
+    x, y = ((low + high) / 2).tolist()
+    half = float((high - low).max()) / 2  # a square
+    axis.set(xlim=(x - half, x + half), ylim=(y + half, y - half))
+    axis.set_facecolor("0.8")  # what lies outside the image
 
 
 def outline(axis, box: Tensor | None, colour, style="-", width=2.0, alpha=1.0) -> None:
-    """A box [4], if there is one, on a darker line, which shows it on its own colour too."""
+    """A box [4], if there is one, on a darker line, so that it shows on its own colour too."""
     if box is None:
         return
     from matplotlib.patches import Rectangle
@@ -127,19 +124,26 @@ def outline(axis, box: Tensor | None, colour, style="-", width=2.0, alpha=1.0) -
     axis.add_patch(patch)
 
 
-def heat(axis, values: Tensor, box: Tensor, colours="viridis", alpha=0.75, limits=None, label=""):
-    """A map [S, S] over a box [4] of the image, with its scale and its label beside it.
+def outlines(axis, truth: Tensor | None, found: Tensor, entering: Tensor | None = None) -> None:
+    """The object, the box that a detection is made from, and the detection, in their colours."""
+    outline(axis, truth, TRUTH)
+    outline(axis, entering, ENTERING, "--")
+    outline(axis, found, FOUND)
 
-    Where `alpha` is "value", what is low is transparent.
+
+def heat(axis, values: Tensor, box: Tensor, colours="viridis", alpha=0.75, limits=None, label=""):
+    """A map [S, S] over a box [4] of the image, with a labelled colour scale beside it.
+
+    If `alpha` is "value", low values are transparent.
     """
     x1, y1, x2, y2 = box.tolist()
     values = values.detach().float().cpu().numpy()
     low, high = limits or (float(values.min()), float(values.max()))
     if isinstance(alpha, str):
         alpha = np.clip((values - low) / max(high - low, 1e-6), 0, 1) ** 0.5
-    limits = axis.get_xlim(), axis.get_ylim()
+    xlim, ylim = axis.get_xlim(), axis.get_ylim()
     drawn = axis.imshow(values, colours, extent=(x1, x2, y2, y1), alpha=alpha, vmin=low, vmax=high)
-    axis.set(xlim=limits[0], ylim=limits[1])
+    axis.set(xlim=xlim, ylim=ylim)
     scale(axis, drawn, label)
 
 

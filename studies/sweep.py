@@ -5,39 +5,37 @@
     torchrun --nproc_per_node 2 -m studies.sweep dc_loss_clnms --weights CKPT --data DIR
 
 Prints a table, writes OUT/sweep_WHAT.json and .png. The network runs once; only scores, the choice
-of boxes and their suppression are done again. The detections of all settings are held at once: some
-4 GB of memory for twelve settings and COCO's 5,000 images.
+of boxes and their suppression are repeated. The detections under all settings are in memory
+together: about 4 GB for twelve settings and COCO's 5,000 images.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 from torch import nn
-from torch.utils.data import Dataset
 
 from common import BadInput
 from engine.checkpoints import write_json
-from engine.detector import Variants
-from engine.metrics import coco_metrics, detect, show_table, to_coco
+from engine.metrics import coco_metrics, detect_under, show_table, to_coco
 from engine.pictures import new_figure, percent
-from engine.processes import gather, rank_and_world, say
-from engine.settings import Config
-from studies.checkpoint import Options, open_study, read_options, reported
+from engine.processes import gather, print_once, rank_and_world
+from studies.checkpoint import Options, Study, open_study, read_options, reported
 
 # ------------------------------------------------------------------------------ what is varied
 
-# Each takes the detector and gives label -> the settings that differ.
+# Each function takes the detector and returns label -> the settings of `Test` that differ.
 TENTHS = tuple(round(i / 10, 1) for i in range(11))
 
 
 def alphas(model: nn.Module) -> dict[str, dict]:
     """IoU-aware RetinaNet, Tables 3 and 4; none: the plain product."""
-    if not model.config.iou_head:
+    if not model.settings.iou_head:
         raise BadInput("alpha needs a model with an IoU head (--iou-head)")
     values = {f"{a:.1f}": dict(product=False, alpha=a) for a in reversed(TENTHS)}
     return {"none": dict(product=True), **values}
@@ -45,39 +43,43 @@ def alphas(model: nn.Module) -> dict[str, dict]:
 
 def gammas(model: nn.Module) -> dict[str, dict]:
     """CPM R-CNN, Figure 7; none: the class score alone."""
-    if not model.config.rsm:
+    if not model.settings.rsm:
         raise BadInput("gamma needs a model with RSM (--rsm)")
-    return {"none": dict(ism=False, rsm=False)} | {f"{g:.1f}": dict(gamma=g) for g in TENTHS}
+    none = dict(ism_use="ignore", gamma=1.0)
+    return {"none": none} | {f"{g:.1f}": dict(gamma=g) for g in TENTHS}
 
 
 def cpm_scores(model: nn.Module) -> dict[str, dict]:
-    """CPM R-CNN, Figure 8: the same boxes by each score that this model has."""
-    ism, rsm = model.config.ism, model.config.rsm
-    found = {"cls": dict(ism=False, rsm=False)}
-    found |= {"without RSM": dict(rsm=False)} if ism else {}
-    found |= {"without ISM": dict(ism=False)} if rsm else {}
-    return found | ({"fused": {}} if ism and rsm else {})
+    """CPM R-CNN, Figure 8: the same boxes, ranked by each score that this model has."""
+    scores: dict[str, dict] = {"cls": dict(ism_use="ignore", gamma=1.0)}
+    if model.settings.ism:
+        scores["without RSM"] = dict(gamma=1.0)
+    if model.settings.rsm:
+        scores["without ISM"] = dict(ism_use="ignore")
+    if model.settings.ism and model.settings.rsm:
+        scores["fused"] = {}
+    return scores
 
 
 def fusions(model: nn.Module) -> dict[str, dict]:
     """Double-Head, Table 3 and Figure 6 (a) to (d): heads alone, then fused."""
-    if model.config.heads != "double_head":
+    if model.settings.heads != "double_head":
         raise BadInput("fusion needs a model with both heads (--heads double_head)")
     whole = [name for name in ("conv", "fc") if name in model.cls and name in model.box]
     ways = ("none", "max", "average", "complementary") if len(model.cls) == 2 else ("none",)
-    found = {f"{name} alone": dict(alone=name) for name in whole}
-    return found | {way: dict(alone="", fusion=way) for way in ways}
+    alone = {f"{name} alone": dict(alone=name) for name in whole}
+    return alone | {way: dict(alone="", fusion=way) for way in ways}
 
 
 def suppressions(_) -> dict[str, dict]:
     """DC loss and CL-NMS, Table 3; literal: the distance is added as the text says."""
-    found = {nms: dict(nms=nms, cl_literal=False) for nms in ("plain", "soft", "cl")}
-    return found | {"cl, literal": dict(nms="cl", cl_literal=True)}
+    kinds = {nms: dict(nms=nms, cl_literal=False) for nms in ("plain", "soft", "cl")}
+    return kinds | {"cl, literal": dict(nms="cl", cl_literal=True)}
 
 
 @dataclass
 class Sweep:
-    """What is varied, and how it is drawn: over a number, or as a line a setting."""
+    """What is varied, and how it is drawn: over a number, or as one line a setting."""
 
     settings: Callable[[nn.Module], dict[str, dict]]
     title: str
@@ -109,34 +111,36 @@ ALL = tuple(what for sweeps in SWEEPS.values() for what in sweeps)
 # ------------------------------------------------------------------------------ measured
 
 
-def evaluate_variants(model: nn.Module, configs: dict, data: Dataset, config: Config, device):
-    """Metrics of `model` under each of `configs`, from one forward pass over the data."""
-    results: dict[str, list] = {name: [] for name in configs}
-    for target, found in detect(Variants(model, list(configs.values())), data, config, device):
-        variant = found.pop("variant")
-        for i, mine in enumerate(results.values()):
-            part = {k: v[variant == i] for k, v in found.items()}
-            mine += to_coco(target["image_id"], part, data.categories)
+def metrics_under(study: Study, changes: dict[str, dict]) -> dict[str, dict]:
+    """Metrics by label, each under the study's Test with those changes; one forward pass."""
+    tests = [dataclasses.replace(study.settings.test, **c) for c in changes.values()]
+    results: list[list[dict]] = [[] for _ in tests]
+    for target, under in detect_under(study.model, study.data, study.settings, tests):
+        for mine, found in zip(results, under):
+            mine += to_coco(target["image_id"], found, study.data.categories)
     shares = gather(results)
     metrics = None
     if rank_and_world()[0] == 0:
-        truth = data.coco()
-        merged = {name: [r for share in shares for r in share[name]] for name in configs}
-        metrics = {name: coco_metrics(truth, r) for name, r in merged.items()}
+        truth, metrics = study.data.coco(), {}
+        for label, test, parts in zip(changes, tests, zip(*shares)):
+            merged = [result for part in parts for result in part]
+            metrics[label] = coco_metrics(truth, merged, test.metric_detections, test.metric_sides)
     return gather(metrics)[0]
 
 
-def sweep(what: str, model: nn.Module, data: Dataset, config: Config, device, out: Path) -> dict:
+def sweep(what: str, study: Study) -> dict[str, dict]:
     """Metrics by setting, as a table, OUT/sweep_WHAT.json and OUT/sweep_WHAT.png."""
     plan = next(sweeps[what] for sweeps in SWEEPS.values() if what in sweeps)
-    configs = {label: replace(config, **c) for label, c in plan.settings(model).items()}
-    rows = evaluate_variants(model, configs, data, config, device)
+    rows = metrics_under(study, plan.settings(study.model))
     if rank_and_world()[0] == 0:
         show_table(rows)
-        write_json(out / f"sweep_{what}.json", rows)
-        drawing = draw_over_number if plan.xlabel else draw_by_setting
-        drawing(rows, plan, out / f"sweep_{what}.png")
-    say(f"results: {out}/sweep_{what}.json, .png")
+        write_json(study.out / f"sweep_{what}.json", rows)
+        path = study.out / f"sweep_{what}.png"
+        if plan.xlabel:
+            draw_over_number(rows, plan, path)
+        else:
+            draw_by_setting(rows, plan.title, path)
+    print_once(f"results: {study.out}/sweep_{what}.json, .png")
     return rows
 
 
@@ -144,7 +148,7 @@ def sweep(what: str, model: nn.Module, data: Dataset, config: Config, device, ou
 
 
 def draw_over_number(rows: dict[str, dict], plan: Sweep, path: Path) -> None:
-    """AP over the number that `rows` are named by; the row "none" is a dotted line."""
+    """AP over the number that names each row; the row "none" is a dotted line."""
     figure, ((axis,),) = new_figure(7, 4.5)
     values = {float(k): v for k, v in rows.items() if k != "none"}
     for i, key in enumerate(("AP", "AP50", "AP75", "AP90")):
@@ -155,14 +159,14 @@ def draw_over_number(rows: dict[str, dict], plan: Sweep, path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
-def draw_by_setting(rows: dict[str, dict], plan: Sweep, path: Path) -> None:
-    """A line a row: AP by IoU threshold and by size of object (as CPM's Figure 8)."""
+def draw_by_setting(rows: dict[str, dict], title: str, path: Path) -> None:
+    """One line a row: AP by IoU threshold and by size of object (as CPM's Figure 8)."""
     figure, (axes,) = new_figure(13, 4.5, 1, 2)
     by_iou = ("AP50", "AP60", "AP70", "AP80", "AP90")
     for axis, keys in zip(axes, (by_iou, ("AP_small", "AP_medium", "AP_large"))):
         for name, metrics in rows.items():
             axis.plot(keys, [percent(metrics[k]) for k in keys], "o-", label=name)
-        axis.set(ylabel="AP in %", title=plan.title)
+        axis.set(ylabel="AP in %", title=title)
         axis.legend()
     figure.savefig(path, dpi=80)
 
@@ -176,15 +180,14 @@ class SweepOptions(Options):
     what: Literal[("", *ALL)] = ""  # what is varied (default: the method's first)
 
 
-def main(argv=None) -> dict:
+def main(argv=None) -> dict[str, dict]:
     with reported():
         options, flags = read_options("sweep", SweepOptions, __doc__, argv)
         known = SWEEPS[options.method]
         what = options.what or next(iter(known))
         if what not in known:
             raise BadInput(f"--what {what}: {options.method} has {', '.join(known)}")
-        study = open_study(options, flags)
-        return sweep(what, study.model, study.data, study.config, study.device, study.out)
+        return sweep(what, open_study(options, flags))
 
 
 if __name__ == "__main__":

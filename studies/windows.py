@@ -1,12 +1,14 @@
-"""What Double-Head's Section 3 adds up: windows around objects, sums by IoU, groups of objects."""
+"""What Double-Head's Section 3 sums: windows around objects, moments by IoU, groups of objects."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.metrics import complete_truth
+from studies.boxes import is_counted
 
 BINS = 20  # of a proposal's IoU (3.1)
 SIZES = ("small objects", "medium objects", "large objects")
@@ -14,11 +16,11 @@ CLASSES = ("easy classes", "medium classes", "hard classes")
 
 
 def sliding_windows(gt_boxes: Tensor, steps: int = 11) -> Tensor:
-    """Windows around each gt (3.1): [G, 4] -> [G, steps^4, 4], steps^4 = 14,641 for 11.
+    """Windows around each gt (3.1): [G, 4] -> [G, steps^4, 4]; steps^4 is 14,641 for 11.
 
-    Every combination of shifts in x and y (up to one side of the gt) and widths and heights (half
-    to double). choice: the steps widen quadratically from the gt, which is the middle window: even
-    steps would leave the bins next to IoU 1 empty.
+    Every combination of shifts in x and y (up to one side of the gt) with widths and heights (half
+    to double). The gt is the middle window. choice: the steps widen quadratically from it, because
+    even steps would leave the bins next to IoU 1 empty.
 
     >>> sliding_windows(torch.tensor([[0., 0., 10., 20.]]))[0, 14641 // 2]
     tensor([ 0.,  0., 10., 20.])
@@ -35,16 +37,16 @@ def sliding_windows(gt_boxes: Tensor, steps: int = 11) -> Tensor:
 def tally(moments: Tensor, labels, sizes, iou, score, regressed) -> None:
     """Add N boxes to moments [K, 3, BINS, 8]: sums of 1, x, x^2, s, s^2, x s, r, r^2, in float64.
 
-    x = iou (which chooses the bin), s = score, r = regressed, labels and sizes (0..2): all [N].
+    x = iou, which chooses the bin; s = score; r = regressed; labels; sizes 0..2: all [N].
     """
     x, s, r = (v.double() for v in (iou, score, regressed))
     terms = torch.stack([torch.ones_like(x), x, x * x, s, s * s, x * s, r, r * r], 1)
     cell = (labels * 3 + sizes) * BINS + (x * BINS).long().clamp(max=BINS - 1)
-    moments.view(-1, 8).index_add_(0, cell, terms)
+    moments.view(-1, 8).index_add_(0, cell.cpu(), terms.cpu())
 
 
 def statistics(moments: Tensor) -> dict:
-    """moments [BINS, 8] -> per bin count, mean and deviation (None: empty), and Pearson of s, x."""
+    """moments [BINS, 8] -> count, mean and deviation of each bin (None: empty); Pearson of s, x."""
     n, _, _, s, ss, _, r, rr = moments.unbind(1)
 
     def listed(values):
@@ -59,7 +61,7 @@ def statistics(moments: Tensor) -> dict:
 
 
 def pearson(moments: Tensor) -> float | None:
-    """Correlation of score and IoU from moments [8]; None where one of them does not vary."""
+    """Correlation of score and IoU from moments [8]; None if one of them does not vary."""
     n, x, xx, s, ss, xs, _, _ = moments.tolist()
     spread = (n * xx - x * x) * (n * ss - s * s)
     return round((n * xs - x * s) / spread**0.5, 4) if spread > 1e-12 * n**4 else None
@@ -72,25 +74,29 @@ def cell_correlation(cells: Tensor) -> Tensor:
 
 
 def groups_of_classes(per_class: dict[str, float | None]) -> dict[str, list[str]]:
-    """Thirds of the classes by falling AP (3.1); classes without an AP are in none."""
+    """Thirds of the classes by falling AP (3.1), without the classes that have no AP."""
     known = sorted((k for k, v in per_class.items() if v is not None), key=lambda k: -per_class[k])
     edges = [round(i * len(known) / 3) for i in range(4)]
     return {name: known[a:b] for name, a, b in zip(CLASSES, edges, edges[1:])}
 
 
-def read_objects(val_data, most: int) -> tuple[dict, dict]:
-    """COCO's areas of each image's objects, and which of them are analysed: evenly spread."""
-    areas, eligible, chosen = {}, [], {}
-    for a in complete_truth(val_data.coco())["annotations"]:
-        mine = areas.setdefault(a["image_id"], [])
-        if not (a.get("iscrowd", 0) or a.get("difficult", 0)):
-            eligible.append((a["image_id"], len(mine)))
-        mine.append(a["area"])
+def choose_objects(annotations: dict[Any, list[dict]], most: int) -> dict[Any, list[int]]:
+    """image id -> which of its objects are analysed: `most` in all, evenly spread (0: all).
+
+    annotations: those of `studies.boxes.annotations_by_image`. Crowds are never chosen.
+    """
+    eligible = [
+        (image_id, i)
+        for image_id, objects in annotations.items()
+        for i, annotation in enumerate(objects)
+        if is_counted(annotation)
+    ]
     count = min(most or len(eligible), len(eligible))
+    chosen: dict[Any, list[int]] = {}
     for i in range(count):
         image_id, position = eligible[i * len(eligible) // count]
         chosen.setdefault(image_id, []).append(position)
-    return areas, chosen
+    return chosen
 
 
 def size_group(areas: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import importlib
 import io
 import json
@@ -36,9 +35,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import common  # noqa: E402
+from data.checks import broken_images  # noqa: E402
+from data.images import read_image  # noqa: E402
 from engine.checkpoints import load_checkpoint  # noqa: E402
-from engine.data import broken_images  # noqa: E402
 
 SCRIPTS = "d2det double_head cpm_rcnn iou_aware_retinanet dc_loss_clnms".split()
 SMALL = """--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 12 --num-val 4
@@ -217,7 +216,7 @@ def images(count: Count, work: Path, chance: random.Random) -> None:
             problem = broken_images([file])
             verdict = "refused" if problem else "fine"
             if not problem:
-                common.read_image(file)
+                read_image(file)
         except BaseException as e:
             verdict = f"traceback: {type(e).__name__}: {e}"
         count.add(file.name, verdict)
@@ -225,23 +224,19 @@ def images(count: Count, work: Path, chance: random.Random) -> None:
 
 def flags(count: Count, work: Path) -> None:
     """Every flag with odd values: refused by name, or a step is trained and tested with it."""
-    config = importlib.import_module("d2det").Config
+    settings = importlib.import_module("d2det").Settings().flat()
     skip = "data out weights row train_json val_json train_images val_images predict device".split()
-    for f in dataclasses.fields(config):
-        if f.name in skip or f.type == "bool":
+    for name in (name for name in settings if name not in skip):
+        if isinstance(settings[name], bool):
             continue
         for value in ("nan", "inf", "-1", "0", "1e9", "x", "", "99999999999999999999"):
             argv = [*SMALL, *HEADS, "--train", "--steps", "1", "--out", str(work / "run")]
-            if (
-                f.name in ("epochs", "num_train", "num_val", "image_size")
-                and value[:3] in "1e9 999"
-            ):
+            counts = name in ("epochs", "num_train", "num_val", "image_size")
+            if counts and value[:3] in "1e9 999":
                 continue  # allowed, and very long
-            if f.name in ("steps", "scales", "test_scales", "workers") and value[:1] in "19":
+            if name in ("steps", "scales", "test_scales", "workers") and value[:1] in "19":
                 continue
-            count.add(
-                f"--{f.name} {value}", attempt([*argv, f"--{f.name.replace('_', '-')}", value])
-            )
+            count.add(f"--{name} {value}", attempt([*argv, f"--{name.replace('_', '-')}", value]))
 
 
 # ------------------------------------------------------------------------------ command line

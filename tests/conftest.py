@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,13 @@ import pytest
 # Before torch is imported, and for the processes that tests start: on such small tensors threads
 # cost more than they give, and where cores are shared they wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests, and the processes that they start, neither read nor write the user's cache of checked
+# images. The fonts that matplotlib has found, and weights of torch, stay where they are.
+_users_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+os.environ.setdefault("MPLCONFIGDIR", os.path.join(_users_cache, "matplotlib"))
+os.environ.setdefault("TORCH_HOME", os.path.join(_users_cache, "torch"))
+_cache = tempfile.TemporaryDirectory(prefix="two-task-detection-")
+os.environ["XDG_CACHE_HOME"] = _cache.name
 import torch  # noqa: E402
 
 # Before triton is imported: on a machine without a GPU its kernels run in the interpreter.

@@ -3,21 +3,23 @@
 import dataclasses
 import json
 import sys
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
-import common
-import cpm_rcnn
 import d2det
+import engine
 from baselines import retinanet
 from baselines.faster_rcnn import TwoStage
+from data import SyntheticDetection
 from engine.checkpoints import load_checkpoint
-from engine.data import to_device
-from engine.detector import Variants
-from engine.metrics import coco_metrics, detect, to_coco
-from engine.settings import Config as EngineConfig
+from engine.command import parse, read_rows, without_choices
+from engine.loader import to_device
+from engine.metrics import coco_metrics, detect, detect_under, to_coco
+from engine.settings import OBJECTS, choices
 
 SMALL = dict(fpn_channels=16, tower_convs=1, tower_groups=0, anchor_scale=2.0, norm="gn", workers=0)
 SMALL |= dict(p2=False)  # P3..P7, as in the papers
@@ -48,20 +50,34 @@ def torchrun(processes: int) -> list[str]:
     return [sys.executable, *(many if processes > 1 else [])]
 
 
+def settings_of(method, **flat):
+    """A method's settings under its tiny preset, with those changes by their flat names."""
+    settings = method.Settings(**choices(method.Settings, flat))
+    settings = settings.replace(**settings.tiny)
+    return settings.replace(**without_choices(settings, flat))
+
+
+def build(method, settings, num_classes=10):
+    """A detector. Its `predict` uses the settings' Test, and `full_settings` are all four."""
+    model = method.Detector(settings.model, num_classes)
+    model.full_settings = settings
+    model.default_test = lambda: settings.test
+    return model
+
+
 def make(method, **changes):
+    """A one-stage model, small, on the flags of its tiny preset."""
+    known = method.Settings(**choices(method.Settings, changes)).flat()
+    small = {k: v for k, v in SMALL.items() if k in known}
     torch.manual_seed(0)
-    brought = dataclasses.replace(method.Config(), **changes).brings(True)
-    settings = {**method.TINY, **brought, **SMALL, **changes}
-    config = dataclasses.replace(method.Config(), **settings)
-    return method.Detector(config, 10)
+    return build(method, settings_of(method, **{**small, **changes}))
 
 
 def small(method, **changes):
     """A two-stage model, on the flags of its tiny preset."""
     sizes = dict(fpn_channels=16, fc_channels=32, norm="gn", workers=0, proposals_test=40)
     torch.manual_seed(0)
-    config = dataclasses.replace(method.Config(), **{**method.TINY, **sizes, **changes})
-    return method.Detector(config, 10).eval()
+    return build(method, settings_of(method, **{**sizes, **changes})).eval()
 
 
 def sure(model):
@@ -73,7 +89,7 @@ def sure(model):
 
 
 def batch(count=2, size=96, seed=0):
-    data = common.SyntheticDetection(count, size, seed)
+    data = SyntheticDetection(count, size, seed)
     return to_device([data[i] for i in range(count)], "cpu")
 
 
@@ -91,9 +107,18 @@ def without_objects(targets):
     return [{**t, **{k: t[k][:0] for k in keys}} for t in targets]
 
 
+def every_settings(method) -> list:
+    """A script's default settings; where fields such as `base` choose, with each choice."""
+    hints = get_type_hints(method.Settings)
+    names = [f.name for f in dataclasses.fields(method.Settings) if f.name not in OBJECTS]
+    chosen = [{name: value} for name in names for value in get_args(hints[name])]
+    return [method.Settings(**choice) for choice in chosen or [{}]]
+
+
 def own_flags(method) -> set[str]:
-    names = [{f.name for f in dataclasses.fields(c)} for c in (method.Config, EngineConfig)]
-    return names[0] - names[1]
+    """The settings that no other script need have."""
+    names = set().union(*(settings.flat() for settings in every_settings(method)))
+    return names - engine.Settings().flat().keys()
 
 
 def behaviour(model):
@@ -113,12 +138,13 @@ def behaviour(model):
 
 def check_row(method, row):
     keep = ("backbone", "dcn", "scales", "test_scales", "max_size")  # sizes stay small here
-    changes = {k: v for k, v in method.ROWS[row].items() if k not in keep}
+    rows, printed = read_rows(method.__name__)
+    changes = {k: v for k, v in rows[row].items() if k not in keep}
     model, (images, targets) = sure(make(method, **changes)), batch(1, 64)
     sum(model.loss(images, targets).values()).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
     assert set(model.eval().predict(images)[0]) == {"boxes", "scores", "labels"}
-    assert row in method.PAPER
+    assert row in printed
 
 
 def check_gradients(method):
@@ -174,10 +200,10 @@ def check_batch_equals_singles(model):
 def check_all_classes(method):
     """`top_scores` limits pairs, with all_classes anchors: all their pairs over the threshold."""
     model, (images, _) = sure(make(method, top_scores=3, score_threshold=0.1)).eval(), batch(2)
-    out = model.outputs(images)
-    scores = model.score(out["cls_logits"].sigmoid(), out, (slice(None), slice(None)), model.config)
-    few = model.select(out, model.config)
-    every = model.select(out, dataclasses.replace(model.config, all_classes=True))
+    out, test = model.outputs(images), model.full_settings.test
+    scores = model.score(out["cls_logits"].sigmoid(), out, (slice(None), slice(None)), test)
+    few = model.candidates(out, test)
+    every = model.candidates(out, dataclasses.replace(test, all_classes=True))
     first, want = 0, 0
     for n in out["per_level"]:
         level = scores[:, first : first + n]
@@ -198,10 +224,11 @@ def keep_rois(model, patch):
 
         def training_rois(*args):
             result = found(*args)
-            return *result[:3], *first.setdefault("training", result[3:])
+            return *result[:3], first.setdefault("training", result[3])
 
         patch.setattr(model, "training_rois", training_rois, raising=False)
-    if isinstance(model, cpm_rcnn.Detector):  # whose stages make RoIs of their own
+    if type(model).__module__ == "cpm_rcnn":  # whose stages make RoIs of their own
+        cpm_rcnn = sys.modules["cpm_rcnn"]
         decode = cpm_rcnn.decode_grid
 
         def decode_grid(boxes, maps, ratio, sizes):
@@ -251,7 +278,7 @@ def check_overfits(model, image: int, steps: int, least_iou: float, to_the_end=F
     A second box on an object may be left, with a lower score: how many is chance. Ends before
     `steps` where all is found, if not told to go to the end.
     """
-    data = common.SyntheticDetection(image + 1, 96)
+    data = SyntheticDetection(image + 1, 96)
     target = data[image][1]
 
     def good(found):
@@ -268,35 +295,28 @@ def check_overfits(model, image: int, steps: int, least_iou: float, to_the_end=F
     return images, target["boxes"]
 
 
-def check_variants(method, configs: list):
-    """One pass under several configs finds what each finds alone, flips and scales included."""
-    model, data = sure(make(method, score_threshold=0.3)).eval(), common.SyntheticDetection(3, 64)
-    shared = dict(
-        scales=(64,),
-        test_scales=(64, 80),
-        max_size=96,
-        test_flip=True,
-        workers=0,
-        max_detections=9999,
+def check_variants(method, changes: list[dict]):
+    """One pass under several Tests finds what each finds alone, flips and scales included."""
+    model, data = sure(make(method, score_threshold=0.3)).eval(), SyntheticDetection(3, 64)
+    settings = model.full_settings.replace(
+        scales=(64,), test_scales=(64, 80), max_size=96, test_flip=True, max_detections=9999
     )
-    configs = [dataclasses.replace(model.config, **shared, **c) for c in configs]
-    merged = detect(Variants(model, configs), data, configs[0], torch.device("cpu"))
-    merged, seen = list(merged), []
-    for i, config in enumerate(configs):
-        model.config = config
-        alone = detect(model, data, config, torch.device("cpu"))
-        for (_, want), (_, found) in zip(alone, merged):
-            mine = found["variant"] == i
-            assert all(torch.equal(found[k][mine], want[k]) for k in want)
-        seen.append([f["boxes"][f["variant"] == i].tolist() for _, f in merged])
+    tests = [settings.replace(**change).test for change in changes]
+    merged, seen = list(detect_under(model, data, settings, tests)), []
+    for i, test in enumerate(tests):
+        alone = detect(model, data, dataclasses.replace(settings, test=test))
+        for (_, want), (_, found) in zip(alone, merged, strict=True):
+            assert found[i].keys() == want.keys()
+            assert all(torch.equal(found[i][k], want[k]) for k in want)
+        seen.append([found[i]["boxes"].tolist() for _, found in merged])
     assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
 
 
 def check_command_line(method, run, folder, *flags):
     """Trains two steps; what was saved gives the same metrics, and detects in a file: metrics."""
     metrics = method.main([*run, "--steps", "2", *flags, "--train", "--out", f"{folder}/a"])
-    image = common.SyntheticDetection(1, 64)[0][0]
-    common.Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / "a.png")
+    image = SyntheticDetection(1, 64)[0][0]
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / "a.png")
     saved = ["--weights", f"{folder}/a/last.pt", "--out", f"{folder}/c"]
     assert method.main([*run, "--eval", "--predict", f"{folder}/a.png", *saved]) == metrics
     assert {"pictures", "predictions.json"} <= {p.name for p in (folder / "c").rglob("*")}
@@ -306,7 +326,9 @@ def check_command_line(method, run, folder, *flags):
 def check_resume(method, run, folder, monkeypatch):
     """Trains into folder/a, and into folder/b with an interruption, to the same weights."""
     method.main([*run, "--train", "--out", f"{folder}/a"])
-    calls, original = [], method.Detector.loss
+    name = method.__name__.rpartition(".")[2]
+    detector = type(method.Detector(parse(name, method.Settings, [*run, "--train"])[1].model, 10))
+    calls, original = [], detector.loss
 
     def killed(self, images, targets):
         calls.append(1)
@@ -314,7 +336,7 @@ def check_resume(method, run, folder, monkeypatch):
             raise KeyboardInterrupt
         return original(self, images, targets)
 
-    monkeypatch.setattr(method.Detector, "loss", killed)
+    monkeypatch.setattr(detector, "loss", killed)
     with pytest.raises(KeyboardInterrupt):
         method.main([*run, "--train", "--out", f"{folder}/b"])
     monkeypatch.undo()

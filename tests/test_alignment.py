@@ -7,14 +7,14 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from methods import RUN, make, sure
+from test_studies import study_of
 
-import common
 import iou_aware_retinanet as iou_aware
 from baselines import retinanet
+from data import SyntheticDetection
 from studies import alignment
 from studies.calibration import calibration_error, lrp_errors, match_detections, optimal_lrp
 
-CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("unpainted")  # but for several checkpoints side by side
 
 
@@ -158,8 +158,8 @@ def two_images(monkeypatch):
 
 
 def test_what_enters_and_what_leaves_nms(two_images):
-    model = make(retinanet).eval()
-    points, results = alignment.measure(model, Two(), model.config, CPU)
+    study = study_of(make(retinanet).eval(), Two())
+    points, results = alignment.measure(study)
     assert set(points) == {("score", "before NMS"), ("score", "after NMS")}
     before, after = (points["score", stage] for stage in alignment.STAGES)
     want = torch.tensor([[0.8, 1], [0.9, 0.8], [0.5, 0.6], [0.3, 0]])
@@ -167,14 +167,14 @@ def test_what_enters_and_what_leaves_nms(two_images):
     torch.testing.assert_close(after, want[1:])  # NMS takes away the one that fits
     kept = [(r["image_id"], r["bbox"][3], round(r["score"], 4)) for r in results["oracle"]]
     assert kept == [(7, 10, 0.8), (8, 6, 0.3), (8, 10, 0)]  # by the oracle it stays
-    numbers = alignment.numbers_of(points, results, Two().coco(), model.config)["score"]
+    numbers = alignment.numbers_of(points, results, Two().coco(), study.settings.test)["score"]
     assert numbers["after NMS"]["boxes"] == 3 and numbers["after NMS"]["matched"]["pearson"] == 1
     assert numbers["before NMS"]["matched"]["pearson"] == pytest.approx(0.7206, abs=1e-4)
 
 
 def test_cost_by_threshold(two_images, tmp_path):
-    model = make(retinanet).eval()
-    found = alignment.alignment({"a": (model, model.config)}, Two(), CPU, tmp_path)["a"]
+    study = study_of(make(retinanet).eval(), Two(), tmp_path)
+    found = alignment.alignment({"a": study})["a"]
     own, oracle = found["metrics"]["score"], found["metrics"]["oracle"]
     half = 51 / 101 / 2  # one of class five's two objects; of class nine nothing is found
     for iou in range(50, 100, 5):
@@ -189,11 +189,11 @@ def test_cost_by_threshold(two_images, tmp_path):
 
 
 def test_images_without_annotations(tmp_path):
-    data = common.SyntheticDetection(2, 64)
+    data = SyntheticDetection(2, 64)
     truth = {**data.coco(), "annotations": []}
     data.coco = lambda: truth
-    model = sure(make(retinanet))
-    found = alignment.alignment({"a": (model, model.config)}, data, CPU, tmp_path)["a"]
+    study = study_of(sure(make(retinanet)), data, tmp_path)
+    found = alignment.alignment({"a": study})["a"]
     assert found["score"]["D-ECE"] is None and found["score"]["cost"]["AP"] is None
     assert found["score"]["LRP"]["oLRP"] is None and (tmp_path / "alignment.png").exists()
 

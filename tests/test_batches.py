@@ -1,14 +1,15 @@
 """What is found in an image does not depend on the images that are detected beside it."""
 
-import dataclasses
 import importlib
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from methods import build, settings_of
 
-import common
+from data import SyntheticDetection
+from data.contract import make_target
 from engine import metrics
 from engine.metrics import detect
 
@@ -26,9 +27,9 @@ SMALL = {
 def make(name, norm):
     """A narrow detector with random weights, none of them so small that its input hardly counts."""
     method = importlib.import_module(name)
-    torch.manual_seed(0)
     small = dict(fpn_channels=16, norm=norm, workers=0, score_threshold=0.005, **SMALL[name])
-    model = method.Detector(dataclasses.replace(method.Config(), **{**method.TINY, **small}), 10)
+    torch.manual_seed(0)
+    model = build(method, settings_of(method, **small))
     for layer in model.modules():
         if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
             torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
@@ -37,7 +38,7 @@ def make(name, norm):
 
 def pictures():
     """A small image, a larger one of another aspect, one that pads to the first one's size."""
-    wide, tall, near = (common.SyntheticDetection(3, 160)[i][0] for i in range(3))
+    wide, tall, near = (SyntheticDetection(3, 160)[i][0] for i in range(3))
     return [wide[:, :60, :90], tall[:, :, :70], near[:, :50, :96]]
 
 
@@ -65,7 +66,7 @@ class Crops(torch.utils.data.Dataset):
     """Synthetic images of many sizes."""
 
     def __init__(self):
-        self.whole = common.SyntheticDetection(7, 128)
+        self.whole = SyntheticDetection(7, 128)
         self.sizes = np.array([(128, 40 + 29 * (i * 3 % 4)) for i in range(7)])
 
     def __len__(self):
@@ -73,7 +74,7 @@ class Crops(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         h, w = self.sizes[index].tolist()
-        target = common.make_target(torch.zeros(0, 4), [], [], index, (h, w))
+        target = make_target(torch.zeros(0, 4), [], [], index, (h, w))
         return self.whole[index][0][:, :h, :w], target
 
 
@@ -83,11 +84,11 @@ def test_evaluation_does_not_depend_on_batch_or_processes(monkeypatch):
     monkeypatch.setattr(model, "outputs", lambda i: shapes.append(len(i)) or outputs(i))
     for batch, world in ((1, 1), (3, 1), (8, 1), (2, 2)):
         shared = dict(scales=(96,), test_scales=(96, 64), max_size=160, test_flip=True)
-        config = dataclasses.replace(model.config, eval_batch=batch, **shared)
+        settings = model.full_settings.replace(eval_batch=batch, **shared)
         found = {}
         for rank in range(world):
             monkeypatch.setattr(metrics, "rank_and_world", lambda r=rank, w=world: (r, w))
-            for target, mine in detect(model, data, config, torch.device("cpu")):
+            for target, mine in detect(model, data, settings):
                 assert target["image_id"] not in found
                 found[target["image_id"]] = mine
         assert sorted(found) == list(range(7))

@@ -9,11 +9,11 @@ import torchvision
 
 import common
 import kernels
-from baselines.faster_rcnn import RPN, sample_rois
+from baselines.faster_rcnn import RPN, Rois, sample_rois
 from baselines.retinanet import RetinaTowers
 from engine.detector import first_per_image, split_images
 from engine.processes import peak_memory, reset_peak_memory
-from engine.settings import Config as EngineConfig
+from engine.settings import Run
 from engine.train import learning_rate
 
 
@@ -79,6 +79,16 @@ def test_match_against_a_loop_in_one_chunk_and_many(low_quality, monkeypatch):
         assert torch.equal(index[positive], want[1][positive])
 
 
+@pytest.mark.parametrize("high, low", [(0.7, 0.3), (0.5, 0.5)])
+def test_match_one_image_is_match(high, low):
+    boxes, gts = random_boxes(400), random_boxes(30, seed=1)
+    boxes[:10] = gts[:10]
+    plain = common.match_one_image(boxes, gts, high, low)
+    for found, want in zip(common.match(boxes, gts, high, low), plain):
+        torch.testing.assert_close(found, want)
+    assert set(plain[0].tolist()) == ({-1, 0, 1} if high > low else {0, 1})
+
+
 def test_match_ignores_crowds():
     boxes = torch.tensor([[0.0, 0, 10, 10], [8, 0, 18, 10], [50, 50, 60, 60]])
     gts = torch.tensor([[0.0, 0, 10, 10], [0, 0, 14, 40]])
@@ -121,6 +131,30 @@ def test_sample_counts_and_is_random():
     assert not torch.equal(index, common.sample(labels, 256, 0.25)[0])
 
 
+@pytest.mark.parametrize(
+    "num_positive, num_negative", [(0, 40), (5, 40), (30, 40), (30, 3), (4, 3)]
+)
+@pytest.mark.parametrize("fraction", [0.25, 1.0])
+def test_sample_one_image_draws_as_many_and_only_what_sample_may(
+    num_positive, num_negative, fraction
+):
+    labels = torch.full((50 + num_positive,), -1)
+    labels[:num_positive] = 1
+    labels[num_positive : num_positive + num_negative] = 0
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    seen = [set(), set()]
+    for _ in range(200):
+        index, valid = common.sample(labels[None], 16, fraction)
+        drawn = [common.sample_one_image(labels, 16, fraction), index[0, valid[0]]]
+        counts = [labels[index].bincount(minlength=2).tolist() for index in drawn]
+        assert counts[0] == counts[1]  # bincount refuses the -1s, which may not be drawn
+        for rows, index in zip(seen, drawn):
+            assert len(set(index.tolist())) == len(index)  # none twice
+            assert (labels[index].diff() <= 0).all()  # positives first
+            rows |= set(index.tolist())
+    assert seen[0] == seen[1]  # sooner or later each draws all that may be drawn
+
+
 def test_anchors_by_hand():
     anchors = common.make_anchors([(1, 2), (1, 1)], (8, 16), (4.0,), (1.0, 4.0))
     want = [[-12, -12, 20, 20], [-4, -28, 12, 36], [-4, -12, 28, 20], [4, -28, 20, 36]]
@@ -153,21 +187,22 @@ def test_focal_loss_against_torchvision_and_by_hand():
 def test_first_per_image_and_split():
     image = torch.tensor([0, 2, 0, 0, 2])
     assert first_per_image(image, 3, 2).tolist() == [True, True, True, False, True]
-    boxes = torch.arange(5.0)[:, None].expand(-1, 4)
-    parts = split_images(boxes, torch.arange(5.0), torch.arange(5), image, 3)
+    flat = dict(boxes=torch.arange(5.0)[:, None].expand(-1, 4), labels=torch.arange(5))
+    parts = split_images(flat, image, 3)
     assert [p["labels"].tolist() for p in parts] == [[0, 2, 3], [], [1, 4]]
+    assert [p["boxes"][:, 3].tolist() for p in parts] == [[0, 2, 3], [], [1, 4]]
 
 
 def test_learning_rate_schedule():
-    config = EngineConfig(lr=0.02, lr_batch=16, drops=(2 / 3, 8 / 9), warmup=500)
-    rate = lambda step, batch=16: learning_rate(config, step, 90_000, batch)  # noqa: E731
+    run = Run(lr=0.02, lr_batch=16, drops=(2 / 3, 8 / 9), warmup=500)
+    rate = lambda step, batch=16: learning_rate(run, step, 90_000, batch)  # noqa: E731
     assert rate(0) == pytest.approx(0.02 / 3)
     assert rate(250) == pytest.approx(0.02 * 2 / 3)
     assert rate(500) == rate(59_999) == pytest.approx(0.02)
     assert rate(60_000) == rate(79_999) == pytest.approx(0.002)
     assert rate(80_000) == pytest.approx(0.0002)
     assert rate(500, batch=4) == pytest.approx(0.005)
-    config.cosine = True
+    run.cosine = True
     assert rate(0) == pytest.approx(0.02 / 3) and rate(89_999) < 1e-9
     assert rate(30_000) == pytest.approx(0.015) and rate(45_000) == pytest.approx(0.01)
 
@@ -216,11 +251,35 @@ def test_sample_rois_adds_gts_and_marks_background():
         "labels": torch.tensor([3, 5]),
         "ignore": torch.tensor([False, False]),
     }
-    rois, labels, gt_boxes = sample_rois(proposals, valid, [target], 512, 0.9)
-    found = sorted(zip(labels.tolist(), rois[:, 1].tolist()))
-    assert found == [(-1, 40.0), (3, 0.0), (3, 0.0), (3, 1.0), (5, 100.0)]
-    assert gt_boxes[labels == 5].tolist() == [[100, 100, 130, 130]]
-    assert gt_boxes[labels == 3].tolist() == [[0, 0, 10, 10]] * 3
+    rois = sample_rois(proposals, valid, [target], 512, 0.9, num_classes=10)
+    found = sorted(zip(rois.labels.tolist(), rois.boxes[:, 0].tolist(), rois.is_gt.tolist()))
+    proposed = [(3, 0.0, False), (3, 0.0, True), (3, 1.0, False)]
+    assert found == [*proposed, (5, 100.0, True), (10, 40.0, False)]
+    assert rois.gt_boxes[rois.labels == 5].tolist() == [[100, 100, 130, 130]]
+    assert rois.gt_boxes[rois.labels == 3].tolist() == [[0, 0, 10, 10]] * 3
+    assert torch.equal(rois.gt_boxes, target["boxes"][rois.gt])
+
+
+def test_of_two_objects_in_one_box_each_has_a_roi():
+    """Their boxes are equal, so only the index says which of them a RoI belongs to."""
+    box = torch.tensor([[0.0, 0, 10, 10]])
+    target = {
+        "boxes": box.repeat(2, 1),
+        "labels": torch.tensor([3, 5]),
+        "ignore": torch.tensor([False, False]),
+    }
+    rois = sample_rois(box[None], torch.tensor([[True]]), [target], 512, 1.0, num_classes=10)
+    assert len(rois) == 3 and (rois.labels == target["labels"][rois.gt]).all()
+
+
+def test_rois_are_indexed_and_moved_as_a_whole():
+    rois = Rois(torch.tensor([0, 0, 1]), random_boxes(3))
+    assert rois.flat().tolist() == [[i, *b] for i, b in zip([0, 0, 1], rois.boxes.tolist())]
+    for index in (torch.tensor([True, False, True]), torch.tensor([0, 2]), [0, 2]):
+        assert torch.equal(rois[index].flat(), rois.flat()[[0, 2]])
+    moved = rois.moved(rois.boxes + 1)
+    assert torch.equal(moved.image, rois.image) and torch.equal(moved.boxes, rois.boxes + 1)
+    assert len(rois) == 3 and len(rois[:0]) == 0 == len(rois[:0].flat())
 
 
 def test_frozen_stages_keep_weights_and_statistics():

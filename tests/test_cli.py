@@ -1,5 +1,6 @@
 """The command line and the promises about runs: resume, checkpoints, signals, flags."""
 
+import dataclasses
 import importlib
 import inspect
 import json
@@ -11,12 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from methods import every_settings
+from PIL import Image
 
 import common
 import d2det
-from engine.checkpoints import load_checkpoint, load_weights, save_checkpoint
-from engine.metrics import write_json
-from engine.train import signals_caught
+import engine
+from data import SyntheticDetection
+from data.images import read_image
+from data.settings import Checked
+from engine.checkpoints import load_checkpoint, load_weights, save_checkpoint, write_json
+from engine.command import Command, read_rows
+from engine.settings import OBJECTS, Settings
+from engine.train import signals_collected
 from studies.checkpoint import PAPERS
 
 pytestmark = pytest.mark.usefixtures("unpainted")
@@ -49,15 +57,15 @@ def finished(tmp_path_factory):
 
 def test_train_writes_what_it_promises(finished):
     out, metrics = finished
-    names = "config.json log.jsonl metrics.json predictions.json last.pt curves.png detections.png"
-    assert {p.name for p in out.iterdir()} == set(names.split())
+    names = "config.json log.jsonl metrics.json predictions.json last.pt best.pt curves.png"
+    assert {p.name for p in out.iterdir()} == {*names.split(), "detections.png"}
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in log if "loss" in r] == list(range(1, 9))
     assert json.loads((out / "metrics.json").read_text())["AP75"] == metrics["AP75"]
     assert {"AP", "AP50", "AP60", "AP70", "AP75", "AP80", "AP90", "AR100", "per_class"} <= set(
         metrics
     )
-    assert json.loads((out / "config.json").read_text())["steps"] == 8
+    assert json.loads((out / "config.json").read_text())["run"]["steps"] == 8
 
 
 def test_eval_and_predict_from_a_checkpoint(finished, tmp_path):
@@ -65,10 +73,10 @@ def test_eval_and_predict_from_a_checkpoint(finished, tmp_path):
     # Only the checkpoint is named: its settings come with it.
     again = d2det.main(["--eval", "--weights", f"{out}/last.pt", "--out", f"{tmp_path}/e"])
     assert again == metrics
-    image, _ = common.SyntheticDetection(1, 100)[0]
+    image, _ = SyntheticDetection(1, 100)[0]
     (tmp_path / "in").mkdir()
-    common.Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "in" / "a.png")
-    common.Image.fromarray(image.permute(1, 2, 0).numpy()[:50]).save(tmp_path / "in" / "b.jpg")
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "in" / "a.png")
+    Image.fromarray(image.permute(1, 2, 0).numpy()[:50]).save(tmp_path / "in" / "b.jpg")
     arguments = ["--weights", f"{out}/last.pt", "--out", f"{tmp_path}/p", "--draw-score", "0"]
     d2det.main(["--predict", f"{tmp_path}/in/a.png", f"{tmp_path}/in", *arguments])
     results = json.loads((tmp_path / "p" / "predict" / "predictions.json").read_text())
@@ -80,7 +88,7 @@ def test_eval_and_predict_from_a_checkpoint(finished, tmp_path):
         assert y + h <= (50.01 if r["image_id"] == 2 else 100.01)
     pictures = sorted((tmp_path / "p" / "predict" / "pictures").iterdir())
     assert [p.name for p in pictures] == ["00000_a.jpg", "00001_a.jpg", "00002_b.jpg"]
-    assert common.read_image(pictures[2]).shape == (3, 50, 100)
+    assert read_image(pictures[2]).shape == (3, 50, 100)
 
 
 @pytest.mark.parametrize("name", ["bccd", "coco_tiny"])
@@ -99,12 +107,12 @@ def test_real_data_trains_evaluates_and_predicts(detection_data, few_real_images
 
 
 def test_a_set_without_annotations_is_detected_in_but_not_scored(tmp_path, capsys):
-    data = common.SyntheticDetection(2, 64)
+    data = SyntheticDetection(2, 64)
     coco = data.coco()
     for image in coco["images"]:
         image["file_name"] = f"{image['id']}.png"
         pixels = data[image["id"]][0].permute(1, 2, 0).numpy()
-        common.Image.fromarray(pixels).save(tmp_path / image["file_name"])
+        Image.fromarray(pixels).save(tmp_path / image["file_name"])
     write_json(tmp_path / "known.json", coco)
     del coco["annotations"]  # like COCO's image_info_test-dev2017.json
     write_json(tmp_path / "test.json", coco)
@@ -150,7 +158,7 @@ def test_resume_refuses_other_classes(finished, tmp_path, capsys):
 
 
 def test_who_sends_a_third_signal_is_heard_at_once():
-    with pytest.raises(KeyboardInterrupt), signals_caught() as caught:
+    with pytest.raises(KeyboardInterrupt), signals_collected() as caught:
         for i in range(3):
             assert len(caught) == i
             os.kill(os.getpid(), signal.SIGTERM)
@@ -165,7 +173,7 @@ def test_an_earlier_run_is_moved_aside(tmp_path):
 @pytest.mark.parametrize("where", ["save", "replace"])
 def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch, where):
     path = tmp_path / "last.pt"
-    good = {"model": {"w": torch.ones(3)}, "categories": [], "config": {}}
+    good = {"model": {"w": torch.ones(3)}, "categories": [], "settings": {}}
     save_checkpoint(path, good)
 
     def crash(*args):
@@ -175,7 +183,7 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch, w
 
     monkeypatch.setattr(torch if where == "save" else os, where, crash)
     with pytest.raises(common.BadInput, match="cannot write it: power cut"):
-        save_checkpoint(path, {"model": {"w": torch.zeros(3)}, "categories": [], "config": {}})
+        save_checkpoint(path, {"model": {"w": torch.zeros(3)}, "categories": [], "settings": {}})
     monkeypatch.undo()
     assert same(load_checkpoint(path)["model"], good["model"])
 
@@ -224,11 +232,36 @@ def test_bad_calls_end_with_a_reason(argv, message, capsys):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("device", ["mps", "xpu", "meta", "cuda", "nonsense"])
+def test_a_device_that_is_not_supported_ends_in_one_line(device, capsys):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has it")
+    with pytest.raises(SystemExit) as stop:
+        d2det.main(["--train", "--device", device])
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and text.startswith(f"error: --device {device}: "), text
+    assert text.count("\n") == 1 and len(text) < 300
+
+
 def test_rows_lists_every_row(capsys):
     d2det.main(["--rows"])
     text = capsys.readouterr().out
-    assert "45.4" in text and d2det.PAPER.keys() == d2det.ROWS.keys()
-    assert all(row in text for row in d2det.ROWS)
+    rows, printed = read_rows("d2det")
+    assert "45.4" in text and rows and printed.keys() == rows.keys()
+    assert all(row in text for row in rows)
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_rows_are_settings_of_their_script(name):
+    """Every row's settings exist and may have these values; lists became tuples."""
+    script = importlib.import_module(name)
+    default = script.Settings()
+    for row, changes in read_rows(name)[0].items():
+        chosen = {k: v for k, v in changes.items() if k not in default.flat() or k == "base"}
+        changed = script.Settings(**chosen)
+        own = {k: v for k, v in changes.items() if k not in chosen}
+        flat = changed.replace(**own).flat()
+        assert all(flat[k] == v for k, v in changes.items()), row
 
 
 def test_a_row_that_the_checkpoint_contradicts_is_refused(finished, tmp_path, capsys):
@@ -236,12 +269,35 @@ def test_a_row_that_the_checkpoint_contradicts_is_refused(finished, tmp_path, ca
     run(*mine, "--row", "release.r50")  # the same
     with pytest.raises(SystemExit):
         run(*mine, "--row", "table2.dlr_no_overlap")
-    assert "given as flags: --no-drp --no-overlap" in capsys.readouterr().err
+    assert "last.pt was trained without --no-drp --no-overlap" in capsys.readouterr().err
     few = ["--steps", 1, "--num-val", 1, "--scales", 64]
     run("--train", "--out", tmp_path / "b", "--row", "table2.baseline", *few)
     with pytest.raises(SystemExit):  # that row says nothing of what the baseline leaves out
         run("--eval", "--weights", tmp_path / "b" / "last.pt", "--row", "table2.dlr")
-    assert "given as flags: --dlr" in capsys.readouterr().err
+    assert re.search(r"last\.pt was trained without .*--dlr\b", capsys.readouterr().err)
+    with pytest.raises(SystemExit):  # a row of nothing but defaults
+        run("--eval", "--weights", tmp_path / "b" / "last.pt", "--row", "release.r50")
+    assert re.search(r"last\.pt was trained without .*--dlr --drp", capsys.readouterr().err)
+
+
+def test_a_checkpoint_of_the_flat_layout_still_loads(finished, tmp_path, capsys):
+    """Before settings had four objects, checkpoints held all of them, and the commands, flat."""
+    out, metrics = finished
+    state = load_checkpoint(out / "last.pt")
+    flat = d2det.Settings.from_dict(state.pop("settings")).flat()
+    commands = {f.name: getattr(Command(), f.name) for f in dataclasses.fields(Command)}
+    old = {k: list(v) if isinstance(v, tuple) else v for k, v in {**flat, **commands}.items()}
+    torch.save({**state, "config": old}, tmp_path / "last.pt")
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert d2det.main(["--eval", "--weights", f"{tmp_path}/last.pt", "--out", f"{tmp_path}/e"]) == (
+        metrics
+    )
+    detector, same_detector = (engine.load(folder / "last.pt") for folder in (tmp_path, out))
+    assert detector.settings == same_detector.settings
+    image = SyntheticDetection(1, 64)[0][0]
+    assert torch.equal(detector.detect(image).boxes, same_detector.detect(image).boxes)
+    assert run("--train", "--resume", "--out", tmp_path) == metrics
+    assert "resumed at step 8" in capsys.readouterr().out
 
 
 def test_non_finite_loss_stops_and_names_it(tmp_path, monkeypatch, capsys):
@@ -250,8 +306,8 @@ def test_non_finite_loss_stops_and_names_it(tmp_path, monkeypatch, capsys):
         calls.append(1)
         return {**losses, "cls": losses["cls"] * (math.nan if len(calls) == 5 else 1)}
 
-    calls, original = [], d2det.Detector.loss
-    monkeypatch.setattr(d2det.Detector, "loss", poisoned)
+    calls, original = [], d2det.D2Det.loss
+    monkeypatch.setattr(d2det.D2Det, "loss", poisoned)
     with pytest.raises(SystemExit):
         run("--train", "--out", tmp_path / "r")
     error = capsys.readouterr().err
@@ -271,25 +327,66 @@ def test_readme_snippet_runs():
     assert names["boxes"].shape == (2, 4) and names["inside"].shape == (2, 1, 7, 7)
 
 
-def test_readme_names_exist_in_the_files_beside_them():
-    """In "[file.py](file.py): `name`", the reader's first stop is in that file."""
-    links = re.findall(r"\[(\w+\.py)\]\(\1\): `(\w+)`", (ROOT / "README.md").read_text())
-    assert len(links) == 5
-    for file, name in links:
-        assert re.search(rf"^def {name}\b", (ROOT / file).read_text(), re.MULTILINE), (file, name)
+def test_readme_links_and_names_exist():
+    text = (ROOT / "README.md").read_text()
+    links = {link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text)}
+    assert not [link for link in links if "://" not in link and not (ROOT / link).exists()]
+    section = text.partition("## Copy from it")[2].partition("```")[0]
+    names = re.findall(r"`(\w+)`", section)
+    assert len(names) >= 5 and not [name for name in names if not hasattr(d2det, name)]
+    for module, name in re.findall(r"`(\w+)\.(\w+)`", section):
+        assert hasattr(importlib.import_module(module), name)
 
 
-BASES = ["faster_rcnn", "cascade_rcnn", "retinanet", "gfl"]
-SHARED = ["common", "engine.settings", *(f"baselines.{name}" for name in BASES)]
+BASES = [f"baselines.{n}" for n in ("faster_rcnn", "cascade_rcnn", "retinanet", "gfl")]
+SHARED = ["data.settings", "engine.settings", "engine.command", *BASES]
 
 
 @pytest.mark.parametrize("name", [*SHARED, *PAPERS])
 def test_every_flag_has_a_help_text(name):
     """tyro takes the comment behind a field, or above it, and drops it where a line is broken."""
-    config = importlib.import_module(name).Config
-    lines = inspect.getsource(config).splitlines()
-    fields = [i for i, line in enumerate(lines) if re.match(r"    \w+: ", line)]
-    assert len(fields) == len(config.__annotations__) > 0  # its own, none unseen
-    for i in fields:
-        above = lines[i - 1] if lines[i - 1].lstrip().startswith("#") else ""
-        assert len((lines[i] + above).partition("# ")[2]) >= 12, lines[i]
+    module, seen = importlib.import_module(name), 0
+    for _, settings in inspect.getmembers(module, inspect.isclass):
+        mine = settings.__module__ == name and dataclasses.is_dataclass(settings)
+        if not (mine and issubclass(settings, (Checked, Settings, Command))):
+            continue
+        lines = inspect.getsource(settings).splitlines()
+        own = [n for n in vars(settings).get("__annotations__", ()) if n not in OBJECTS]
+        fields = [
+            i
+            for i, line in enumerate(lines)
+            if (match := re.match(r"    (\w+): ", line)) and match[1] not in OBJECTS
+        ]
+        assert len(fields) == len(own)  # none unseen
+        for i in fields:
+            above = lines[i - 1] if lines[i - 1].lstrip().startswith("#") else ""
+            assert len((lines[i] + above).partition("# ")[2]) >= 12, lines[i]
+        seen += len(own)
+    assert seen > 0
+
+
+@pytest.mark.parametrize("name", ["engine", *BASES, *PAPERS])
+def test_a_setting_is_in_one_of_the_four_objects(name):
+    """Only then can the command line be flat, and a flat checkpoint be read."""
+    for settings in every_settings(importlib.import_module(name)):
+        names = [f.name for f in dataclasses.fields(settings) if f.name not in OBJECTS]
+        for part in OBJECTS:
+            names += [f.name for f in dataclasses.fields(getattr(settings, part))]
+        commands = [f.name for f in dataclasses.fields(Command)]
+        assert len({*names, *commands}) == len(names) + len(commands)
+        flat = settings.flat()
+        assert flat.keys() == set(names) and set(names) & set(OBJECTS) == {"data"}
+        assert settings.tiny.keys() <= flat.keys()
+
+
+@pytest.mark.parametrize("name", ["engine", *BASES, *PAPERS])
+def test_flat_and_grouped_settings_are_read_alike(name):
+    for default in every_settings(importlib.import_module(name)):
+        settings = default.replace(nms_iou=0.25, lr=0.5, scales=(64, 96), norm="gn")
+        for saved in (settings.to_dict(), settings.flat()):
+            saved = json.loads(json.dumps(saved))  # tuples are lists then
+            assert type(settings).from_dict({**saved, "unknown": 1, "train": True}) == settings
+        flat = settings.flat()
+        del flat["nms_iou"], flat["lr"]
+        older = type(settings).from_dict(flat)  # what it did not know is as in the defaults
+        assert older == settings.replace(nms_iou=default.test.nms_iou, lr=default.run.lr)

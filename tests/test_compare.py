@@ -3,15 +3,15 @@
 import doctest
 import json
 import math
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-import common
-import iou_aware_retinanet as iou_aware
 from baselines import retinanet
-from studies import bench, checkpoint, compare, cost
+from data import SyntheticDetection
+from studies import bench, checkpoint, compare, cost, torchvision_rcnn
 
 pytestmark = pytest.mark.usefixtures("unpainted")
 SMALL = """--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 12 --num-val 4
@@ -23,52 +23,122 @@ def read(*path):
     return json.loads(Path(*path).read_text())
 
 
-def test_intervals_and_table_by_hand():
-    assert doctest.testmod(compare).attempted >= 1 and doctest.testmod(compare).failed == 0
-    low, high = compare.interval([1.0, 2.0, 3.0])  # deviation 1, t 4.303
-    assert (low, high) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5), abs=1e-3)
-    assert compare.describe([1.0, 2.0, 3.0]) == "+2.0 ± 2.5, not resolved"
-    assert compare.describe([2.0, 2.1, 2.2]) == "+2.1 ± 0.2"
-    assert compare.describe([-1.0]) == "-1.0, one seed"
-    rows = lambda *aps: [dict.fromkeys(compare.KEYS, ap) for ap in aps]  # noqa: E731
-    lines = compare.table({"ours": rows(0.5, 0.7), "its baseline": rows(0.4, 0.6)})
-    assert lines[2].startswith("| ours | 60.0 ± 14.1 |")
-    assert lines[-1].startswith("| ours minus its baseline, seed by seed | +10.0 ± 0.0 |")
+def test_intervals_and_cells_by_hand():
+    assert doctest.testmod(compare).attempted >= 2 and doctest.testmod(compare).failed == 0
+    mean, half = compare.interval([1.0, 2.0, 3.0])  # deviation 1, t 4.303
+    assert (mean, half) == pytest.approx((2, 4.303 / 3**0.5))
+    _, half = compare.interval([0.0, 1.0] * 15)  # degrees of freedom beyond the list: its last t
+    assert half == pytest.approx(2.093 * 0.5085 / 30**0.5, abs=1e-4)
+    assert compare.cell([1.0, 2.0, 3.0], signed=True) == "+2.0 ± 2.5"
+    assert compare.cell([-2.0, -2.1, -2.2], signed=True) == "**-2.1 ± 0.2**"
+    assert compare.cell([2.0, 2.1, 2.2]) == "2.1 ± 0.2"  # no difference: nothing to exclude
+    assert compare.cell([-1.0], signed=True) == "-1.0" and compare.cell([]) == "-"
 
 
-def test_compare_trains_each_contender_once_per_seed(monkeypatch, tmp_path, capsys):
-    calls = []
+@pytest.mark.parametrize("name", checkpoint.PAPERS)
+def test_a_pair_differs_in_what_the_paper_adds(name):
+    """Same loss weights, length, images and seed."""
+    jobs = compare.make_jobs("synthetic", [name], [3], "", [])
+    own, base = (job.settings for job in jobs)
+    assert own["run"] == base["run"] and own["run"]["seed"] == 3 and own["data"] == base["data"]
+    differ = {k for k, v in own["model"].items() if base["model"][k] != v}
+    assert differ and not [k for k in differ if k.endswith("weight") or k.startswith("omega")]
+    assert " ".join(checkpoint.BASELINES[name]) in " ".join(jobs[1].flags)
 
-    def train(who):
-        def run(argv):
-            calls.append((who, argv))
-            return dict.fromkeys(compare.KEYS, 0.5 + 0.1 * ("--no-iou-head" not in argv))
 
-        return run
+def test_settings_that_matter_are_not_those_of_the_machine(tmp_path):
+    shared = [[], ["--workers", "1", "--device", "cpu"], ["--lr", "0.5"], ["--nms-iou", "0.25"]]
+    jobs = [compare.make_jobs("bccd", ["d2det"], [0], f"{tmp_path}", flags)[0] for flags in shared]
+    folders = [job.folder for job in jobs]
+    assert folders[0] == folders[1] and len(set(folders)) == 3
+    assert jobs[0].name == "bccd-d2det-0" and jobs[0].settings["data"]["data"] == "bccd"
+    assert str(tmp_path) in " ".join(jobs[0].flags) and str(tmp_path) not in f"{jobs[0].settings}"
 
-    monkeypatch.setattr(iou_aware, "main", train("method"))
-    monkeypatch.setattr(compare, "train_torchvision", train("torchvision"))
-    argv = ["iou_aware_retinanet", "--seeds", "3", "4", "--torchvision", "--out", str(tmp_path)]
-    compare.main([*argv, "--fpn-channels", "8"])
-    assert [who for who, _ in calls] == ["method", "method", "torchvision"] * 2
-    assert all("--fpn-channels" in flags for _, flags in calls)
-    assert [flags[flags.index("--seed") + 1] for _, flags in calls] == ["3"] * 3 + ["4"] * 3
-    assert len({flags[flags.index("--out") + 1] for _, flags in calls}) == 6
+
+def metrics(ap: float) -> dict:
+    return dict.fromkeys(compare.KEYS, ap)
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """A list of the commands that would have been run; each leaves what a training leaves."""
+    commands, original = [], subprocess.run
+
+    def run(command, *args, env=None, stdout=None, **options):
+        if "--train" not in command:  # the machine is asked for its name
+            return original(command, *args, env=env, stdout=stdout, **options)
+        commands.append(command)
+        assert env["OMP_NUM_THREADS"] == "1"
+        out = Path(command[command.index("--out") + 1])
+        if "--no-iou-head" in command and "7" in command:
+            stdout.write("error: no such image")
+            return subprocess.CompletedProcess(command, 2)
+        seed = int(command[command.index("--seed") + 1])
+        ap = 0.5 + 0.01 * seed - 0.1 * ("--no-iou-head" in command)
+        (out / "metrics.json").write_text(json.dumps(metrics(ap)))
+        (out / "config.json").write_text(json.dumps({"run": {"batch": 8}}))
+        lines = [dict(step=20, images_per_s=16), dict(step=30, AP=0.1)]
+        lines.append(dict(step=40, images_per_s=8))
+        (out / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return commands
+
+
+def test_compare_trains_each_pair_once_per_seed(trainings, tmp_path, capsys):
+    where = ["--results", f"{tmp_path}/results", "--out", f"{tmp_path}/runs"]
+    argv = ["iou_aware_retinanet", "--seeds", "3", "4", *where, "--fpn-channels", "8"]
+    compare.main([*argv, "--jobs", "2"])
+    assert len(trainings) == 4 and all("--fpn-channels" in command for command in trainings)
+    assert [c[c.index("--seed") + 1] for c in sorted(trainings, key=str)].count("3") == 2
+    assert len({c[c.index("--out") + 1] for c in trainings}) == 4
+    file = tmp_path / "results" / "synthetic-iou_aware_retinanet-baseline-4.json"
+    run = read(file)
     assert (
-        "| iou_aware_retinanet minus its baseline, seed by seed | +10.0 " in capsys.readouterr().out
+        run["metrics"] == pytest.approx(metrics(0.44))
+        and run["settings"]["model"]["iou_head"] is False
     )
-    found = read(tmp_path, "iou_aware_retinanet", "compare.json")
-    assert found["seeds"] == [3, 4] and found["metrics"]["its baseline"][1]["AP"] == 0.5
+    assert run["training_seconds"] == 20 * 8 / 16 + 20 * 8 / 8
+    assert run["versions"]["torch"] == torch.__version__ and "one thread" in run["machine"]
+
+    compare.main([*argv, "--table"])  # all is done
+    assert len(trainings) == 4
+    text = (tmp_path / "results" / "tables.md").read_text()
+    assert "| `iou_aware_retinanet.py` | 2 | 53.5 ± 6.4 | 43.5 ± 6.4 | **+10.0 ± 0.0** |" in text
+    assert "0.5, 0.5 |" in text and text in capsys.readouterr().out
+
+    compare.main([*argv, "--seeds", "3", "--lr", "0.5"])  # other settings: measured anew
+    assert len(trainings) == 6 and "measured with other settings" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        compare.main(["--table", *where])
+    assert "other settings than" in capsys.readouterr().err
+
+
+def test_a_failed_run_does_not_stop_the_others(trainings, tmp_path, capsys):
+    where = ["--results", f"{tmp_path}/results", "--out", f"{tmp_path}/runs"]
+    with pytest.raises(SystemExit):
+        compare.main(["iou_aware_retinanet", "--seeds", "7", "8", *where])
+    assert "iou_aware_retinanet-baseline-7: exit 2: error: no such" in capsys.readouterr().err
+    assert len(trainings) == 4 and len(list((tmp_path / "results").iterdir())) == 3
+
+
+def test_compare_runs_a_method(tmp_path):
+    """As a process of its own, in another folder than the one that asks."""
+    where = ["--results", f"{tmp_path}/results", "--out", f"{tmp_path}/runs", "--seeds", "0"]
+    compare.main(["d2det", *where, *SMALL, "--steps", "1"])
+    for name in ("d2det", "d2det-baseline"):
+        assert 0 <= read(tmp_path, "results", f"synthetic-{name}-0.json")["metrics"]["AP"] <= 1
 
 
 def test_torchvision_keeps_the_contract(tmp_path):
     """It trains, and its detections come out as its own, with the labels that data has."""
-    flags = [*SMALL, "--train", "--steps", "1", "--out", str(tmp_path)]
-    assert 0 <= compare.train_torchvision(flags)["AP"] <= 1
-    config = checkpoint.settings_of("d2det", flags)
-    model = compare.TorchvisionFasterRCNN(config, 10).eval()
+    flags = [*SMALL, "--preset", "tiny", "--train", "--steps", "1", "--out", str(tmp_path)]
+    assert 0 <= torchvision_rcnn.main(flags)["AP"] <= 1
+    settings = checkpoint.settings_of("d2det", flags)
+    model = torchvision_rcnn.Detector(settings.model, 10).eval()
     torch.nn.init.normal_(model.net.roi_heads.box_predictor.cls_score.weight, std=1)
-    images = [common.SyntheticDetection(2, 64)[i][0] for i in range(2)]
+    images = [SyntheticDetection(2, 64)[i][0] for i in range(2)]
     with torch.no_grad():
         want = model.net([i.float() / 255 for i in images])
         found = model.predict(images)
@@ -92,9 +162,9 @@ def test_bench_compares_with_torchvision(capsys, tmp_path):
 
 @pytest.mark.parametrize("p2", [False, True])
 def test_bench_compares_with_torchvisions_retinanet_on_our_levels(p2):
-    config = retinanet.Config(backbone="resnet18", backbone_weights="none", fpn_channels=16, p2=p2)
-    ours = retinanet.Detector(config, 3).backbone.eval()
-    theirs = bench.torchvision_detector("one_stage", config, 3).eval()
+    model = retinanet.Model(backbone="resnet18", backbone_weights="none", fpn_channels=16, p2=p2)
+    ours = retinanet.Detector(model, 3).backbone.eval()
+    theirs = bench.torchvision_detector("one_stage", model, 3).eval()
     assert type(theirs).__name__ == "RetinaNet" and theirs.head.classification_head.num_classes == 3
     image = torch.rand(1, 3, 96, 160)
     assert [m.shape for m in ours(image)] == [m.shape for m in theirs.backbone(image).values()]

@@ -4,7 +4,10 @@ Each part sits in a small detector of torchvision and has to train and detect th
 torchvision's in here: 1..K, with 0 for the background.
 """
 
+import doctest
+import inspect
 from collections import OrderedDict
+from types import ModuleType
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ from torchvision.ops import MultiScaleRoIAlign, batched_nms, sigmoid_focal_loss
 
 import d2det
 import kernels
-from common import BadInput, decode_boxes, pad_images
+from common import BadInput, aligned_iou, decode_boxes, pad_images
 from d2det import DenseLocalHead, dense_losses, dense_offset_targets
 from dc_loss_clnms import dynamic_coefficient, normalise_coefficient
 from double_head import ConvHead, FCHead, fuse_scores
@@ -152,19 +155,53 @@ def test_copied_targets_decode_to_the_ground_truth():
     torch.testing.assert_close(d2det.decode(proposals, offsets, logits), gts)
 
 
-def test_dense_regression_learns_torchvisions_proposals():
+DLR = """cell_centres dense_offset_targets cell_boxes decode iou_loss DenseLocalHead
+dense_losses""".split()
+
+
+def cut_out_dlr() -> ModuleType:
+    """The definitions that are DLR, as text, beside torch and one function of common.py."""
+    copy = ModuleType("copied_dlr")
+    copy.__dict__.update(torch=torch, F=F, nn=nn, Tensor=torch.Tensor)
+    text = [inspect.getsource(each) for each in (aligned_iou, *(getattr(d2det, n) for n in DLR))]
+    exec("\n\n".join(text).replace("common.aligned_iou", "aligned_iou"), copy.__dict__)
+    return copy
+
+
+def test_dlr_cut_out_alone_needs_torch_alone():
+    """Its examples run, and its losses and their gradients are the script's."""
+    copy = cut_out_dlr()
+    examples = doctest.testmod(copy)
+    assert examples.attempted >= 8 and examples.failed == 0
+    pooled, (proposals, gts) = torch.rand(2, 8, 14, 14), torch.rand(2, 2, 4).cumsum(-1) * 40
+    seen = []
+    for script in (d2det, copy):
+        torch.manual_seed(0)
+        head = script.DenseLocalHead(8, 16, num_convs=2, groups=4, offset_bias=0.5)
+        offsets, overlap = head(pooled)
+        losses = script.dense_losses(offsets, overlap, proposals, gts)
+        sum(losses.values()).backward()
+        gradients = [p.grad for p in head.parameters()]
+        seen.append((losses, gradients, script.decode(proposals, offsets, overlap)))
+    torch.testing.assert_close(*seen, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("source", ["imported", "cut out"])
+def test_dense_regression_learns_torchvisions_proposals(source):
     """One object, one proposal: the copied head and losses move the box onto it."""
+    script = d2det if source == "imported" else cut_out_dlr()
     torch.manual_seed(0)
-    head = DenseLocalHead(4, 16, num_convs=2, groups=4, offset_bias=0.5)
+    head = script.DenseLocalHead(4, 16, num_convs=2, groups=4, offset_bias=0.5)
     pooled, proposal = torch.rand(1, 4, 14, 14), torch.tensor([[0.0, 0, 40, 40]])
     gt = torch.tensor([[6.0, 4, 44, 38]])
     optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
     for _ in range(60):
         optimizer.zero_grad()
-        sum(dense_losses(*head(pooled), proposal, gt).values()).backward()
+        sum(script.dense_losses(*head(pooled), proposal, gt).values()).backward()
         optimizer.step()
-    box = kernels.decode_dense_offsets(proposal, *head(pooled)).detach()
-    assert torchvision.ops.box_iou(box, gt).item() > 0.8
+    for decode in (script.decode, kernels.decode_dense_offsets):
+        box = decode(proposal, *head(pooled)).detach()
+        assert torchvision.ops.box_iou(box, gt).item() > 0.8
 
 
 def test_offsets_of_another_grid_are_refused():
@@ -300,5 +337,5 @@ def test_heads_that_cannot_be_built_say_why():
 
 
 def test_torchvisions_float_images_are_refused_here():
-    with pytest.raises(BadInput, match="images are uint8 tensors .* is torch.float32"):
+    with pytest.raises(BadInput, match="images are uint8 tensors, .* one is torch.float32"):
         pad_images(IMAGES)

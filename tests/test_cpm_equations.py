@@ -9,7 +9,8 @@ import torchvision
 
 import common
 import cpm_rcnn as method
-from cpm_rcnn import Config
+from baselines.faster_rcnn import TrainingRois
+from cpm_rcnn import Model
 
 BOX = torch.tensor([[100.0, 200, 128, 256]])  # twice as large: 86..142, 172..284, cells of 1 x 2 px
 
@@ -96,7 +97,7 @@ def error_in_cells(boxes, gts, ratio, change=lambda maps: maps, shift=0.0):
     return ((decoded - gts).abs() / cell).max().item()
 
 
-@pytest.mark.parametrize("ratio, iou", list(zip(Config().ratios, Config().stage_ious)))
+@pytest.mark.parametrize("ratio, iou", list(zip(Model().ratios, Model().stage_ious)))
 def test_targets_decode_to_the_gt_within_half_a_cell(ratio, iou):
     boxes, gts = pairs(iou)
     assert error_in_cells(boxes, gts, ratio) <= 0.5 + 1e-3
@@ -116,16 +117,24 @@ def test_selection_by_hand():
         dict(boxes=torch.tensor([[20.0, 0, 30, 10]]), labels=torch.tensor([5]),
              ignore=torch.tensor([False])),
     ])  # fmt: skip
-    rois = torch.tensor(
-        [[0.0, 0, 0, 10, 10], [0, 20, 0, 30, 10], [0, 50, 0, 60, 10], [1, 20, 0, 30, 8]]
+    boxes = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10], [50, 0, 60, 10], [20, 0, 30, 8]])
+    rois = TrainingRois(
+        image=torch.tensor([0, 0, 0, 1]),
+        boxes=boxes,
+        labels=torch.full((4,), 9),  # an earlier stage's objects, which do not count any more
+        gt=torch.ones(4, dtype=torch.long),
+        gt_boxes=boxes + 1,
+        is_gt=torch.tensor([True, False, False, False]),
     )
-    kept, gts, labels, ious = method.select_boxes(rois, objects, 0.5)
-    assert torch.equal(kept, rois[[0, 3]]) and labels.tolist() == [3, 5]
-    assert gts.tolist() == [[0, 0, 10, 5], [20, 0, 30, 10]] and ious.tolist() == pytest.approx(
-        [0.5, 0.8]
-    )
-    assert method.select_boxes(rois, objects, 0.6)[2].tolist() == [5]
-    assert [len(x) for x in method.select_boxes(rois[:0], objects, 0.5)] == [0] * 4
+    kept = method.select_boxes(rois, objects, 0.5)
+    assert torch.equal(kept.flat(), rois.flat()[[0, 3]]) and kept.is_gt.tolist() == [True, False]
+    assert kept.labels.tolist() == [3, 5] and kept.gt.tolist() == [0, 0]
+    assert kept.gt_boxes.tolist() == [[0, 0, 10, 5], [20, 0, 30, 10]]
+    ious = common.aligned_iou(kept.boxes, kept.gt_boxes)
+    assert ious.tolist() == pytest.approx([0.5, 0.8])
+    assert method.select_boxes(rois, objects, 0.6).labels.tolist() == [5]
+    none = method.select_boxes(rois[:0], objects, 0.5)
+    assert [len(x) for x in vars(none).values()] == [0] * 6
 
 
 def test_fused_score():

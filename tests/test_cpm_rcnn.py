@@ -9,18 +9,26 @@ import torchvision
 from methods import (
     batch,
     behaviour,
+    build,
     check_all_crowd,
     check_command_line,
     check_overfits,
     check_real_data,
     own_flags,
+    settings_of,
     without_objects,
 )
 
 import common
 import cpm_rcnn as method
+import engine
 from baselines import faster_rcnn
-from cpm_rcnn import Config
+from cpm_rcnn import Settings, Test
+from data.transforms import TestImages
+from engine.command import read_rows
+from engine.settings import choices
+
+ROWS, _ = read_rows("cpm_rcnn")
 
 SMALL = dict(
     fpn_channels=16, point_channels=2, num_convs=1, fc_channels=32, norm="gn", workers=0,
@@ -29,21 +37,23 @@ SMALL = dict(
 
 
 def make(**changes):
+    known = Settings(**choices(Settings, changes)).flat()
+    small = {k: v for k, v in SMALL.items() if k in known}
     torch.manual_seed(0)
-    brought = dataclasses.replace(Config(), **changes).brings(True)
-    config = dataclasses.replace(Config(), **{**method.TINY, **brought, **SMALL, **changes})
-    return method.Detector(config, 10)
+    return build(method, settings_of(method, **{**small, **changes}))
 
 
 def sure(model):
     """The same model with class scores, IoUs and heat maps far apart, as after training."""
     torch.manual_seed(1)
-    heads = model.stages.heads if model.cascade else [model]
-    for layer in [h.classify[-1] for h in heads] + ([model.rsm[-1]] if model.config.rsm else []):
+    cascade = isinstance(model, method.CascadeDetector)
+    layers = [head.classify[-1] for head in (model.stages.heads if cascade else [model])]
+    if model.settings.rsm:
+        layers.append(model.rsm[-1])
+    layers += [] if cascade else [head.heat[-1] for head in model.grids]
+    for layer in layers:
         torch.nn.init.normal_(layer.weight, std=1)
-    for head in [] if model.cascade else model.grids:
-        torch.nn.init.normal_(head.heat[-1].weight, std=1)
-    if model.config.ism:
+    if model.settings.ism:
         torch.nn.init.normal_(model.ism.fc[-1].weight, std=1)
         torch.nn.init.constant_(model.ism.fc[-1].bias, 0.5)
     return model
@@ -52,24 +62,20 @@ def sure(model):
 # ------------------------------------------------------------------------------ detector
 
 
-@pytest.mark.parametrize("row", [*method.ROWS])
+@pytest.mark.parametrize("row", [*ROWS])
 def test_every_row_builds_and_trains(row):
     keep = ("backbone", "dcn", "scales", "test_scales", "max_size")  # sizes stay small here
-    changes = {k: v for k, v in method.ROWS[row].items() if k not in keep}
+    changes = {k: v for k, v in ROWS[row].items() if k not in keep}
     model, (images, targets) = sure(make(**changes)), batch(1, 64)
     losses = model.loss(images, targets)
     sum(losses.values()).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
-    config = model.config
-    grids = ["cls", *[f"grid{i + 1}" for i in range(config.num_stages)]]
+    settings = model.settings
+    grids = ["cls", *[f"grid{i + 1}" for i in range(settings.num_stages)]]
     stages = ["cls1", "reg1", "cls2", "reg2"] if row.startswith("table3") else grids
-    scores = ["ism"] * config.ism + ["rsm"] * config.rsm
+    scores = ["ism"] * settings.ism + ["rsm"] * settings.rsm
     assert [*losses] == ["rpn_cls", "rpn_box", *stages, *scores]
     assert set(model.eval().predict(images)[0]) == {"boxes", "scores", "labels"}
-
-
-def test_every_printed_row_is_there():
-    assert method.PAPER.keys() == method.ROWS.keys()
 
 
 def test_images_without_objects_train_and_every_weight_learns():
@@ -108,13 +114,14 @@ def test_what_enters_each_stage(monkeypatch):
     monkeypatch.setattr(faster_rcnn, "class_loss", lambda x, y: labels.append(y) or loss(x, y))
     model.loss(images, targets)
     gts = torch.cat([t["boxes"] for t in targets])
-    positives = torch.bincount(pooled[0][labels[0] < 10][:, 0].long())
+    positives = torch.bincount(pooled[0].image[labels[0] < 10])
     assert positives.tolist() != [2, 2] and positives.min() >= 2  # more than grid_rois lets in
     # RSM: the classifier's negatives, then the last stage's boxes with their objects' labels
     first, last = pooled[0][labels[0] == 10], len(seen[2][0])
-    assert torch.equal(pooled[-1][:-last], first) and (labels[-1][:-last] == 10).all()
-    assert torch.equal(pooled[-1][-last:, 1:], seen[2][0])
-    image_of, known = pooled[-1][-last:, 0].long(), torch.cat([t["labels"] for t in targets])
+    rescored = pooled[-1]
+    assert torch.equal(rescored[:-last].flat(), first.flat())
+    assert (labels[-1][:-last] == 10).all() and torch.equal(rescored.boxes[-last:], seen[2][0])
+    image_of, known = rescored.image[-last:], torch.cat([t["labels"] for t in targets])
     of_gt = torch.cat([torch.full_like(t["labels"], i) for i, t in enumerate(targets)])
     ious = torchvision.ops.box_iou(seen[2][0], gts) * (image_of[:, None] == of_gt)
     assert torch.equal(labels[-1][-last:], known[ious.argmax(1)]) and known.unique().numel() > 2
@@ -147,22 +154,30 @@ def test_gamma_one_ignores_rsm_and_one_bare_stage_is_the_grid_baseline():
     model, (images, targets) = sure(make()).eval(), batch()
     torch.nn.init.normal_(model.ism.fc[-1].weight, std=1)
     torch.nn.init.constant_(model.ism.fc[-1].bias, -1)  # some below 0, which is as low as it goes
-    outputs = model.outputs(images)
-    found = lambda **c: model.select(outputs, dataclasses.replace(model.config, **c))["scores"]  # noqa: E731
-    assert torch.equal(found(gamma=1.0), found(rsm=False)) and len(found()) > 20
-    assert not torch.equal(found(gamma=1.0), found(gamma=0.8))
-    assert torch.equal(found(ism=False, rsm=False), outputs["cls"])
-    assert torch.equal(found(ism_use="replace", rsm=False), outputs["ism"])
-    assert outputs["ism"].min() == 0 and outputs["ism"].max() <= 1 and outputs["ism"].mean() > 0
+    outputs, settings, test = model.outputs(images), model.settings, model.full_settings.test
 
-    baseline = sure(make(**method.ROWS["table1.baseline"])).eval()
+    def scores(**changes):
+        return model.candidates(outputs, dataclasses.replace(test, **changes))["scores"]
+
+    found, cls_ism = model.candidates(outputs, test), scores(gamma=1.0)
+    cls, ism, rsm = (found[name] for name in ("cls", "ism", "rsm"))
+    assert torch.equal(found["scores"], method.fused_score(cls, ism, rsm, 0.8)) and len(cls) > 20
+    assert torch.equal(cls_ism, cls * ism) and not torch.equal(cls_ism, found["scores"])
+    assert torch.equal(scores(ism_use="replace", gamma=1.0), ism)
+    assert torch.equal(scores(ism_use="ignore", gamma=1.0), cls)
+    assert torch.equal(scores(ism_use="ignore", gamma=0.0), rsm)
+    assert ism.min() == 0 and ism.max() <= 1 and ism.mean() > 0
+    early = dataclasses.replace(test, test_stage=1)
+    assert (model.candidates(outputs, early)["ism"] == 1).all()  # it belongs to the last stage
+    for changes, want in ((dict(rsm=False), cls_ism), (dict(ism=False, rsm=False), cls)):
+        model.settings = dataclasses.replace(settings, **changes)
+        assert torch.equal(scores(), want)
+
+    baseline = sure(make(**ROWS["table1.baseline"])).eval()
     left = baseline.load_state_dict(model.state_dict(), strict=False)
     assert not left.missing_keys
     assert {k.split(".")[0] for k in left.unexpected_keys} == {"grids", "ism", "rsm"}
-    model.config = dataclasses.replace(model.config, test_stage=1)
-    assert (model.outputs(images)["ism"] == 1).all()  # it belongs to the last stage
-    model.config = dataclasses.replace(model.config, ism=False, rsm=False)
-    for ours, theirs in zip(model.predict(images), baseline.predict(images)):
+    for ours, theirs in zip(model.predict(images, early), baseline.predict(images)):
         assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
     assert set(baseline.loss(images, targets)) == {"rpn_cls", "rpn_box", "cls", "grid1"}
 
@@ -171,14 +186,17 @@ def test_views_of_an_image_are_merged():
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 11], [50, 50, 60, 60]])
     found = dict(boxes=boxes, scores=torch.tensor([0.5, 0.9, 0.7]), labels=torch.zeros(3).long(),
                  image=torch.zeros(3).long())  # fmt: skip
-    kept = lambda **c: make(**c).finish(found, 1)[0]["scores"].tolist()  # noqa: E731
+    model = make()
+
+    def kept(**changes):
+        return model.detections(found, 1, Test(**changes))[0]["scores"].tolist()
+
     assert kept() == pytest.approx([0.9, 0.7, 0.5])  # one view: no NMS
     assert kept(test_flip=True) == kept(test_scales=(64, 96)) == pytest.approx([0.9, 0.7])
     assert kept(soft_nms=True) == pytest.approx([0.9, 0.7, 0.5 * (1 - 10 / 11)], rel=1e-4)
     found["scores"][2] = 0.02  # a fused score below the threshold: dropped where views are merged
-    assert kept() == pytest.approx([0.9, 0.5, 0.02]) and kept(test_flip=True) == pytest.approx(
-        [0.9]
-    )
+    assert kept() == pytest.approx([0.9, 0.5, 0.02])
+    assert kept(test_flip=True) == pytest.approx([0.9])
     assert kept(soft_nms=True) == pytest.approx([0.9, 0.5 * (1 - 10 / 11)], rel=1e-4)
 
 
@@ -202,24 +220,27 @@ MEANING = {  # (ratios, IoUs) of the stages, ISM, RSM, stage tested, backbone
 
 @pytest.mark.parametrize("row", list(MEANING))
 def test_rows_are_the_papers_experiments(row):
-    c = dataclasses.replace(Config(), **method.ROWS[row])
-    stages = c.ratios[: c.num_stages], c.stage_ious[: c.num_stages]
-    assert (stages, c.ism, c.rsm, c.test_stage, c.backbone) == MEANING[row]
-    assert len(stages[0]) == len(stages[1]) == c.num_stages and c.ism_use == "multiply"  # Eq. 4
-    assert c.epochs * 118_287 / 16 == pytest.approx(180_000, rel=1e-3)
-    assert c.drops == (120 / 180, 160 / 180) and (c.lr, c.lr_batch) == (0.02, 16)
-    assert (c.warmup, c.warmup_factor) == (500, 1 / 10)
+    settings = Settings().replace(**ROWS[row])
+    model, test, run = settings.model, settings.test, settings.run
+    stages = model.ratios[: model.num_stages], model.stage_ious[: model.num_stages]
+    assert (stages, model.ism, model.rsm, test.test_stage, model.backbone) == MEANING[row]
+    assert len(stages[0]) == len(stages[1]) == model.num_stages
+    assert (test.ism_use, test.gamma) == ("multiply", 0.8)  # Eq. 4
+    assert run.epochs * 118_287 / 16 == pytest.approx(180_000, rel=1e-3)
+    assert run.drops == (120 / 180, 160 / 180) and (run.lr, run.lr_batch) == (0.02, 16)
+    assert (run.warmup, run.warmup_factor) == (500, 1 / 10)
 
 
 def test_longest_sides_of_the_multi_scale_row():
     """An image of 1 : 3 in every view: 2000 px at scale 1200, 1333 at 800, as in the release."""
-    c = dataclasses.replace(Config(), **method.ROWS["table7.x101_dcn_ms_test"])
-    assert c.test_flip and c.soft_nms and (c.merge_iou, c.soft_nms_score) == (0.5, 1e-4)
+    settings = Settings().replace(**ROWS["table7.x101_dcn_ms_test"])
+    test, scales, max_size = settings.test, settings.data.scales, settings.data.max_size
+    assert test.test_flip and test.soft_nms and (test.merge_iou, test.soft_nms_score) == (0.5, 1e-4)
     empty = dict(boxes=torch.zeros(0, 4), size=(8, 24))
     data = [(torch.zeros(3, 8, 24, dtype=torch.uint8), empty)]
-    side = lambda scale: common.Resized(data, c, False, scale)[0][0].shape[2]  # noqa: E731
-    assert {s: side(s) for s in (800, 1200)} == {800: 1333, 1200: 2000}
-    assert sorted(c.test_scales) == [*range(400, 1201, 100)] and c.test_scales[0] == 800
+    (views,) = TestImages(data, (800, 1200), max_size, scales)
+    assert [image.shape[2] for image, _ in views] == [1333, 2000]
+    assert sorted(test.test_scales) == [*range(400, 1201, 100)] and test.test_scales[0] == 800
 
 
 def test_weights_of_the_losses(monkeypatch):
@@ -244,6 +265,8 @@ def test_impossible_stages_are_refused():
     for changes in (dict(num_stages=4), dict(num_stages=0), dict(num_stages=2, test_stage=3)):
         with pytest.raises(common.BadInput, match="stage"):
             make(**changes)
+    with pytest.raises(common.BadInput, match="--test-stage 4: there are 3 stages"):
+        make().eval().predict(batch(1, 64)[0], Test(test_stage=4))
 
 
 def test_one_image_can_be_overfitted():
@@ -271,7 +294,7 @@ def known(flag):
 
 
 def test_every_flag_is_covered():
-    assert own_flags(method) == {*CHANGED, "class_std"}
+    assert own_flags(method) == {*CHANGED, "class_std"} - engine.Settings().flat().keys()
     assert behaviour(sure(make())) == known("")
 
 

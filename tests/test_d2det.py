@@ -8,20 +8,38 @@ import os
 
 import pytest
 import torch
-from methods import SMALL_D2DET, batch, check_all_crowd, metrics_of, overfit
+from methods import (
+    SMALL_D2DET,
+    batch,
+    build,
+    check_all_crowd,
+    metrics_of,
+    overfit,
+    settings_of,
+    small,
+    without_objects,
+)
 
 import common
 import d2det
 import kernels
 from baselines import faster_rcnn
-from baselines.faster_rcnn import class_box_loss
-from d2det import Config, Detector
+from baselines.faster_rcnn import Rois, class_box_loss
+from d2det import D2Det, Settings, Test
+from data import SyntheticDetection
+from engine.command import read_rows
+
+ROWS, _ = read_rows("d2det")
 
 
 def make(**changes):
     torch.manual_seed(0)
-    config = dataclasses.replace(Config(), **{**SMALL_D2DET, **changes})
-    return Detector(config, 10)
+    return build(d2det, settings_of(d2det, **{**SMALL_D2DET, **changes}))
+
+
+def rois_of(*boxes):
+    """RoIs in the first image."""
+    return Rois(torch.zeros(len(boxes), dtype=torch.long), torch.tensor(boxes).float())
 
 
 def some_boxes(n, seed=0):
@@ -185,10 +203,10 @@ def test_weighted_pool_starts_as_average_and_prefers_heavy_samples():
     torch.testing.assert_close(plain.pool(x), average)
 
 
-@pytest.mark.parametrize("row", [k for k, v in d2det.ROWS.items() if not v.get("masks")])
+@pytest.mark.parametrize("row", [k for k, v in ROWS.items() if not v.get("masks")])
 def test_every_row_builds_and_trains(row):
     keep = ("backbone", "dcn", "scales", "test_scales", "max_size")  # sizes stay small here
-    changes = {k: v for k, v in d2det.ROWS[row].items() if k not in keep}
+    changes = {k: v for k, v in ROWS[row].items() if k not in keep}
     model = make(**changes)
     images, targets = batch()
     losses = model.loss(images, targets)
@@ -214,12 +232,15 @@ def test_every_weight_learns():
 
 
 def test_rows_run_what_they_name():
-    rows = {k: dataclasses.replace(Config(), **v) for k, v in d2det.ROWS.items()}
-    assert all(not r.soft_nms for k, r in rows.items() if k[:6] in ("table2", "table3") and r.dlr)
-    assert rows["table1.d2det_r101"].soft_nms and rows["table1.d2det_r101"].drp_samples == 1
-    assert rows["table2.dlr_no_overlap"].reg_cells == "all"
-    assert rows["table2.baseline"].warmup_factor == 1 / 3 != rows["table2.dlr"].warmup_factor
-    shared, separate = make(**d2det.ROWS["table2.shared"]), make(**d2det.ROWS["table2.baseline"])
+    rows = {k: Settings().replace(**v) for k, v in ROWS.items()}
+    minival = [r for k, r in rows.items() if k[:6] in ("table2", "table3") and r.model.dlr]
+    assert minival and not any(r.test.soft_nms for r in minival)
+    r101 = rows["table1.d2det_r101"]
+    assert r101.test.soft_nms and r101.model.drp_samples == 1
+    assert rows["table2.dlr_no_overlap"].model.reg_cells == "all"
+    factors = [rows[k].run.warmup_factor for k in ("table2.baseline", "table2.dlr")]
+    assert factors[0] == 1 / 3 != factors[1]
+    shared, separate = make(**ROWS["table2.shared"]), make(**ROWS["table2.baseline"])
     assert len([*shared.regress.parameters()]) == 2 and len([*separate.regress.parameters()]) == 6
 
 
@@ -227,20 +248,17 @@ def test_without_soft_nms_nothing_follows_the_regression():
     """Boxes that DLR moves onto each other all stay (4.1: on minival)."""
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10], [1, 0, 11, 10]])
     scores, groups = torch.tensor([0.5, 0.9, 0.7]), torch.zeros(3, dtype=torch.long)
-    model = make(soft_nms=False)
-    keep, kept = model.suppress(boxes, scores, groups, model.config)
+    model, test = make(), Test(soft_nms=False)
+    keep, kept = model.suppress(boxes, scores, groups, test)
     assert keep.tolist() == [1, 2, 0] and kept.tolist() == pytest.approx([0.9, 0.7, 0.5])
-    views = dataclasses.replace(model.config, test_flip=True)  # seen twice: merged
+    views = dataclasses.replace(test, test_flip=True)  # seen twice: merged
     assert model.suppress(boxes, scores, groups, views)[0].tolist() == [1]
 
 
 @pytest.mark.parametrize("row", ["table2.dlr_drp", "table2.baseline"])
 def test_images_without_objects_train(row):
-    model = make(**d2det.ROWS[row])
-    images, targets = batch()
-    for t in targets:
-        t.update({k: t[k][:0] for k in ("boxes", "labels", "ignore")})
-    losses = model.loss(images, targets)
+    model, (images, targets) = make(**ROWS[row]), batch()
+    losses = model.loss(images, without_objects(targets))
     assert losses["reg"] == 0 and losses["rpn_box"] == 0
     sum(losses.values()).backward()
     assert all(v.isfinite() for v in losses.values())
@@ -278,7 +296,7 @@ def test_drp_samples_are_restored_to_the_rois_order():
     """With one set of weights a level, each RoI must get its own level's."""
     model = make(drp_per_level=True, anchor_scale=4.0).eval()
     features = [torch.rand(1, 16, 128 // s, 128 // s) for s in (1, 2, 4, 8)]
-    rois = torch.tensor([[0, 0, 0, 500.0, 500], [0, 10, 10, 40, 40], [0, 0, 0, 200, 200]])
+    rois = rois_of((0, 0, 500, 500), (10, 10, 40, 40), (0, 0, 200, 200))
     together = model.class_features(features, rois)
     for i in range(3):
         alone = model.class_features(features, rois[i : i + 1])
@@ -290,10 +308,10 @@ def test_drp_samples_are_restored_to_the_rois_order():
 )
 def test_pool_norm_normalises_each_channel_of_each_roi(changes):
     features = [3 + 2 * torch.rand(1, 16, 64 // s, 64 // s) for s in (1, 2, 4, 8)]
-    rois = torch.tensor([[0, 0, 0, 200.0, 200], [0, 10, 10, 40, 40], [0, 30, 5, 90, 60]])
+    rois = rois_of((0, 0, 200, 200), (10, 10, 40, 40), (30, 5, 90, 60))
     plain, normed = make(**changes, pool_norm=False), make(**changes, pool_norm=True)
     normed.load_state_dict(plain.state_dict())
-    for size, pool in (7, Detector.class_features), (14, lambda m, *a: m.pool(*a, 14)):
+    for size, pool in (7, D2Det.class_features), (14, lambda m, *a: m.pool(*a, 14)):
         want, found = pool(plain, features, rois), pool(normed, features, rois)
         assert (want.mean((2, 3)) > 3).all()
         want = (want - want.mean((2, 3), keepdim=True)) / want.std((2, 3), False, keepdim=True)
@@ -302,9 +320,7 @@ def test_pool_norm_normalises_each_channel_of_each_roi(changes):
 
 
 def test_class_outputs_start_at_that_deviation():
-    small = dict(fpn_channels=16, fc_channels=32, backbone_weights="none", class_std=0.3)
-    baseline = faster_rcnn.Detector(faster_rcnn.Config(**small), 10)
-    for model in (make(class_std=0.3), baseline):
+    for model in (make(class_std=0.3), small(faster_rcnn, class_std=0.3)):
         assert model.classify[-1].weight.std().item() == pytest.approx(0.3, rel=0.1)
 
 
@@ -329,6 +345,20 @@ def test_predictions_are_the_same_with_every_implementation(impl, monkeypatch):
     assert torch.equal(found["labels"], want["labels"])
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+def test_readable_detections_are_the_kernels(overlap):
+    model, (images, _) = make(overlap=overlap).eval(), batch()
+    torch.nn.init.normal_(model.regress.overlap.weight, std=0.5)  # cells that disagree
+    torch.nn.init.normal_(model.regress.offsets.weight, std=0.1)
+    test = Test(score_threshold=0.01)
+    want = model.predict(images, test)
+    found = model.predict(images, dataclasses.replace(test, readable=True))
+    for kernel, plain in zip(want, found, strict=True):
+        assert len(kernel["boxes"]) > 20 and torch.equal(kernel["labels"], plain["labels"])
+        for key in ("boxes", "scores"):
+            torch.testing.assert_close(plain[key], kernel[key], atol=1e-3, rtol=1e-4)
+
+
 def largest_of_the_smallest(boxes):
     """Side of an image's smallest object, for images with at least three."""
     sides = (boxes[:, 2:] - boxes[:, :2]).min(1)[0]
@@ -341,7 +371,7 @@ def test_an_image_that_is_all_crowd_trains():
 
 
 def test_one_image_can_be_overfitted():
-    data = common.SyntheticDetection(40, 96)
+    data = SyntheticDetection(40, 96)
     index = max(range(40), key=lambda i: largest_of_the_smallest(data[i][1]["boxes"]))
     model = make(fpn_channels=32, conv_channels=32, jitter=0.0, proposals_train=60)
     score = lambda found: metrics_of(found, data[index][1], data.categories)["AP"]  # noqa: E731

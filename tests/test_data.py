@@ -1,4 +1,4 @@
-"""Data sets, their validation, the transforms and the evaluation of common.py."""
+"""Data sets, their validation, the transforms and the evaluation."""
 
 import json
 import shutil
@@ -10,17 +10,33 @@ from PIL import Image
 
 import common
 from common import BadInput
-from engine.data import TrainBatches, load_data
+from data import Data, SyntheticDetection, load
+from data.contract import make_target
+from data.synthetic import SHAPES
+from data.transforms import TestImages, TrainingImages
+from data.voc import voc07_ap
+from engine import loader
+from engine.command import load_data
 from engine.detector import split_images
-from engine.metrics import coco_metrics, detect, evaluate, to_coco, voc07_ap
+from engine.loader import TrainBatches
+from engine.metrics import coco_metrics, detect, evaluate, to_coco
 from engine.pictures import draw
 from engine.predict import Files
-from engine.settings import Config
+from engine.settings import Settings
 
 
-def config(**changes):
+def small_settings(**changes):
     base = dict(scales=(96,), test_scales=(96,), max_size=160, workers=0, eval_batch=2)
-    return Config(**{**base, **changes})
+    return Settings().replace(**{**base, **changes})
+
+
+def opened(folder, train=True, categories=None, **changes):
+    """The sets in a folder, with every image opened, as the command line loads them."""
+    return load_data(Settings().replace(data=str(folder), **changes), train, categories)
+
+
+def training_images(data, scales=(96,), max_size=160, flip=0.5):
+    return TrainingImages(data, scales, max_size, flip, seed=0)
 
 
 @pytest.fixture
@@ -57,8 +73,8 @@ def edit(folder, change, split="train"):
 
 
 def test_synthetic_is_deterministic_and_exact():
-    data = common.SyntheticDetection(40, 128, seed=3, masks=True)
-    again = common.SyntheticDetection(40, 128, seed=3, masks=True)
+    data = SyntheticDetection(40, 128, seed=3, masks=True)
+    again = SyntheticDetection(40, 128, seed=3, masks=True)
     labels, hidden = set(), 0
     for i in range(40):
         image, target = data[i]
@@ -75,21 +91,37 @@ def test_synthetic_is_deterministic_and_exact():
             assert box == [float(v) for v in tight]
         assert (target["masks"].sum(0) <= 1).all() if len(target["masks"]) else True
     assert labels == set(range(10)) and hidden > 20
-    other = common.SyntheticDetection(40, 128, seed=4)
+    other = SyntheticDetection(40, 128, seed=4)
     assert not torch.equal(data[0][0], other[0][0])
     assert not torch.equal(data[0][0], data[1][0])
 
 
+def test_a_synthetic_set_that_is_kept_is_made_once(monkeypatch):
+    made, original = [], SyntheticDetection._make
+    monkeypatch.setattr(
+        SyntheticDetection, "_make", lambda self, i: made.append(i) or original(self, i)
+    )
+    kept, fresh = (SyntheticDetection(3, 64, masks=True, keep=keep) for keep in (True, False))
+    for _ in range(2):
+        for i in range(3):
+            (image, target), (other, wanted) = kept[i], fresh[i]
+            assert torch.equal(image, other) and target.keys() == wanted.keys()
+            assert all(torch.equal(target[k], wanted[k]) for k in ("boxes", "masks", "visible"))
+            image.zero_(), target["masks"].zero_(), target["boxes"].zero_()  # the caller's alone
+    assert len(made) == 3 + 2 * 3
+    assert kept.coco() == fresh.coco() and kept.coco() is kept.coco() and len(made) == 3 + 3 * 3
+
+
 def test_synthetic_box_and_mask_disagree_for_thin_and_hollow_shapes():
-    data = common.SyntheticDetection(150, 128, masks=True)
-    share = {name: [] for name in common.SHAPES}
+    data = SyntheticDetection(150, 128, masks=True)
+    share = {name: [] for name in SHAPES}
     for i in range(150):
         target = data[i][1]
         wh = target["boxes"][:, 2:] - target["boxes"][:, :2]
         fill = target["masks"].sum((1, 2)) / wh.prod(1)
         for label, value, seen in zip(target["labels"], fill, target["visible"]):
             if seen > 0.99:
-                share[list(common.SHAPES)[label]].append(value.item())
+                share[list(SHAPES)[label]].append(value.item())
     mean = {k: sum(v) / len(v) for k, v in share.items()}
     assert (
         mean["disc"] > 0.7 > 0.6 > max(mean["ring"], mean["bar"], mean["crescent"], mean["frame"])
@@ -97,7 +129,7 @@ def test_synthetic_box_and_mask_disagree_for_thin_and_hollow_shapes():
 
 
 def test_synthetic_sizes_are_spread_over_the_thirds():
-    data = common.SyntheticDetection(60, 384)
+    data = SyntheticDetection(60, 384)
     boxes = [data[i][1]["boxes"] for i in range(60)]
     sides = torch.cat([(b[:, 2:] - b[:, :2]).prod(1).sqrt() for b in boxes])
     thirds = torch.bucketize(sides, torch.tensor([32.0, 96.0])).bincount(minlength=3) / len(sides)
@@ -115,11 +147,10 @@ def test_resize_and_flip_move_boxes_with_the_image():
             image = torch.zeros(3, 40, 60, dtype=torch.uint8)
             image[:, 10:20, 6:18] = 255
             box = torch.tensor([[6.0, 10, 18, 20]])
-            return image, common.make_target(box, [0], [False], 0, (40, 60))
+            return image, make_target(box, [0], [False], 0, (40, 60))
 
     for flip in (0.0, 1.0):
-        item = common.Resized(Dot(), config(flip=flip, scales=(80,), max_size=120), True)
-        image, target = item[0, 0]
+        image, target = training_images(Dot(), (80,), 120, flip)[0, 0]
         assert image.shape == (3, 80, 120)
         x1, y1, x2, y2 = target["boxes"][0].tolist()
         assert [x1, y1, x2, y2] == ([84, 20, 108, 40] if flip else [12, 20, 36, 40])
@@ -129,29 +160,30 @@ def test_resize_and_flip_move_boxes_with_the_image():
 
 
 def test_longer_side_is_limited_and_scales_are_drawn():
-    data = common.SyntheticDetection(4, 100)
-    resized = common.Resized(data, config(scales=(50, 90), max_size=90), True)
+    data = SyntheticDetection(4, 100)
+    resized = training_images(data, (50, 90), 90)
     assert {resized[epoch, 0][0].shape[1] for epoch in range(20)} == {50, 90}
 
     class Wide:
         def __getitem__(self, index):
-            target = common.make_target(torch.zeros(0, 4), [], [], 0, (20, 80))
+            target = make_target(torch.zeros(0, 4), [], [], 0, (20, 80))
             return torch.zeros(3, 20, 80, dtype=torch.uint8), target
 
-    assert common.Resized(Wide(), config(), False)[0][0].shape == (3, 40, 160)
+    views = TestImages(Wide(), test_scales=(96, 48, 10), max_size=160, scales=(64, 96))[0]
+    assert [tuple(image.shape) for image, _ in views] == [(3, 40, 160), (3, 20, 80), (3, 4, 17)]
+    assert training_images(Wide())[0, 0][0].shape == (3, 40, 160)
 
 
 def test_a_very_thin_image_keeps_a_pixel_a_side():
     image = torch.zeros(3, 3, 2000, dtype=torch.uint8)
-    target = common.make_target(torch.tensor([[0.0, 0, 1000, 3]]), [0], [False], 0, (3, 2000))
-    config = Config(scales=(64,), test_scales=(64,), max_size=128)
-    small, target = common.Resized([(image, target)], config, False)[0]
+    target = make_target(torch.tensor([[0.0, 0, 1000, 3]]), [0], [False], 0, (3, 2000))
+    ((small, target),) = TestImages([(image, target)], (64,), 128, (64,))[0]
     assert small.shape == (3, 1, 128) and target["boxes"].tolist() == [[0, 0, 64, 1]]
 
 
 def test_augmentation_depends_on_epoch_and_index_alone():
-    data = common.SyntheticDetection(4, 64)
-    wrapped = common.Resized(data, config(scales=(48, 64, 80)), True)
+    data = SyntheticDetection(4, 64)
+    wrapped = training_images(data, (48, 64, 80))
     torch.manual_seed(1)
     first = wrapped[3, 1][0]
     torch.manual_seed(2)
@@ -160,6 +192,8 @@ def test_augmentation_depends_on_epoch_and_index_alone():
     assert torch.equal(before, torch.get_rng_state())  # and it leaves the global generator alone
     views = [wrapped[e, 1][0] for e in range(12)]
     assert len({(v.shape, v.float().mean().item()) for v in views}) > 2
+    TestImages(data, (48, 64), 64, (64,))[1]
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_training_order_visits_all_groups_by_shape_and_resumes():
@@ -190,7 +224,7 @@ def test_padding_normalises_and_keeps_sizes():
 
 
 def test_coco_layout_maps_categories_and_crowds(coco_dir):
-    train, val = load_data(Config(data=str(coco_dir)))
+    train, val = opened(coco_dir)
     assert [c["id"] for c in train.categories] == [3, 7] and len(train) == len(val) == 2
     image, target = train[0]
     assert image.shape == (3, 40, 60)
@@ -207,9 +241,9 @@ def test_coco_explicit_paths(coco_dir):
         f"{s}_json": str(coco_dir / f"annotations/instances_{s}2017.json") for s in ("train", "val")
     }
     paths |= {f"{s}_images": str(coco_dir / f"{s}2017") for s in ("train", "val")}
-    assert len(load_data(Config(**paths))[0]) == 2
+    assert len(opened("synthetic", **paths)[0]) == 2
     with pytest.raises(BadInput, match="needed together"):
-        load_data(Config(**{**paths, "val_images": ""}))
+        opened("synthetic", **{**paths, "val_images": ""})
 
 
 @pytest.mark.parametrize(
@@ -258,7 +292,7 @@ def test_coco_explicit_paths(coco_dir):
 def test_bad_coco_is_refused_by_name(coco_dir, damage, message):
     damage(coco_dir)
     with pytest.raises(BadInput, match=message):
-        load_data(Config(data=str(coco_dir)))
+        opened(coco_dir)
 
 
 def test_broken_boxes_are_dropped_and_counted(coco_dir, capsys):
@@ -269,7 +303,7 @@ def test_broken_boxes_are_dropped_and_counted(coco_dir, capsys):
             j["annotations"].append({**j["annotations"][0], "id": 10 + i, "bbox": bbox})
 
     edit(coco_dir, add)
-    train, _ = load_data(Config(data=str(coco_dir)))
+    train, _ = opened(coco_dir)
     assert "dropped 4 of 7 boxes" in capsys.readouterr().out
     assert train[0][1]["boxes"][2].tolist() == [50, 30, 60, 40]  # reaches over the border: clipped
     assert len(train.coco()["annotations"]) == 3
@@ -284,7 +318,7 @@ def test_ground_truth_of_home_made_files_is_scored(coco_dir):
         j["annotations"][0]["id"] = 0
 
     edit(coco_dir, strip)
-    data, _ = load_data(Config(data=str(coco_dir)))
+    data, _ = opened(coco_dir)
     perfect = []
     for _, target in (data[i] for i in range(len(data))):
         scores = torch.ones(len(target["boxes"]))
@@ -309,14 +343,15 @@ def voc_dir(tmp_path):
 
 
 def test_voc_layout(voc_dir):
-    train, val = load_data(Config(data=str(voc_dir)))
+    train, val = opened(voc_dir)
     assert [c["name"] for c in val.categories] == ["cat", "dog"]
     assert train.image_ids == ["a1", "b2"] and val.image_ids == ["b2"]
     target = train[0][1]
     assert target["boxes"].tolist() == [[0, 10, 30, 20]]  # 1-based, inclusive
     assert target["labels"].tolist() == [1] and val[0][1]["ignore"].tolist() == [True]
-    smaller, _ = load_data(Config(data=str(voc_dir), train_split="test"), val=False)
-    assert len(smaller) == 1
+    (voc_dir / "ImageSets/Main/first.txt").write_text("a1\n")
+    smaller, none = load(Data(data=str(voc_dir), train_split="first"), val=False)
+    assert smaller.image_ids == ["a1"] and none is None
 
 
 def test_voc_without_a_test_split_does_not_train_on_what_it_tests(voc_dir):
@@ -324,10 +359,10 @@ def test_voc_without_a_test_split_does_not_train_on_what_it_tests(voc_dir):
     (lists / "test.txt").rename(lists / "val.txt")
     (lists / "train.txt").write_text("a1\n")
     known = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
-    train, val = load_data(Config(data=str(voc_dir)), categories=known)
+    train, val = opened(voc_dir, categories=known)
     assert train.image_ids == ["a1"] and val.image_ids == ["b2"]
     (lists / "train.txt").unlink()  # nobody asks for it
-    assert len(load_data(Config(data=str(voc_dir)), train=False, categories=known)[1]) == 1
+    assert len(opened(voc_dir, train=False, categories=known)[1]) == 1
 
 
 @pytest.mark.parametrize(
@@ -345,7 +380,7 @@ def test_voc_without_a_test_split_does_not_train_on_what_it_tests(voc_dir):
 def test_bad_voc_is_refused_by_name(voc_dir, damage, message):
     damage(voc_dir)
     with pytest.raises(BadInput, match=message):
-        load_data(Config(data=str(voc_dir)))
+        opened(voc_dir)
 
 
 # ------------------------------------------------------------------------------ evaluation
@@ -354,37 +389,41 @@ def test_bad_voc_is_refused_by_name(voc_dir, damage, message):
 class Oracle(torch.nn.Module):
     """Answers with the ground truth, as it comes out of the resizing that `detect` uses."""
 
-    def __init__(self, data, config, shift=0.0):
+    def __init__(self, data, settings, shift=0.0):
         super().__init__()
-        views = [common.Resized(data, config, False, s) for s in config.test_scales]
-        seen = [view[i] for view in views for i in range(len(data))]
+        self.weight = torch.nn.Parameter(torch.zeros(()))  # says which device it is on
+        scales, d = settings.test.test_scales, settings.data
+        views = TestImages(data, scales, d.max_size, d.scales)
+        seen = [view for i in range(len(data)) for view in views[i]]
         self.truth = {image.numpy().tobytes(): target for image, target in seen}
-        self.shift, self.views = shift, len(views)
+        self.shift, self.views = shift, len(scales)
 
-    def candidates(self, images):
-        targets = [self.truth[image.numpy().tobytes()] for image in images]
+    def outputs(self, images):
+        return dict(targets=[self.truth[image.numpy().tobytes()] for image in images])
+
+    def candidates(self, outputs, test):
+        targets = outputs["targets"]
         image = torch.cat([torch.full_like(t["labels"], i) for i, t in enumerate(targets)])
         boxes = torch.cat([t["boxes"] for t in targets]) + self.shift
         labels = torch.cat([t["labels"] for t in targets])
         scores = torch.linspace(0.9, 0.8, len(labels))
         return dict(boxes=boxes, scores=scores, labels=labels, image=image)
 
-    def finish(self, candidates, num_images):
-        first = torch.arange(0, len(candidates["image"]) // self.views)
-        names = ("boxes", "scores", "labels", "image")
-        return split_images(*[candidates[k][first] for k in names], num_images)
+    def detections(self, candidates, num_images, test):
+        flat = {k: v[: len(v) // self.views] for k, v in candidates.items()}  # the first view's
+        return split_images(flat, flat.pop("image"), num_images)
 
 
 @pytest.mark.parametrize("name", ["coco_tiny", "bccd", "synthetic"])
 def test_ground_truth_as_detections_scores_one(name, request, tmp_path):
     if name == "synthetic":
-        data = common.SyntheticDetection(8, 128)
+        data = SyntheticDetection(8, 128)
     else:
         folder = request.getfixturevalue("detection_data") / name
         folder = request.getfixturevalue("few_real_images")(folder)
-        data = load_data(Config(data=str(folder)), train=False)[1]
-    settings = config(scales=(333,), test_scales=(333,), max_size=500)
-    metrics = evaluate(Oracle(data, settings), data, settings, torch.device("cpu"), tmp_path)
+        data = opened(folder, train=False)[1]
+    settings = small_settings(scales=(333,), test_scales=(333,), max_size=500)
+    metrics = evaluate(Oracle(data, settings), data, settings, tmp_path)
     assert metrics["AP"] == pytest.approx(1.0, abs=1e-9), metrics
     assert (
         metrics["AP90"] == metrics["AP_small" if name != "bccd" else "AP_large"] == pytest.approx(1)
@@ -395,18 +434,39 @@ def test_ground_truth_as_detections_scores_one(name, request, tmp_path):
     assert (tmp_path / "detections.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "metrics.json").read_text())["AP50"] == 1.0
     # And it is sharp: boxes off by two pixels must not score one.
-    wrong = evaluate(Oracle(data, settings, 2.0), data, settings, torch.device("cpu"))
+    wrong = evaluate(Oracle(data, settings, 2.0), data, settings)
     assert wrong["AP"] < 0.97
 
 
 def test_scales_are_merged_in_original_pixels():
-    data = common.SyntheticDetection(4, 128)
-    settings = config(scales=(128,), test_scales=(64, 192), max_size=128)
-    found = detect(Oracle(data, settings), data, settings, torch.device("cpu"))
+    data = SyntheticDetection(4, 128)
+    settings = small_settings(scales=(128,), test_scales=(64, 192), max_size=128)
+    found = detect(Oracle(data, settings), data, settings)
     seen = {t["image_id"]: f for t, f in found}
     for i in range(4):
         want = data[i][1]["boxes"].as_subclass(torch.Tensor)
         torch.testing.assert_close(seen[i]["boxes"], want, atol=1e-3, rtol=0)
+
+
+def test_several_scales_share_one_loader_that_reads_each_image_once(monkeypatch):
+    data, opened_loaders, read = SyntheticDetection(4, 128), [], []
+    settings = small_settings(test_scales=(32, 48, 64, 80, 96), test_flip=True)
+    oracle, target = Oracle(data, settings), data[0][1]
+    oracle.outputs = lambda images: dict(targets=[target] * len(images))  # mirrored or not
+    make_loader, item = loader.DataLoader, SyntheticDetection.__getitem__
+
+    def counted_loader(*args, **kwargs):
+        opened_loaders.append(args)
+        return make_loader(*args, **kwargs)
+
+    def counted_item(self, index):
+        read.append(index)
+        return item(self, index)
+
+    monkeypatch.setattr(loader, "DataLoader", counted_loader)
+    monkeypatch.setattr(SyntheticDetection, "__getitem__", counted_item)
+    assert len(list(detect(oracle, data, settings))) == 4
+    assert len(opened_loaders) == 1 and sorted(read) == [0, 1, 2, 3]
 
 
 def truth_of(boxes, difficult=(), crowd=()):

@@ -26,11 +26,14 @@ from methods import (
 
 import common
 import dc_loss_clnms as method
+import engine
 import kernels
 from baselines import gfl
 from baselines.retinanet import Positives
-from dc_loss_clnms import Config
+from dc_loss_clnms import Settings, Test
+from engine.command import read_rows
 
+ROWS, _ = read_rows("dc_loss_clnms")
 OFF = dict(dc_loss=False, iac=False, nms="plain")
 
 
@@ -83,20 +86,20 @@ def test_the_models_loss_total_equals_the_plain_one_but_not_its_gradient():
 
 
 def test_weights_by_hand():
-    """Two positives: one box perfect (lambda 10), one with e = 0.15 (lambda 4)."""
-    losses = torch.tensor([0.5, 0.25])
-    gt = torch.tensor([[0.0, 0, 10, 10]]).repeat(2, 1)
-    boxes = gt + torch.tensor([[0.0, 0, 0, 0], [0, 0, 1, 0]])
-    weights = method.dynamic_weights(losses, boxes, gt, normalise=False)
-    torch.testing.assert_close(weights, torch.tensor([10.0, 4]))
-    scale = 0.75 / (10 * 0.5 + 4 * 0.25)
-    weights = method.dynamic_weights(losses, boxes, gt)
-    torch.testing.assert_close(weights, torch.tensor([10 * scale, 4 * scale]))
-    model = make(method, dc_normalise=False)  # negatives count as they are
-    index, focal = (torch.tensor([0, 0]), torch.tensor([0, 2])), torch.tensor([[0.5, 3, 0.25, 9]])
-    positives = Positives(index, gt, common.encode_boxes(gt, boxes), gt)
-    want = torch.tensor([[5.0, 3, 1, 9]])
-    torch.testing.assert_close(model.weigh(focal, positives), want)
+    """Two positives: one box perfect (lambda 10), one with e = 0.1 (lambda 5)."""
+    focal = torch.tensor([[0.5, 3, 0.25, 9]])
+    gt, none = torch.tensor([[0.0, 0, 10, 10]]).repeat(2, 1), torch.zeros(2, dtype=torch.long)
+    boxes = gt + torch.tensor([[0.0, 0, 0, 0], [-0.5, 0, 0.5, 0]])
+    index = (torch.tensor([0, 0]), torch.tensor([0, 2]))
+    positives = Positives(index, torch.zeros(2, 10), boxes, none, gt, none)
+    plain = make(method, dc_normalise=False)
+    torch.testing.assert_close(plain.coefficients(focal[index], positives), torch.tensor([10.0, 5]))
+    found = plain.weigh(focal, positives)  # negatives count as they are
+    torch.testing.assert_close(found, torch.tensor([[5.0, 3, 1.25, 9]]))
+    found = make(method).weigh(focal, positives)  # the positives' total stays
+    scale = 0.75 / (5 + 1.25)
+    torch.testing.assert_close(found, torch.tensor([[5 * scale, 3, 1.25 * scale, 9]]))
+    assert make(method, dc_loss=False).weigh(focal, positives) is focal
 
 
 def test_iac_score_by_hand():
@@ -124,41 +127,56 @@ def test_a_threshold_that_no_score_exceeds_is_exactly_the_plain_assignment():
     plain, never, often = (sure(make(method, **s)) for s in settings)
     out = plain.outputs(images)
     want, found, more = (m.assign(out, targets) for m in (plain, never, often))
-    assert all(torch.equal(a, b) for a, b in zip(want, found))
+    assert all(torch.equal(vars(want)[k], vars(found)[k]) for k in vars(want))
     assert plain.loss(images, targets) == never.loss(images, targets)
-    changed = want[0] != more[0]
-    assert changed.any() and (more[0][changed] == 1).all()  # it only adds positives
-    assert {0, -1} == set(want[0][changed].tolist())  # from negatives and from ignored ones
-    image, anchor = changed.nonzero(as_tuple=True)
-    overlap = torch.minimum(out["anchors"][anchor, 2:], more[1][image, anchor, 2:])
-    overlap -= torch.maximum(out["anchors"][anchor, :2], more[1][image, anchor, :2])
+    changed = want.labels != more.labels
+    assert changed.any() and (more.labels[changed] == 1).all()  # it only adds positives
+    assert {0, -1} == set(want.labels[changed].tolist())  # from negatives and from ignored ones
+    anchors, gt_boxes = out["anchors"][changed.nonzero()[:, 1]], more.gt_boxes[changed]
+    overlap = torch.minimum(anchors[:, 2:], gt_boxes[:, 2:])
+    overlap -= torch.maximum(anchors[:, :2], gt_boxes[:, :2])
     assert (overlap > 0).all()  # none that its gt does not touch
     small = [images[0][:, :40, :40], images[1]]  # anchors in the padding stay out
     out = often.outputs(small)
-    labels = often.assign(out, targets[:2])[0]
+    labels = often.assign(out, targets[:2]).labels
     assert (labels[~common.inside_image(out["anchors"], out["sizes"])] == -1).all()
 
 
 @pytest.mark.parametrize("literal, count", [(False, 300), (True, 100)])
 def test_cl_nms_agrees_with_the_text_on_hundreds_of_cases(literal, count):
     torch.manual_seed(0)
-    cases, want = [], []
-    for case in range(count):
-        n = int(torch.randint(1, 9, ()))
-        corner = torch.rand(n, 2, dtype=torch.float64) * 8
-        boxes = torch.cat([corner, corner + 6 + torch.rand(n, 2).double() * 8], 1)
-        scores = torch.rand(n, dtype=torch.float64)
-        kept = method.cl_nms_of_one_class(boxes, scores, 0.5, literal).tolist()
-        assert kept == sorted(kept, key=lambda i: -scores[i])
-        want += [sum(len(c[0]) for c in cases) + i for i in kept]
-        cases.append((boxes, scores, torch.full((n,), case)))
-    boxes, scores, groups = (torch.cat(parts) for parts in zip(*cases))
+    sizes = torch.randint(1, 9, (count,))
+    groups = torch.arange(count).repeat_interleave(sizes)
+    corner = torch.rand(len(groups), 2, dtype=torch.float64) * 8
+    boxes = torch.cat([corner, corner + 6 + torch.rand(len(groups), 2).double() * 8], 1)
+    scores = torch.rand(len(groups), dtype=torch.float64)
     keep, own = kernels.cl_nms(boxes, scores, groups, 0.5, literal=literal)
-    assert sorted(keep.tolist()) == sorted(want) and torch.equal(own, scores[keep])
+    assert torch.equal(own, scores[keep]) and (own.diff() <= 0).all()
+    want, best_first = [], []
+    for case in range(count):
+        (members,) = (groups == case).nonzero(as_tuple=True)
+        kept = method.cl_nms_of_one_class(boxes[members], scores[members], 0.5, literal)
+        want += members[kept].tolist()
+        best_first += [keep[groups[keep] == case].tolist()]
+    assert sum(best_first, []) == want
+    together = method.readable_cl_nms(boxes, scores, groups, 0.5, literal)
+    assert torch.equal(together[0], keep) and torch.equal(together[1], own)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(cl_literal=True), dict(base="gfl")])
+def test_readable_detections_are_the_kernels(changes):
+    model = sure(make(method, score_threshold=0.6, max_detections=1000, **changes)).eval()
+    (images, _), test = batch(), model.full_settings.test
+    found = model.predict(images, dataclasses.replace(test, readable=True))
+    plain = model.predict(images, dataclasses.replace(test, nms="plain"))
+    for want, readable, other in zip(model.predict(images), found, plain, strict=True):
+        assert len(want["boxes"]) > 20 and want.keys() == readable.keys()
+        assert all(torch.equal(want[k], readable[k]) for k in want)
+        assert not torch.equal(want["scores"], other["scores"])
 
 
 def test_cl_nms_of_isolated_boxes_equals_nms_and_of_clusters_does_not():
-    found = {}
+    found, model = {}, make(method)
     corner = torch.arange(20.0)[:, None] * 30 + torch.rand(20, 2)
     alone = torch.cat([corner, corner + 20], 1)
     # three boxes on one object: the surest lies farthest from their centre
@@ -168,8 +186,7 @@ def test_cl_nms_of_isolated_boxes_equals_nms_and_of_clusters_does_not():
         same = torch.zeros(len(boxes), dtype=torch.long)
         candidates = dict(boxes=boxes, scores=scores, labels=same, image=same)
         for nms in ("plain", "cl", "soft"):
-            model = make(method, nms=nms, nms_iou=0.4)
-            found[name, nms] = model.finish(candidates, 1)[0]
+            found[name, nms] = model.detections(candidates, 1, Test(nms=nms, nms_iou=0.4))[0]
     for key in ("boxes", "scores"):
         assert torch.equal(found["alone", "plain"][key], found["alone", "cl"][key])
     assert found["crowd", "plain"]["boxes"].tolist() == [[0, 0, 20, 20]]
@@ -178,7 +195,7 @@ def test_cl_nms_of_isolated_boxes_equals_nms_and_of_clusters_does_not():
     assert len(found["crowd", "soft"]["boxes"]) == 3
 
 
-@pytest.mark.parametrize("row", [*method.ROWS])
+@pytest.mark.parametrize("row", [*ROWS])
 def test_every_row_builds_and_trains(row):
     check_row(method, row)
 
@@ -203,8 +220,9 @@ def test_a_crowd_alone_makes_no_positive():
     model, (images, targets) = make(method), batch(1)
     torch.nn.init.constant_(model.head.cls_logits.bias, 1.0)  # sure of everything
     crowd = [{**t, "ignore": torch.ones_like(t["ignore"])} for t in targets]
-    assert (model.assign(model.outputs(images), targets)[0] == 1).sum() > 100
-    assert (model.assign(model.outputs(images), crowd)[0] < 1).all()
+    out = model.outputs(images)
+    assert (model.assign(out, targets).labels == 1).sum() > 100
+    assert (model.assign(out, crowd).labels < 1).all()
 
 
 N = 118_287  # images of COCO's train2017
@@ -224,12 +242,12 @@ PLAIN, STEP = dict(iac=False, dc_loss=False, nms="plain"), dict(dc_loss=False, n
     ],
 )
 def test_rows_are_the_papers_experiments(row, backbone, switches, steps, images, side):
-    config = dataclasses.replace(Config(), **method.ROWS[row])
-    assert (config.backbone, config.scales, config.test_scales) == (backbone, (side,), (side,))
+    found = Settings().replace(**ROWS[row]).flat()
     wanted = dict(iac=True, dc_loss=True, nms="cl") | switches
-    assert {k: getattr(config, k) for k in wanted} == wanted
-    assert config.epochs * images / 16 == pytest.approx(steps, rel=1e-3)
-    assert config.drops == ((0.75,) if images != N else (0.75, 75 / 90))
+    wanted |= dict(backbone=backbone, scales=(side,), test_scales=(side,))
+    wanted |= dict(drops=(0.75, 75 / 90) if images == N else (0.75,))
+    assert {k: found[k] for k in wanted} == wanted
+    assert found["epochs"] * images / 16 == pytest.approx(steps, rel=1e-3)
 
 
 def test_one_image_can_be_overfitted():
@@ -248,7 +266,8 @@ CHANGED = dict(
 
 
 def test_every_flag_is_covered():
-    assert own_flags(method) == set(CHANGED) | own_flags(gfl) | {"base", "gfl_dc"}  # test_gfl.py
+    elsewhere = {*own_flags(gfl), "base", "gfl_dc", "readable"}  # test_gfl.py, above
+    assert own_flags(method) == {*CHANGED, *elsewhere} - engine.Settings().flat().keys()
 
 
 def test_all_classes():

@@ -19,8 +19,10 @@ from methods import (
 
 import common
 import dc_loss_clnms as method
+import engine
 from baselines import gfl
-from engine.settings import parse
+from baselines.retinanet import Positives
+from engine.command import parse
 
 ON_GFL = dict(base="gfl", iac=False)
 PLAIN = dict(ON_GFL, dc_loss=False, nms="plain")
@@ -74,8 +76,9 @@ def test_what_the_coefficient_weighs(form):
     logits, labels = torch.tensor([[0.3, -1.0], [2.0, 0.1]]), torch.tensor([0, 1])
     index = (torch.tensor([0, 0]), torch.tensor([0, 2]))
     model = make(method, **ON_GFL, dc_normalise=False, gfl_dc=form)
-    positives = gfl.Positives(index, points, logits, bins, labels, gts)
-    iou = common.aligned_iou(positives.boxes(), gts)
+    boxes = gfl.decode_distances(points, bins)
+    positives = Positives(index, logits, boxes, labels, gts, labels)
+    iou = common.aligned_iou(boxes, gts)
     assert iou.tolist() == pytest.approx([1, 100 / 110], rel=1e-5)
     losses = gfl.quality_focal_loss(logits, labels, iou)
     own, target = logits[[0, 1], labels], iou
@@ -90,16 +93,34 @@ def test_what_the_coefficient_weighs(form):
     torch.testing.assert_close(found[0, [0, 2]], want, rtol=1e-4, atol=1e-5)
 
 
-def test_the_base_brings_its_settings():
-    for preset, config in (("tiny", gfl.Config(**gfl.TINY)), ("paper", gfl.Config())):
-        for flags in (["--base", "gfl"], ["--row", "extra.gfl_dc_cl"]):
-            argv = ["--preset", preset, *flags, "--max-detections", "7"]
-            found = parse(method.Config, method.ROWS, method.TINY, "", argv)
-            shared = own_flags(gfl) | {"clip_norm", "lr"}
-            differ = {k for k in shared if getattr(found, k) != getattr(config, k)}
-            assert differ == {"max_detections"} and found.base == "gfl"
-            assert (found.iac, found.dc_loss, found.nms) == (False, True, "cl")
-            assert found.epochs == (config.epochs if preset == "tiny" else 12.17)
+def parsed(*flags):
+    return parse("dc_loss_clnms", method.Settings, [*flags, "--out", "there"])[1]
+
+
+@pytest.mark.parametrize("preset", ["paper", "tiny"])
+@pytest.mark.parametrize("flags", [("--base", "gfl"), ("--row", "extra.gfl_dc_cl")])
+def test_the_base_brings_its_settings(preset, flags):
+    """The same in Python as on the command line: those of GFL, the schedule of the paper."""
+    ours, its = method.Settings(base="gfl"), gfl.Settings()
+    assert (type(ours.model), type(ours.test)) == (method.ModelOnGFL, method.TestOnGFL)
+    if preset == "tiny":
+        ours, its = ours.replace(**ours.tiny), its.replace(**gfl.TINY)
+    found = parsed("--preset", preset, *flags, "--max-detections", "7")
+    assert found == ours.replace(max_detections=7, out="there")
+    found, its = found.flat(), its.flat()
+    shared = own_flags(gfl) | engine.Settings().flat().keys()
+    schedule = {"epochs", "drops"} if preset == "paper" else {"drops"}  # tiny follows a cosine
+    assert {k for k in shared if found[k] != its[k]} == {"max_detections", "out", *schedule}
+    assert (found["iac"], found["dc_loss"], found["nms"]) == (False, True, "cl")
+    assert found["epochs"] == (12.17 if preset == "paper" else its["epochs"])
+
+
+def test_what_is_given_stays_as_it_is():
+    model, test = method.ModelOnGFL(dc_eps=1.0), method.TestOnGFL(nms="soft")
+    settings = method.Settings(base="gfl", model=model, test=test)
+    assert settings.model is model and settings.test is test and settings.run.clip_norm == 0
+    assert settings.replace(nms_iou=0.3).flat() == {**settings.flat(), "nms_iou": 0.3}
+    assert method.Settings.from_dict(settings.to_dict()) == settings
 
 
 @pytest.mark.parametrize(
@@ -107,14 +128,14 @@ def test_the_base_brings_its_settings():
     [("table1.gfl_x101_dcn", False, "plain"), ("table1.fcos_gfl_x101_dcn", True, "cl")],
 )
 def test_the_last_rows_of_table_1(row, dc_loss, nms):
-    argv = ["--preset", "paper", "--row", row]
-    config = parse(method.Config, method.ROWS, method.TINY, "", argv)
-    assert (config.base, config.dc_loss, config.iac, config.nms) == ("gfl", dc_loss, False, nms)
-    assert (config.backbone, config.dcn) == ("resnext101_32x4d", "v2")
-    assert config.scales == (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
-    assert config.epochs * 118_287 / 16 == pytest.approx(180_000, rel=1e-3)
-    assert config.drops == (135 / 180, 150 / 180) and config.test_scales == (800,)
-    assert (config.nms_iou, config.box_weight, config.lr) == (0.6, 2.0, 0.01)
+    settings = parsed("--preset", "paper", "--row", row)
+    model, test, run = settings.model, settings.test, settings.run
+    assert (settings.base, model.dc_loss, model.iac, test.nms) == ("gfl", dc_loss, False, nms)
+    assert (model.backbone, model.dcn) == ("resnext101_32x4d", "v2")
+    assert settings.data.scales == (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+    assert run.epochs * 118_287 / 16 == pytest.approx(180_000, rel=1e-3)
+    assert run.drops == (135 / 180, 150 / 180) and test.test_scales == (800,)
+    assert (test.nms_iou, model.box_weight, run.lr) == (0.6, 2.0, 0.01)
 
 
 def test_the_command_line_of_dc_loss_on_gfl(tmp_path):

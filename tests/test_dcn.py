@@ -1,13 +1,12 @@
 """Deformable backbones: what the layer computes, where it stands, what loads, which rows use it."""
 
-import dataclasses
 import json
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from methods import batch
+from methods import batch, build, settings_of
 from torch import nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
@@ -16,7 +15,8 @@ import cpm_rcnn
 import d2det
 import engine
 from engine.checkpoints import load_checkpoint
-from engine.settings import TINY
+from engine.command import read_rows
+from engine.deformable import DeformableConv, make_deformable
 from studies.bench import torchvision_detector
 from studies.cost import flop_counter
 
@@ -26,7 +26,7 @@ def convs(stride=1, groups=1, modulated=True):
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 6, 3, stride, padding=1, groups=groups, bias=False)
     x = torch.randn(2, 4, 7, 10).contiguous(memory_format=torch.channels_last)
-    return conv, common.DeformableConv(conv, modulated), x
+    return conv, DeformableConv(conv, modulated), x
 
 
 @pytest.fixture
@@ -41,7 +41,10 @@ def narrow(monkeypatch):
 
 def backbone(dcn, name="resnet50", **changes):
     torch.manual_seed(0)
-    return common.ResNetFPN(name, 8, dcn=dcn, **{"weights": "random", "norm": "gn", **changes})
+    body = common.ResNetFPN(name, 8, **{"weights": "random", "norm": "gn", **changes})
+    if dcn != "none":
+        make_deformable(body, dcn)
+    return body
 
 
 def new_keys(deformed, plain) -> set[str]:
@@ -192,18 +195,18 @@ def test_resnext101_32x4d():
 
 
 def test_torchvisions_detector_gets_the_same_backbone():
-    config = dataclasses.replace(d2det.Config(), backbone_weights="random", dcn="v2")
+    model = d2det.Model(backbone_weights="random", dcn="v2")
     with torch.device("meta"):
-        body = torchvision_detector("two_stage", config, 10).backbone.body
+        body = torchvision_detector("two_stage", model, 10).backbone.body
     assert body["layer2"][0].conv2.conv_offset.out_channels == 27
 
 
 # ------------------------------------------------------------------------------ detectors
 
-SMALL = dict(TINY, fpn_channels=16, scales=(64,), test_scales=(64,), max_size=64, fc_channels=16)
+SMALL = dict(fpn_channels=16, scales=(64,), test_scales=(64,), max_size=64, fc_channels=16)
 HEADS = {
-    d2det: dict(d2det.TINY, **SMALL, conv_channels=16, num_convs=1, groups=4),
-    cpm_rcnn: dict(cpm_rcnn.TINY, **SMALL, point_channels=1, num_convs=1),
+    d2det: dict(SMALL, conv_channels=16, num_convs=1, groups=4),
+    cpm_rcnn: dict(SMALL, point_channels=1, num_convs=1),
 }
 MEANING = {  # type, backbone, least and largest side in training and in testing, mirrored
     (d2det, "table1.d2det_r101_dcnv2"): ("v2", "resnet101", (800, 800), (800, 800), False),
@@ -220,17 +223,21 @@ MEANING = {  # type, backbone, least and largest side in training and in testing
     "method, row", list(MEANING), ids=lambda p: p if isinstance(p, str) else ""
 )
 def test_rows_are_the_papers_experiments_and_train(narrow, method, row):
-    assert row in method.PAPER
-    c = dataclasses.replace(method.Config(), **method.ROWS[row])
-    sides = [(min(s), max(s)) for s in (c.scales, c.test_scales)]
-    assert (c.dcn, c.backbone, *sides, c.test_flip) == MEANING[method, row]
+    rows, printed = read_rows(method.__name__)
+    assert row in printed
+    settings = method.Settings().replace(**rows[row])
+    network, test = settings.model, settings.test
+    sides = [(min(s), max(s)) for s in (settings.data.scales, test.test_scales)]
+    assert (network.dcn, network.backbone, *sides, test.test_flip) == MEANING[method, row]
     if method is d2det:
-        assert c.soft_nms and c.drp_samples == 1
+        assert test.soft_nms and network.drp_samples == 1
     else:
-        assert c.grid_rois == 32 and c.soft_nms == c.test_flip and c.score_threshold == 0.03
+        assert network.grid_rois == 32
+        assert test.soft_nms == test.test_flip and test.score_threshold == 0.03
+    small = {**HEADS[method], "backbone": network.backbone, "dcn": network.dcn}
     torch.manual_seed(0)
-    config = dataclasses.replace(c, **{**HEADS[method], "backbone": c.backbone})
-    model, (images, targets) = method.Detector(config, 10), batch(1, 64)
+    model = build(method, settings_of(method, **{**rows[row], **small}))
+    images, targets = batch(1, 64)
     losses = model.loss(images, targets)
     sum(losses.values()).backward()
     offset = model.backbone.stages[3][0].conv2.conv_offset
@@ -242,9 +249,10 @@ def test_parameters_of_d2dets_deformable_resnet101():
     """27 channels of offsets and masks a convolution: 4 of 128, 23 of 256, 3 of 512 channels."""
     counts = []
     for row in ("table1.d2det_r101", "table1.d2det_r101_dcnv2"):
-        config = d2det.Config(**d2det.ROWS[row], backbone_weights="random")
+        rows, _ = read_rows("d2det")
+        settings = d2det.Settings().replace(**rows[row], backbone_weights="random")
         with torch.device("meta"):
-            model = d2det.Detector(config, 80)
+            model = d2det.Detector(settings.model, 80)
         counts.append(sum(p.numel() for p in model.parameters()))
     assert counts[1] - counts[0] == 27 * (9 * (4 * 128 + 23 * 256 + 3 * 512) + 4 + 23 + 3)
 
@@ -259,9 +267,9 @@ def test_d2det_trains_deformed(tmp_path, narrow, capsys):
     d2det.main([*RUN, *out, "--train", "--dcn", "v2", "--backbone", "resnet50"])
     state = load_checkpoint(tmp_path / "r" / "last.pt")
     moved = {k for k, v in state["model"].items() if "conv_offset" in k and v.any()}
-    assert len(moved) == 6 and state["config"]["dcn"] == "v2"
+    assert len(moved) == 6 and state["settings"]["model"]["dcn"] == "v2"
     model = engine.load(tmp_path / "r" / "last.pt")
-    assert isinstance(model.model.backbone.stages[1][0].conv2, common.DeformableConv)
+    assert isinstance(model.model.backbone.stages[1][0].conv2, DeformableConv)
     with pytest.raises(SystemExit):
         d2det.main([*RUN, *out, "--eval", "--row", "release.r50"])
     assert "--dcn none" in capsys.readouterr().err
@@ -272,12 +280,12 @@ def test_runs_that_knew_nothing_of_it_resume(tmp_path, capsys):
     out = tmp_path / "r"
     d2det.main([*RUN, "--out", str(out), "--train"])
     state = load_checkpoint(out / "last.pt")
-    del state["config"]["dcn"], state["config"]["momentum"]
+    del state["settings"]["model"]["dcn"], state["settings"]["run"]["momentum"]
     torch.save(state, out / "last.pt")
-    (out / "config.json").write_text(json.dumps(state["config"]))
+    (out / "config.json").write_text(json.dumps(state["settings"]))
     d2det.main([*RUN, "--out", str(out), "--train", "--resume"])
     assert "resumed at step 1" in capsys.readouterr().out
-    assert isinstance(engine.load(out / "last.pt").model, d2det.Detector)
+    assert isinstance(engine.load(out / "last.pt").model, d2det.D2Det)
     torch.save(state, out / "last.pt")
     with pytest.raises(SystemExit):
         d2det.main([*RUN, "--out", str(out), "--train", "--resume", "--momentum", "0.5"])

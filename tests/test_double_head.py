@@ -1,6 +1,5 @@
 """Double-Head R-CNN: equations and counts by hand, invariants, whole runs."""
 
-import dataclasses
 import doctest
 
 import pytest
@@ -8,20 +7,26 @@ import torch
 from methods import (
     batch,
     behaviour,
+    build,
     check_all_crowd,
     check_command_line,
     check_overfits,
     check_real_data,
     own_flags,
+    settings_of,
     without_objects,
 )
 
 import common
 import double_head as method
-from double_head import Config, ConvHead, Detector, FCHead
+import engine
+from baselines.faster_rcnn import Rois
+from double_head import ConvHead, FCHead, Settings, Test
+from engine.command import read_rows
 
+ROWS, _ = read_rows("double_head")
 SMALL = dict(
-    method.TINY, fpn_channels=16, fc_channels=32, conv_channels=32, norm="gn", proposals_train=60,
+    fpn_channels=16, fc_channels=32, conv_channels=32, norm="gn", proposals_train=60,
     proposals_test=40, workers=0,
 )  # fmt: skip
 NARROW = "--fpn-channels 8 --fc-channels 16 --conv-channels 16 --workers 0 --score-threshold"
@@ -34,7 +39,12 @@ REAL = f"""--preset tiny --steps 2 --scales 96 --test-scales 96 --max-size 160 -
 
 def make(**changes):
     torch.manual_seed(0)
-    return Detector(dataclasses.replace(Config(), **{**SMALL, **changes}), 10)
+    return build(method, settings_of(method, **{**SMALL, **changes}))
+
+
+def rois_of(*boxes):
+    """RoIs in the first image."""
+    return Rois(torch.zeros(len(boxes), dtype=torch.long), torch.tensor(boxes).float())
 
 
 def sure(model):
@@ -177,21 +187,20 @@ def test_maps_blocks_and_small_batches():
 
 def test_enlarged_rois_keep_their_level():
     rois = torch.tensor([[1.0, 10, 20, 30, 60]])
-    assert method.enlarge(rois, 1.5).tolist() == [[1, 5, 10, 35, 70]]
+    assert method.enlarge_rois(rois, 1.5).tolist() == [[1, 5, 10, 35, 70]]
     model = make(pool_norm=False)
     maps = [torch.full((1, 16, 64 // 2**i, 64 // 2**i), float(i)) for i in range(5)]
-    rois = torch.tensor([[0.0, 60, 60, 180, 180], [0, 50, 50, 150, 150], [0, 0, 0, 256, 256]])
+    rois = rois_of((60, 60, 180, 180), (50, 50, 150, 150), (0, 0, 256, 256))
     level = model.pool(maps, rois, 7)[:, 0, 3, 3]
     assert level.tolist() == [1, 0, 2]  # P3, P2, P4: at twice the size one more each
     assert torch.equal(model.pool_enlarged(maps, rois, 2.0)[:, 0, 3, 3], level)
     assert model.pool_enlarged(maps, rois[:0], 2.0).shape == (0, 16, 7, 7)
     maps = [torch.rand(1, 16, 64 // 2**i, 64 // 2**i) for i in range(5)]
-    near = method.enlarge(rois[1:2], 0.5)  # both on P2
-    want = model.pool(maps, method.enlarge(near, 2.0), 7)
+    near, enlarged = rois_of((75, 75, 125, 125)), rois_of((50, 50, 150, 150))  # both on P2
+    want = model.pool(maps, enlarged, 7)
     torch.testing.assert_close(model.pool_enlarged(maps, near, 2.0), want)
-    model = make(pool_norm=True)
     want = (want - want.mean((2, 3), keepdim=True)) / want.std((2, 3), False, keepdim=True)
-    found = model.pool_enlarged(maps, near, 2.0)
+    found = make(pool_norm=True).pool_enlarged(maps, near, 2.0)
     torch.testing.assert_close(found, want, atol=2e-3, rtol=2e-3)
 
 
@@ -203,7 +212,7 @@ def test_conv_heads_alone_see_enlarged_rois_on_their_first_level(heads, monkeypa
     for i, stride in enumerate((4, 8, 16, 32, 64)):  # a level adds 1000 to what its cells say
         x = (torch.arange(512 // stride) + 0.5) * stride + 1000.0 * i
         maps.append(x.expand(1, 16, len(x), len(x)).contiguous())
-    rois = torch.tensor([[0.0, 150, 150, 250, 250], [0, 200, 200, 300, 300]])  # 130 px are P3's
+    rois = rois_of((150, 150, 250, 250), (200, 200, 300, 300))  # 130 px are P3's
     seen, pools, roi_align = {}, [], method.kernels.roi_align
     for name, head in model.heads.items():
         head.register_forward_pre_hook(lambda _, x, name=name: seen.update({name: x[0]}))
@@ -244,29 +253,26 @@ def test_lambda_one_is_exactly_the_vanilla_loss():
     assert mixed["fc_cls"].item() == pytest.approx(0.7 * plain["fc_cls"].item(), rel=1e-5)
     assert mixed["conv_reg"].item() == pytest.approx(0.8 * plain["conv_reg"].item(), rel=1e-5)
     torch.manual_seed(2)  # and by hand: Eq. 1 of cross entropy and smooth L1
-    features, _, _, rois, labels, gts = vanilla.training_rois(images, targets)
+    features, _, _, rois = vanilla.training_rois(images, targets)
     logits, deltas = vanilla.head_outputs(features, rois)
-    want = 2.0 * torch.nn.functional.cross_entropy(logits["fc"], labels)
+    want = 2.0 * torch.nn.functional.cross_entropy(logits["fc"], rois.labels)
     torch.testing.assert_close(plain["fc_cls"], want)
-    i = (labels < 10).nonzero()[:, 0]
-    wanted = common.encode_boxes(rois[i, 1:], gts[i], (0.1, 0.1, 0.2, 0.2))
-    off = deltas["conv"][i, labels[i]] - wanted
-    smooth = torch.where(off.abs() < 1, off**2 / 2, off.abs() - 0.5).sum() / len(labels)
+    positive = rois.labels < 10
+    good = rois[positive]
+    wanted = common.encode_boxes(good.boxes, good.gt_boxes, (0.1, 0.1, 0.2, 0.2))
+    off = deltas["conv"][positive, good.labels] - wanted
+    smooth = torch.where(off.abs() < 1, off**2 / 2, off.abs() - 0.5).sum() / len(rois)
     torch.testing.assert_close(plain["conv_reg"], 2.5 * smooth)
 
 
-@pytest.mark.parametrize("row", [*method.ROWS])
+@pytest.mark.parametrize("row", [*ROWS])
 def test_every_row_builds_and_trains(row):
     keep = ("backbone", "epochs", "drops")  # sizes stay small here
-    changes = {k: v for k, v in method.ROWS[row].items() if k not in keep}
+    changes = {k: v for k, v in ROWS[row].items() if k not in keep}
     model, (images, targets) = sure(make(**changes)), batch(1, 64)
     sum(model.loss(images, targets).values()).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
     assert set(model.eval().predict(images)[0]) == {"boxes", "scores", "labels"}
-
-
-def test_every_printed_row_is_there():
-    assert method.PAPER.keys() == method.ROWS.keys()
 
 
 RES, NL = method.ResidualBlock, method.NonLocalBlock
@@ -288,15 +294,14 @@ MEANING = {  # weights of each head's class and box loss, conv-head's blocks, ba
 @pytest.mark.parametrize("row", list(MEANING))
 def test_rows_are_the_papers_experiments(row):
     weights, blocks, backbone = MEANING[row]
-    config = dataclasses.replace(Config(), **method.ROWS[row])
-    lambdas = config.lambda_fc, config.lambda_conv
-    found = method.task_weights(config.heads, config.omega_fc, config.omega_conv, *lambdas)
-    assert {k: pytest.approx(v) for k, v in weights.items()} == found
-    assert config.backbone == backbone and config.conv_scale == 1.3 and not config.non_local_softmax
-    assert config.epochs * 118_287 / 8 == pytest.approx(180_000, rel=1e-3)
-    assert config.drops == (120 / 180, 160 / 180) and (config.lr, config.lr_batch) == (0.01, 8)
+    settings = Settings().replace(**ROWS[row])
+    model, run = settings.model, settings.run
+    assert {k: pytest.approx(v) for k, v in weights.items()} == model.loss_weights()
+    assert model.backbone == backbone and model.conv_scale == 1.3 and not model.non_local_softmax
+    assert run.epochs * 118_287 / 8 == pytest.approx(180_000, rel=1e-3)
+    assert run.drops == (120 / 180, 160 / 180) and (run.lr, run.lr_batch) == (0.01, 8)
     if blocks:
-        head = ConvHead(8, config.num_blocks, config.non_local, channels=16)
+        head = ConvHead(8, model.num_blocks, model.non_local, channels=16)
         assert [type(b) for b in head.blocks] == blocks
 
 
@@ -308,11 +313,12 @@ table4.ext_r101 table5.ext_r101"""
 
 
 def test_rows_that_are_one_training():
-    """Fusion apart, which is of the test; no other two rows are alike."""
+    """No other two rows agree in all but how they are tested."""
     groups = {}
-    for row, changes in method.ROWS.items():
-        config = dataclasses.replace(Config(), **{**changes, "fusion": "max"})
-        groups.setdefault(repr(config), set()).add(row)
+    for row, changes in ROWS.items():
+        settings = Settings().replace(**changes)
+        trained = repr((settings.model, settings.run, settings.data))
+        groups.setdefault(trained, set()).add(row)
     found = [rows for rows in groups.values() if len(rows) > 1]
     assert sorted(map(sorted, found)) == sorted(sorted(g.split()) for g in ONE_TRAINING.split("\n"))
 
@@ -346,23 +352,24 @@ def test_a_batch_of_two_equals_two_singles():
     assert len(small) and small.min() >= 0 and small[:, 2].max() <= 70 and small[:, 3].max() <= 60
 
 
-def test_select_takes_the_class_and_head_it_should():
-    model = make(score_threshold=0.3)
+def test_candidates_take_the_class_and_head_they_should():
+    model = make()
     probs = {"fc": torch.zeros(2, 10), "conv": torch.zeros(2, 10)}
     probs["fc"][0, 4], probs["conv"][0, 4], probs["conv"][1, 7] = 0.5, 0.5, 0.25
     deltas = {k: torch.zeros(2, 10, 4) for k in ("fc", "conv")}
     deltas["conv"][0, 4, 0], deltas["fc"][0, 4, 0] = 1.0, 2.0  # a tenth, a fifth of the width
-    out = dict(
-        probs=probs, deltas=deltas, image=torch.tensor([0, 0]), sizes=torch.full((1, 2), 99.0)
-    )
-    out["rois"] = torch.tensor([[0.0, 10, 10, 20, 20], [0, 50, 50, 70, 70]])
+    rois = rois_of((10, 10, 20, 20), (50, 50, 70, 70))
+    out = dict(probs=probs, deltas=deltas, rois=rois, sizes=torch.full((1, 2), 99.0))
     for changes, score, left in (
         ({}, 0.75, 11), (dict(fusion="average"), 0.5, 11), (dict(fusion="none"), 0.5, 11),
         (dict(alone="fc"), 0.5, 12), (dict(alone="conv"), 0.5, 11),
     ):  # fmt: skip
-        found = model.select(out, dataclasses.replace(model.config, **changes))
+        found = model.candidates(out, Test(score_threshold=0.3, **changes))
         assert found["labels"].tolist() == [4] and found["scores"].item() == score
         torch.testing.assert_close(found["boxes"], torch.tensor([[left, 10.0, left + 10, 20]]))
+    del deltas["fc"]  # a head that only classifies takes the other one's boxes
+    found = model.candidates(out, Test(score_threshold=0.3, alone="fc"))
+    assert found["scores"].item() == 0.5 and found["boxes"][0, 0].item() == pytest.approx(11)
 
 
 def test_one_image_can_be_overfitted():
@@ -382,7 +389,8 @@ CHANGED = dict(
 
 
 def test_every_flag_is_covered():
-    assert own_flags(method) == {*CHANGED, "class_std"}
+    own = own_flags(method)
+    assert own == {*CHANGED, "class_std"} - engine.Settings().flat().keys()
 
 
 def test_class_outputs_start_at_that_deviation():

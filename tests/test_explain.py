@@ -9,29 +9,30 @@ import torch
 from matplotlib.figure import Figure
 from methods import batch, make, small, sure
 
-import common
 import cpm_rcnn
 import d2det
 import dc_loss_clnms
 import double_head
 import iou_aware_retinanet
 from baselines import faster_rcnn
-from engine.checkpoints import save_checkpoint
+from baselines.faster_rcnn import Rois
+from common import BadInput
+from data import SyntheticDetection
+from engine.checkpoints import as_saved, save_checkpoint
 from studies import explain, inside_two_stage
 from studies.seen import Seen, look, recorded
 
 NAMES = [str(i) for i in range(10)]
 
 
-def seen_by(name: str, model, image, target) -> Seen:
-    record, _ = explain.METHODS[name]
-    return look(model, model.config, image, target, NAMES, record(model))
+def seen_by(model, image, target) -> Seen:
+    return look(model, model.full_settings.test, image, target, NAMES)
 
 
 def numbers(seen: Seen, name: str, pick: int) -> dict:
     """What is drawn of a detection: every column is drawn, too."""
     figure, (axes,) = explain.new_figure(9, 3, 1, 6)
-    for axis, (title, draw) in zip(axes, explain.METHODS[name][1](seen, pick)):
+    for axis, (title, draw) in zip(axes, explain.PANELS[name](seen, pick)):
         draw(axis)
         assert title and axis.has_data()
     return seen.numbers
@@ -51,15 +52,13 @@ def test_recorded_listens_and_leaves():
     model = two_stage(faster_rcnn).eval()
     images, _ = batch(1, 64)
     before = model.predict(images)
-    with recorded(model, ["pool", "rpn.conv", "classify.1"]) as calls:
+    with recorded(flat=model.classify[0], hidden=model.classify[1]) as results:
         after = model.predict(images)
     assert all(torch.equal(before[0][k], after[0][k]) for k in before[0])
-    assert len(calls["pool"]) == 1 and len(calls["rpn.conv"]) == 5
-    ((_, rois, size), pooled), *_ = calls["pool"]
-    assert size == 7 and len(rois) == len(pooled)
-    assert torch.equal(calls["classify.1"][0][0][0], pooled.flatten(1))
+    assert torch.equal(results["hidden"], model.classify[1](results["flat"]))
+    kept = results["hidden"]
     model.predict(images)
-    assert len(calls["pool"]) == 1 and "pool" not in vars(model)
+    assert results["hidden"] is kept
 
 
 @pytest.mark.parametrize("pick", [0, 3])
@@ -68,7 +67,7 @@ def test_d2det_cells_average_to_the_box(pick):
     model = two_stage(d2det, **small, drp_per_level=pick > 0)
     torch.nn.init.normal_(model.regress.overlap.weight, std=1)
     (image,), (target,) = batch(1, 64)
-    seen = seen_by("d2det", model, image, target)
+    seen = seen_by(model, image, target)
     drawn, box = numbers(seen, "d2det", pick), seen.detections["boxes"][pick]
     cells, overlap = torch.tensor(drawn["cells"]), torch.tensor(drawn["overlap"])
     mean = cells[overlap > 0.5].mean(0)
@@ -78,16 +77,14 @@ def test_d2det_cells_average_to_the_box(pick):
     bins = torch.tensor(drawn["bins"]).view(2, 49)
     proposal = torch.tensor(drawn["proposal"])
     (still,) = d2det.cell_centres(proposal[None]).flatten(2)
-    moved = (bins - still) / (proposal[2:] - proposal[:2])[:, None] / model.config.gamma
-    found = False
-    for i in range(len(model.drp)):
-        for ((_, rois, _), _), (_, offsets) in zip(
-            seen.calls[f"drp.{i}"], seen.calls[f"drp.{i}.fc"]
-        ):
-            for roi, own in zip(rois, offsets):
-                if torch.allclose(roi[1:], proposal):
-                    found = torch.allclose(own.view(2, 49), moved, atol=1e-3)
-    assert found and moved.abs().max() > 0.01
+    moved = (bins - still) / (proposal[2:] - proposal[:2])[:, None] / model.settings.gamma
+    rois = seen.outputs["rois"]
+    with recorded(**{str(i): pool.fc for i, pool in enumerate(model.drp)}) as results:
+        model.class_features(seen.outputs["features"], rois)  # of all proposals
+    at = int(seen.candidates["roi"][seen.row(pick)])
+    assert rois.boxes[at].tolist() == drawn["proposal"]
+    offsets = torch.cat(list(results.values())).view(-1, 2, 49)
+    assert ((offsets - moved).abs().amax((1, 2)) < 1e-3).any() and moved.abs().max() > 0.01
 
 
 def test_relative_weight_is_what_a_sample_adds():
@@ -109,7 +106,7 @@ def test_cpm_stages_lead_to_the_box(pick):
     for head in model.grids:
         torch.nn.init.normal_(head.heat[-1].weight, std=1)
     (image,), (target,) = batch(1, 64)
-    seen = seen_by("cpm_rcnn", model, image, target)
+    seen = seen_by(model, image, target)
     drawn = numbers(seen, "cpm_rcnn", pick)
     first, second, third = drawn["stages"]
     assert first["box"] == second["enters"] and second["box"] == third["enters"]
@@ -133,20 +130,19 @@ def test_whole_grid_has_each_map_in_its_window():
 def test_double_head_cells_are_what_the_logit_is_made_of(pick):
     model = two_stage(double_head, conv_channels=16)
     (image,), (target,) = batch(1, 64)
-    seen = seen_by("double_head", model, image, target)
+    seen = seen_by(model, image, target)
     drawn = numbers(seen, "double_head", pick)
     label, score = (seen.detections[k][pick] for k in ("labels", "scores"))
     fc, conv = (drawn["class_score"][k] for k in ("fc", "conv"))
     assert fc + conv * (1 - fc) == pytest.approx(score.item(), abs=1e-5)
-    rois = torch.tensor([[0.0, *drawn["proposal"]]])
+    features, proposal = seen.outputs["features"], torch.tensor([drawn["proposal"]])
+    roi = Rois(torch.zeros(1).long(), proposal)
     with torch.no_grad():
-        logits, _ = model.head_outputs(seen.outputs["features"], rois)
+        logits, _ = model.head_outputs(features, roi)
     want = logits["conv"][0, label] - model.cls["conv"].bias[label]
     assert sum(drawn["conv_cells"]) == pytest.approx(want.item(), abs=2e-2)
     # fc: a little less of one cell changes the logit by that much of what the cell adds
-    (pooled,), cell = seen.calls["heads.fc"][0][0], 24
-    at = int((seen.outputs["rois"] == rois).all(1).int().argmax())
-    less = pooled[at : at + 1].clone()
+    cell, less = 24, model.pool_for_heads(features, roi)["fc"].clone()
     less[0, :, cell // 7, cell % 7] *= 0.99
     with torch.no_grad():
         change = logits["fc"][0, label] - model.cls["fc"](model.heads["fc"](less))[0, label]
@@ -154,7 +150,7 @@ def test_double_head_cells_are_what_the_logit_is_made_of(pick):
     slide, middle = drawn["slide"], len(drawn["slide"]["shift"]) // 2
     truth = seen.truth(pick)
     box = seen.detections["boxes"][pick] if truth is None else truth
-    there = model.predictions(seen.outputs["features"], torch.cat([rois[0, :1], box])[None])
+    there = model.predictions(features, roi.moved(box[None]))
     for name in ("fc", "conv"):
         want = there["probs"][name][0, label].item()
         assert slide["score"][name][middle] == pytest.approx(want, abs=1e-3)
@@ -165,7 +161,7 @@ def test_iou_aware_maps_hold_the_detection(p2):
     model = sure(make(iou_aware_retinanet, score_threshold=0.1, p2=p2)).eval()
     torch.nn.init.normal_(model.head.iou_logits.weight, std=0.5)
     (image,), (target,) = batch(1, 96)
-    seen = seen_by("iou_aware_retinanet", model, image[:, :70], target)  # padded to 96
+    seen = seen_by(model, image[:, :70], target)  # padded to 96
     for pick in (0, 5):
         drawn, row = numbers(seen, "iou_aware_retinanet", pick), seen.row(pick)
         cls, iou = (seen.candidates[k][row].item() for k in ("cls_probs", "iou_probs"))
@@ -176,14 +172,14 @@ def test_iou_aware_maps_hold_the_detection(p2):
         ranks = [line["fused"] for line in drawn["ranking"]]
         assert sorted(ranks) == list(range(1, len(ranks) + 1))
     baseline = make(iou_aware_retinanet, iou_head=False)
-    with pytest.raises(common.BadInput, match="baseline"):
-        explain.METHODS["iou_aware_retinanet"][1](dataclasses.replace(seen, model=baseline), 0)
+    with pytest.raises(BadInput, match="baseline"):
+        explain.PANELS["iou_aware_retinanet"](dataclasses.replace(seen, model=baseline), 0)
 
 
 def test_dc_loss_weights_anchors_and_clusters():
     model = sure(make(dc_loss_clnms, score_threshold=0.4, iac_threshold=0.3)).eval()
     (image,), (target,) = batch(1, 96)
-    seen = seen_by("dc_loss_clnms", model, image, target)
+    seen = seen_by(model, image, target)
     picks = [i for i in range(len(seen.detections["boxes"])) if seen.truth(i) is not None]
     total = 0
     for pick in picks[:2]:
@@ -205,11 +201,12 @@ def test_dc_loss_weights_anchors_and_clusters():
 def test_explain_runs_as_a_program(tmp_path, capsys, detection_data, monkeypatch):
     """On a number of the data and on a file; what cannot be is said in a line."""
     model = two_stage(d2det, conv_channels=16, num_convs=2, groups=4)
-    config = vars(model.config) | dict(image_size=64, scales=(64,), test_scales=(64,), max_size=64)
+    sizes = dict(image_size=64, scales=(64,), test_scales=(64,), max_size=64)
+    settings = as_saved(model.full_settings.replace(**sizes))
     weights = tmp_path / "last.pt"
-    categories = common.SyntheticDetection(1, 64).categories
-    state = dict(model=model.state_dict(), config=config, categories=categories, script="d2det")
-    save_checkpoint(weights, state)
+    categories = SyntheticDetection(1, 64).categories
+    state = dict(model=model.state_dict(), settings=settings, categories=categories)
+    save_checkpoint(weights, state | dict(method="d2det"))
     where = ["--weights", str(weights), "--num-val", "4", "--device", "cpu"]
     found = explain.main(["d2det", "1", *where])
     page = tmp_path / "studies" / "explain_d2det_1"

@@ -9,14 +9,15 @@ import pytest
 import torch
 from methods import make, small, sure
 
-import common
 import double_head
 import iou_aware_retinanet
+from common import BadInput
+from data import SyntheticDetection
 from engine.detector import BaseDetector
 from engine.export import export_file
 
 ROOT = Path(__file__).resolve().parent.parent
-CATEGORIES = common.SyntheticDetection(1, 64).categories
+CATEGORIES = SyntheticDetection(1, 64).categories
 ALONE = """
 import json, sys
 import torch
@@ -28,7 +29,7 @@ for file in sys.argv[1:]:
     images = torch.load(file + ".images")
     torch.save([network(image) for image in images], file + ".found")
     assert len(json.loads(extra["categories"])) == 10
-ours = [m for m in sys.modules if m.split(".")[0] in ("common", "engine", "baselines", "formats")]
+ours = [m for m in sys.modules if m.split(".")[0] in ("common", "data", "engine", "baselines")]
 print(json.dumps(ours))
 """
 
@@ -56,7 +57,7 @@ def test_an_exported_file_finds_the_same_in_a_process_without_this_project(tmp_p
                 patch.setattr(
                     torch.export, "save", lambda program, *_, **__: programs.append(program)
                 )
-            export_file(model, CATEGORIES, file)
+            export_file(model, CATEGORIES, file, model.full_settings.test)
         assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     (program,), file = programs, tmp_path / "two.pt2"
     torch.save(images, f"{file}.images")
@@ -68,12 +69,13 @@ def test_an_exported_file_finds_the_same_in_a_process_without_this_project(tmp_p
     every = {"one": [network(image) for image in images], "two": torch.load(f"{file}.found")}
     for name, model in made.items():
         for image, found in zip(images, every[name]):
-            want = model.candidates([image])
+            want = model.candidates(model.outputs([image]), model.full_settings.test)
             assert len(want["boxes"]) > 20 and found.keys() == {"boxes", "scores", "labels"}
             for key, value in found.items():
                 torch.testing.assert_close(value, want[key], atol=1e-3, rtol=1e-4)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
-    with pytest.raises(common.BadInput, match="ends in .pt2"):
-        export_file(make(iou_aware_retinanet), CATEGORIES, tmp_path / "model.onnx")
+    model = make(iou_aware_retinanet)
+    with pytest.raises(BadInput, match="ends in .pt2"):
+        export_file(model, CATEGORIES, tmp_path / "model.onnx", model.full_settings.test)

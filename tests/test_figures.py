@@ -1,5 +1,6 @@
 """Studies that draw a paper's figure: several models in one, two scores of a box, sensitivity."""
 
+import dataclasses
 import doctest
 import json
 
@@ -15,11 +16,10 @@ import common
 import cpm_rcnn
 import double_head
 from baselines import gfl, retinanet
-from engine.checkpoints import load_checkpoint, save_checkpoint
+from data import SyntheticDetection
+from engine.checkpoints import as_saved, load_checkpoint, save_checkpoint
 from studies import checkpoint, models, scores, sensitivity
 from studies.models import WAYS
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +32,14 @@ def untrained(tmp_path_factory):
             torch.manual_seed(0)
             folder = tmp_path_factory.mktemp(name)
             flags = [*(IMAGES + OWN[name] if name in OWN else RUN), *more, "--out", f"{folder}"]
-            config = checkpoint.settings_of(name, flags)
-            method = checkpoint.method_of(name)
-            model = method.Detector(config, 10)
+            settings = checkpoint.settings_of(name, flags)
+            method = checkpoint.script_of(name)
+            model = method.Detector(settings.model.without_download(), 10)
             if name == "cpm_rcnn":  # sure of its boxes, as after training
                 nn.init.normal_(model.classify[-1].weight, std=3)
-            state = dict(model=model.state_dict(), config=vars(config), method=method.__name__)
-            categories = common.SyntheticDetection(1, 64).categories
+            state = dict(model=model.state_dict(), settings=as_saved(settings))
+            state["method"] = method.__name__
+            categories = SyntheticDetection(1, 64).categories
             save_checkpoint(folder / "last.pt", state | dict(categories=categories))
             found[name, *more] = folder / "last.pt"
         return found[name, *more]
@@ -66,13 +67,13 @@ def test_lines_of_checkpoints_and_of_metrics(untrained, tmp_path, monkeypatch):
     file.write_text(json.dumps(numbered(0.75)))
     drawn: list = []
 
-    def evaluate(model, data, config, device):
+    def evaluate(model, data, settings):
         known = {double_head.Detector: 0.25}
-        assert len(data) == 3 and config.num_val == 3 and not model.training
+        assert len(data) == 3 and settings.data.num_val == 3 and not model.training
         return numbered(known.get(type(model), 0.5))
 
     monkeypatch.setattr(models, "evaluate", evaluate)
-    monkeypatch.setattr(models, "draw_by_setting", lambda rows, plan, path: drawn.append(rows))
+    monkeypatch.setattr(models, "draw_by_setting", lambda rows, title, path: drawn.append(rows))
     files = [f"{first}", f"{file}", f"{last}"]
     found = models.main(["--models", *files, "--names", "a", "b", "c", "--num-val", "3"])
     assert {k: v["AP"] for k, v in found.items()} == {"a": 0.25, "b": 0.75, "c": 0.5}
@@ -92,12 +93,15 @@ def test_a_lambda_map_has_each_model_in_its_place(untrained, tmp_path, monkeypat
         files.append(f"{untrained('double_head', *flags)}")
     files.append(files[0])  # a pair may have several models
 
-    def variants(model, configs, data, config, device):
+    ways = list(WAYS)
+
+    def metrics_under(study, changes):
         mine = len(asked) / 100
-        settings = {way: (c.alone, c.fusion) for way, c in configs.items()}
-        assert (config.lambda_fc, config.lambda_conv) == pairs[len(asked)]
-        asked.append(settings)
-        return {way: numbered(0.1 * WAYS.index(way) + mine) for way in configs}
+        tests = {way: dataclasses.replace(study.settings.test, **c) for way, c in changes.items()}
+        model = study.settings.model
+        assert (model.lambda_fc, model.lambda_conv) == pairs[len(asked)]
+        asked.append({way: (test.alone, test.fusion) for way, test in tests.items()})
+        return {way: numbered(0.1 * ways.index(way) + mine) for way in changes}
 
     def imshow(self, image, *a, **k):
         drawn.append(image)
@@ -105,14 +109,14 @@ def test_a_lambda_map_has_each_model_in_its_place(untrained, tmp_path, monkeypat
 
     original = matplotlib.axes.Axes.imshow
     monkeypatch.setattr(matplotlib.axes.Axes, "imshow", imshow)
-    monkeypatch.setattr(models, "evaluate_variants", variants)
+    monkeypatch.setattr(models, "metrics_under", metrics_under)
     what = ["--what", "lambdas", "--out", f"{tmp_path}", "--names", *"abcd"]
     found = models.main([*what, "--models", *files])
-    both = {WAYS[2]: ("", "none"), WAYS[3]: ("", "complementary")}
-    alone = {WAYS[0]: ("conv", "complementary")}, {WAYS[1]: ("fc", "complementary")}
+    both = {ways[2]: ("", "none"), ways[3]: ("", "complementary")}
+    alone = {ways[0]: ("conv", "complementary")}, {ways[1]: ("fc", "complementary")}
     assert asked[0] == alone[0] | alone[1] | both
     assert asked[1] == alone[0] | both  # at 1 fc-head has no boxes, and conv-head no classes
-    assert asked[2] == alone[1] | {WAYS[2]: ("", "none")}
+    assert asked[2] == alone[1] | {ways[2]: ("", "none")}
     nan = np.nan  # columns 0.7 and 1, rows 1 and 0.8; of two models the mean
     wanted = [[[nan, nan], [1.5, 1]], [[12, nan], [11.5, nan]], [[22, nan], [21.5, 21]]]
     wanted.append([[nan, nan], [31.5, 31]])
@@ -127,15 +131,19 @@ def test_a_lambda_map_has_each_model_in_its_place(untrained, tmp_path, monkeypat
 class Scored(nn.Module):
     """CPM R-CNN's end, on boxes of a known IoU with the first object of each image."""
 
-    select, finish = cpm_rcnn.Detector.select, cpm_rcnn.Detector.finish
-    suppress, cascade = cpm_rcnn.Detector.suppress, False
+    detections, suppress = cpm_rcnn.GridDetector.detections, cpm_rcnn.GridDetector.suppress
 
-    def __init__(self, config):
+    def __init__(self):
         super().__init__()
-        self.config, self.num_classes = config, 10
+        self.settings, self.num_classes = cpm_rcnn.Model(), 10
+        self.weight = nn.Parameter(torch.zeros(1))
 
     def outputs(self, images):
-        data, boxes, labels, image = common.SyntheticDetection(4, 64, 10**6), [], [], []
+        return dict(images=images)
+
+    def candidates(self, outputs, test):
+        images = outputs["images"]
+        data, boxes, labels, image = SyntheticDetection(4, 64, 10**6), [], [], []
         for i, seen in enumerate(images):
             (target,) = (t for own, t in map(data.__getitem__, range(4)) if own.equal(seen))
             x1, y1, x2, y2 = target["boxes"][0].tolist()
@@ -145,15 +153,17 @@ class Scored(nn.Module):
         boxes, count = torch.tensor(boxes), len(images)
         factors = dict(cls=[0.9, 0.8, 0.5], ism=[0.5, 0.75, 0.5], rsm=[0.9, 0.1, 0.8])
         factors = {k: torch.tensor(v * count) for k, v in factors.items()}
+        factors["scores"] = cpm_rcnn.fused_score(**factors, gamma=test.gamma)
         return dict(boxes=boxes, labels=torch.tensor(labels), image=torch.tensor(image), **factors)
 
 
 def test_both_scores_of_a_box_by_hand():
-    data = common.SyntheticDetection(4, 64, 10**6)
+    data = SyntheticDetection(4, 64, 10**6)
     small = dict(scales=(64,), test_scales=(64,), max_size=64, gamma=0.5, workers=0, eval_batch=2)
-    model = Scored(cpm_rcnn.Config(**small))
-    found = scores.boxes_under_two_scores(model, data, model.config, CPU)
-    values, examples = found["ism"]
+    settings = cpm_rcnn.Settings().replace(**small)
+    study = checkpoint.Study(Scored(), settings, data.categories, "", None, data)
+    all_values, all_examples = scores.boxes_under_two_scores(study)
+    values, examples = all_values["ism"], all_examples["ism"]
     assert len(values) == 12 and len(examples) == 8  # of each image a rise and a fall
     factor = (0.45 + 0.6 + 0.25) / (0.9 + 0.8 + 0.5)  # that all boxes of an image have in common
     for i in range(4):
@@ -167,7 +177,8 @@ def test_both_scores_of_a_box_by_hand():
         assert 0.5 - 1e-4 < half["iou"] < 1 and half["object"] != half["box"]  # half as wide
         mine = values[(values[:, 1] - 0.8).abs() < 1e-6]
         assert mine.shape == (4, 3) and half["iou"] in mine[:, 0].tolist()
-    cut, examples = found["rsm"]  # the third box, and objects at the border
+    # the third box, and objects at the border
+    cut, examples = all_values["rsm"], all_examples["rsm"]
     assert 4 <= len(cut) < 12
     for e in examples:
         assert min(e["box"][:2]) < 0.7 or max(e["box"][2:]) > 63.3
@@ -188,7 +199,7 @@ def test_scores_of_a_checkpoint(untrained, monkeypatch):
     monkeypatch.setattr(matplotlib.axes.Axes, "set_title", lambda s, t, **k: titles.append(t))
     where = ["cpm_rcnn", "--weights", f"{file}", "--examples", "2"]
     found = scores.main([*where, "--score-threshold", "0.01"])
-    gamma = load_checkpoint(file)["config"]["gamma"]
+    gamma = load_checkpoint(file)["settings"]["test"]["gamma"]
     for row in found["rsm"]["examples"]:
         factors = (torch.tensor(row[k]) for k in ("cls", "ism", "rsm"))
         assert row["score"] == pytest.approx(cpm_rcnn.fused_score(*factors, gamma).item(), rel=1e-4)
@@ -206,7 +217,7 @@ class TwoPixels(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.backbone, self.config = nn.Identity(), retinanet.Config()
+        self.backbone, self.settings = nn.Identity(), retinanet.Model()
 
     def outputs(self, images):
         pixels = self.backbone(common.pad_images(images)[0])
@@ -216,7 +227,12 @@ class TwoPixels(nn.Module):
         return dict(cls_logits=logits, deltas=moved, anchors=anchors)
 
     def assign(self, out, targets):
-        return torch.tensor([[1, 0]]), targets[0]["boxes"][None, [0, 0]], torch.tensor([[1, 1]])
+        return retinanet.Assignment(
+            labels=torch.tensor([[1, 0]]),
+            gt=torch.tensor([[0, 0]]),
+            gt_boxes=targets[0]["boxes"][None, [0, 0]],
+            gt_labels=torch.tensor([[1, 1]]),
+        )
 
     def decode(self, out, index):
         return common.decode_boxes(out["anchors"][index[1]], out["deltas"][index])
@@ -226,13 +242,13 @@ def test_a_gradient_is_where_its_loss_looks():
     image = batch(1, 40)[0][0]
     boxes = torch.tensor([[0.0, 0, 12, 9], [20, 20, 30, 30]])
     target = dict(boxes=boxes, labels=torch.tensor([1, 2]), ignore=torch.zeros(2).bool())
-    found = sensitivity.gradients(TwoPixels(), image, target, boxes[0])
+    found = sensitivity.gradients(TwoPixels(), image, target, 0)
     assert {k: v.nonzero().tolist() for k, v in found.items()} == {
         "class": [[3, 20]],
         "box": [[9, 5]],
     }
     assert found["class"].shape == (40, 40)  # without the padding to 64
-    assert sensitivity.gradients(TwoPixels(), image, target, boxes[1]) == {}  # has no anchor
+    assert sensitivity.gradients(TwoPixels(), image, target, 1) == {}  # has no anchor
 
 
 def test_losses_of_the_only_object_are_those_of_training():
@@ -240,8 +256,8 @@ def test_losses_of_the_only_object_are_those_of_training():
     target = {k: target[k][:1] for k in ("boxes", "labels", "ignore")}
     model = make(retinanet).eval()
     out = model.outputs(images[:1])
-    found = sensitivity.object_losses(model, out, [target], target["boxes"][0])
-    labels, *_ = model.assign(out, [target])
+    found = sensitivity.object_losses(model, out, [target], 0)
+    labels = model.assign(out, [target]).labels
     total = model.loss(images[:1], [target])["box"] * retinanet.count_positives(labels)
     assert found["box"].item() == pytest.approx(total.item(), rel=1e-4)
     away = {**out, "cls_logits": torch.full_like(out["cls_logits"], -30.0)}  # of the background
@@ -252,7 +268,7 @@ def test_losses_of_the_only_object_are_those_of_training():
     assert found["class"].item() == pytest.approx(total.item(), rel=1e-4)
     model = make(gfl).eval()
     out = model.outputs(images[:1])
-    found = sensitivity.object_losses(model, out, [target], target["boxes"][0])
+    found = sensitivity.object_losses(model, out, [target], 0)
     assert set(found) == {"class", "box"} and all(v > 0 for v in found.values())
 
 
@@ -280,11 +296,11 @@ def test_sensitivity_of_a_checkpoint(untrained):
     (models, "--models JSON", "not a run's metrics.json"),
     (models, "--models CPM --out CPM", "a file has that name"),
     (models, "--models CPM OTHER", "are not those of"),
-    (scores, "cpm_rcnn --weights CPM --examples 0", "--examples 0: 1 is the least"),
+    (scores, "cpm_rcnn --weights CPM --examples 0", "--examples 0: at least 1"),
     (scores, "cpm_rcnn --weights CPM --no-ism", "does not fit this model"),
     (scores, "cpm_rcnn --weights CPM --score-threshold 1", "no box has a score over"),
     (sensitivity, "retinanet --weights CPM", "does not fit this model"),
-    (sensitivity, "dc_loss_clnms --objects 0", "1 is the least"),
+    (sensitivity, "dc_loss_clnms --objects 0", "at least 1"),
 ])  # fmt: skip
 def test_bad_input_ends_with_a_reason(untrained, tmp_path, module, argv, message, capsys):
     argv = argv.replace("CPM", f"{untrained('cpm_rcnn')}")

@@ -10,11 +10,12 @@ import pytest
 import torch
 import torchvision
 from matplotlib.figure import Figure
+from methods import batch, small
 
 import common
 import d2det
-from engine import data
-from engine.settings import flag, parse
+from engine import loader
+from engine.command import Command, load_data, parse
 from engine.train import learning_rate, train
 
 BASE = dict(
@@ -23,7 +24,7 @@ BASE = dict(
     fc_channels=8, norm="gn", optimizer="sgd", lr=0.1, clip_norm=0.0, proposals_train=30,
     proposals_test=20, reg_test=15, score_threshold=0.05, draw_score=0.01, log_every=1,
     save_every=10, eval_every=0, device="cpu", roi_samples=16, roi_positive=0.5, weight_decay=1e-4,
-    flip=0.5,
+    flip=0.5, eval_times=1,
 )  # fmt: skip
 
 # What else decides what to do is tested where it is done: flag -> the test's name.
@@ -41,6 +42,7 @@ ELSEWHERE = {
     "compile": "test_compiled_are_backbone_and_heads",
     "export": "test_an_exported_file_finds_the_same_in_a_process_without_this_project",
     "dcn": "test_d2det_trains_deformed",
+    "readable": "test_readable_runs_the_plain_decode",
     "data": "test_voc_layout",
     "train_json": "test_coco_explicit_paths",
     "train_images": "test_coco_explicit_paths",
@@ -48,9 +50,14 @@ ELSEWHERE = {
     "val_images": "test_coco_explicit_paths",
     "train_split": "test_voc_layout",
     "val_split": "test_voc_layout",
+    "val_share": "test_one_coco_file_is_split_by_the_seed",
+    "upright": "test_photos_are_turned_if_their_annotated_sizes_are",
+    "max_pixels": "test_the_largest_image_is_a_setting",
+    "check": "test_a_run_says_what_it_did_not_check",
 }
 
 CHANGED = dict(
+    eval_times=3, max_steps=2, min_steps=4, min_score=0.2,
     num_train=5, num_val=3, image_size=40, scales=(32,), test_scales=(32,), max_size=32, flip=1.0,
     test_flip=True, workers=1, backbone="resnet18", backbone_weights="none", norm="bn",
     frozen_stages=0, fpn_channels=16, batch=4, optimizer="adamw", lr=0.05, lr_batch=8, momentum=0.5,
@@ -71,6 +78,8 @@ GIVEN = {
     "frozen_stages": dict(backbone="resnet18", backbone_weights="FILE", norm="auto"),
     "backbone_weights": dict(backbone="resnet18", backbone_weights="FILE", norm="auto"),
     "epochs": dict(steps=0),
+    "min_steps": dict(steps=0, epochs=1.0),
+    "max_steps": dict(steps=0, epochs=3.0),
     "drops": dict(cosine=False),
     "shared": dict(dlr=False),
     "mask_channels": dict(masks=True),
@@ -94,10 +103,10 @@ def shown(figure) -> list[str]:
 def behaviour(work, **changes):
     """Everything observable about a run: losses, weights, rates, predictions, files, calls."""
     values = {k: str(work / v) if v == "FILE" else v for k, v in {**BASE, **changes}.items()}
-    config = dataclasses.replace(d2det.Config(), **values)
-    torch.manual_seed(config.seed)
-    train_data, val_data = data.load_data(config)
-    model, seen = d2det.Detector(config, 10), []
+    settings = d2det.Settings().replace(**values)
+    torch.manual_seed(settings.run.seed)
+    train_data, val_data = load_data(settings, train=True)
+    model, seen = d2det.Detector(settings.model, 10), []
     out = work / f"run{len(list(work.iterdir()))}"
 
     def spy(module, name, note):
@@ -110,26 +119,26 @@ def behaviour(work, **changes):
         patch.setattr(module, name, wrapped)
 
     with pytest.MonkeyPatch.context() as patch:
-        spy(sys.modules["engine.train"], "save_checkpoint", lambda path, state: state["step"])
+        spy(sys.modules["engine.train"], "save_run", lambda *args: args[-1].step)
         spy(common, "pad_images", lambda images: [tuple(i.shape) for i in images])
         # drawn from the log, which is compared
-        patch.setattr(sys.modules["engine.train"], "draw_curves", lambda *_: None)
+        patch.setattr(sys.modules["engine.checkpoints"], "draw_curves", lambda *_: None)
         patch.setattr(Figure, "savefig", lambda figure, *_, **__: seen.append(shown(figure)))
-        spy(data, "DataLoader", lambda *args, **kwargs: kwargs["num_workers"])
-        metrics = train(model, config, train_data, val_data, out)
+        spy(loader, "DataLoader", lambda *args, **kwargs: kwargs["num_workers"])
+        metrics = train(model, settings, train_data, val_data, out)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     for line in log:
         line.pop("images_per_s", None), line.pop("memory_mib", None)
     state = hashlib.sha256()
     for name, value in model.state_dict().items():
         state.update(name.encode() + value.float().contiguous().numpy().tobytes())
-    rates = [learning_rate(config, s, 100, 2) for s in range(0, 100, 5)]
+    rates = [learning_rate(settings.run, s, 100, 2) for s in range(0, 100, 5)]
     predictions = (out / "predictions.json").read_text()
     return [log, state.hexdigest(), rates, predictions, metrics, seen]
 
 
 def test_every_flag_is_covered():
-    flags = {f.name for f in dataclasses.fields(d2det.Config)}
+    flags = {*d2det.Settings().flat(), *(f.name for f in dataclasses.fields(Command))}
     assert flags == set(CHANGED) | set(ELSEWHERE) and not set(CHANGED) & set(ELSEWHERE)
     tests = "".join(p.read_text() for p in Path(__file__).parent.glob("test_*.py"))
     for name in ELSEWHERE.values():
@@ -152,34 +161,70 @@ def test_flag_changes_the_run(work, known, flag):
     assert behaviour(work, **{**given, flag: CHANGED[flag]}) != known[key]
 
 
+def asked(*argv):
+    """The settings that D2Det's command line leads to."""
+    return parse("d2det", d2det.Settings, argv)[1]
+
+
 def test_row_and_preset_set_what_flags_override():
-    asked = lambda *argv: parse(d2det.Config, d2det.ROWS, d2det.TINY, "d2det", argv)  # noqa: E731
-    assert asked("--train").backbone == "small" or torch.cuda.is_available()
+    assert asked("--train").model.backbone == "small" or torch.cuda.is_available()
     paper = asked("--train", "--preset", "paper")
-    assert (paper.backbone, paper.scales, paper.epochs) == ("resnet50", (800,), 24)
-    assert asked("--train", "--data", "x").backbone == "resnet50"  # real data: the paper's settings
-    tiny = asked("--train", "--data", "x", "--preset", "tiny", "--row", "table2.dlr")
+    found = paper.model.backbone, paper.data.scales, paper.run.epochs
+    assert found == ("resnet50", (800,), 24)
+    real = asked("--train", "--data", "x")
+    assert real.model.backbone == "resnet50"  # real data: the paper's settings
+    tiny = asked("--train", "--data", "x", "--preset", "tiny", "--row", "table2.dlr").model
     assert tiny.backbone == "small" and not tiny.drp and tiny.dlr
-    assert asked("--train", "--row", "table2.dlr", "--drp").drp
-    assert asked("--train", "--preset", "paper", "--lr", "0.5").lr == 0.5
+    assert asked("--train", "--row", "table2.dlr", "--drp").model.drp
+    assert asked("--train", "--preset", "paper", "--lr", "0.5").run.lr == 0.5
 
 
+@pytest.mark.parametrize("layout", ["flat", "grouped"])
 @pytest.mark.parametrize("action", ["--eval", "--resume"])
-def test_what_an_older_checkpoint_does_not_name_is_as_in_the_defaults(tmp_path, action):
-    saved = dataclasses.asdict(d2det.Config(**d2det.TINY))
-    del saved["pool_norm"], saved["class_std"]
-    file = tmp_path / "last.pt"
-    torch.save(dict(model={}, categories=[], config=saved), file)
+def test_what_an_older_checkpoint_does_not_name_is_as_in_the_defaults(tmp_path, action, layout):
+    settings = d2det.Settings().replace(**d2det.TINY)
+    saved = settings.flat() if layout == "flat" else settings.to_dict()
+    network = saved if layout == "flat" else saved["model"]
+    del network["pool_norm"], network["class_std"]
+    state = {"config" if layout == "flat" else "settings": saved}
+    torch.save(dict(model={}, categories=[], **state), tmp_path / "last.pt")
     argv = [action, "--preset", "tiny", "--out", str(tmp_path)]
-    config = parse(d2det.Config, d2det.ROWS, d2det.TINY, "", argv)
-    assert (config.pool_norm, config.class_std, config.groups) == (False, 0.01, 8)
-    assert parse(d2det.Config, d2det.ROWS, d2det.TINY, "", [*argv, "--pool-norm"]).pool_norm
+    if action == "--resume":
+        argv.append("--train")
+    model = asked(*argv).model
+    assert (model.pool_norm, model.class_std, model.groups) == (False, 0.01, 8)
+    assert asked(*argv, "--pool-norm").model.pool_norm
 
 
-def test_device_is_obeyed(tmp_path):
-    argv = " ".join(flag(k, v) for k, v in BASE.items() if k != "device").split()
-    with pytest.raises(Exception, match="meta"):
-        d2det.main([*argv, "--train", "--device", "meta", "--out", str(tmp_path / "m")])
+def test_device_is_obeyed(monkeypatch):
+    """Without being asked it takes a GPU where torch sees one, here or not."""
+    command = sys.modules["engine.command"]
+    monkeypatch.setattr(command, "execute", lambda *given: given[-1])
+    for seen in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda seen=seen: seen)
+        assert d2det.main(["--train", "--device", "cpu"]) == torch.device("cpu")
+        assert d2det.main(["--train"]) == torch.device("cuda" if seen else "cpu")
+
+
+def test_readable_runs_the_plain_decode(monkeypatch):
+    model, (images, _) = small(d2det, conv_channels=16, num_convs=1, groups=4), batch(1, 64)
+    calls, decode = [], d2det.decode
+    monkeypatch.setattr(d2det, "decode", lambda *given: calls.append(1) or decode(*given))
+    test = dataclasses.replace(model.full_settings.test, score_threshold=0.01)
+    outputs = model.outputs(images)
+    kernel = model.candidates(outputs, test)
+    assert not calls
+    plain = model.candidates(outputs, dataclasses.replace(test, readable=True))
+    assert calls and len(plain["boxes"])
+    torch.testing.assert_close(plain["boxes"], kernel["boxes"], atol=1e-3, rtol=1e-4)
+
+
+def test_an_object_holds_only_what_it_knows():
+    for part in (d2det.Model, d2det.Test):
+        with pytest.raises(TypeError, match="lr"):
+            part(lr=0.5)
+    with pytest.raises(common.BadInput, match="nonsense: no such setting"):
+        d2det.Settings().replace(lr=0.5, nonsense=1)
 
 
 def test_help_shows_every_flag_and_its_comment(capsys):
@@ -187,5 +232,5 @@ def test_help_shows_every_flag_and_its_comment(capsys):
         d2det.main(["--help"])
     text = capsys.readouterr().out
     assert "length of training in steps instead" in text
-    for field in dataclasses.fields(d2det.Config):
-        assert f"--{field.name.replace('_', '-')}" in text, field.name
+    for name in [*d2det.Settings().flat(), *(f.name for f in dataclasses.fields(Command))]:
+        assert f"--{name.replace('_', '-')}" in text, name

@@ -26,6 +26,7 @@ from methods import (
 )
 
 import common
+import engine
 import kernels
 from baselines import gfl as method
 from engine.processes import peak_memory, reset_peak_memory
@@ -112,9 +113,9 @@ def test_the_releases_settings():
         tower_convs tower_groups score_threshold top_scores nms_iou max_detections lr lr_batch
         clip_norm epochs""".split()
     values = (1, 2, 0.25, 2, 16, 9, 8, 4, 32, 0.05, 1000, 0.6, 100, 0.01, 16, 0, 12)
-    config = method.Config()
-    assert tuple(getattr(config, name) for name in names) == values
-    assert config.drops == (8 / 12, 11 / 12) and (make(method).head.scales == 1).all()
+    settings = method.Settings().flat()
+    assert tuple(settings[name] for name in names) == values
+    assert settings["drops"] == (8 / 12, 11 / 12) and (make(method).head.scales == 1).all()
 
 
 def maps(sizes):
@@ -176,7 +177,7 @@ def test_atss_is_what_a_loop_over_gts_finds():
             sizes[:, 1 - i % 2] += 200
         anchors, shapes, strides = maps(sizes)
         targets = [random_target(size, generator) for size in sizes]
-        labels, gt_boxes, gt_labels = method.atss(anchors, shapes, strides, sizes, targets, most)
+        found = method.atss(anchors, shapes, strides, sizes, targets, most)
         for b, (target, inside) in enumerate(zip(targets, common.inside_image(anchors, sizes))):
             chosen, unsure = slow_atss(anchors, shapes, inside, target, most)
             settled = torch.tensor([a not in unsure for a in range(len(anchors))])
@@ -187,10 +188,11 @@ def test_atss_is_what_a_loop_over_gts_finds():
                 inner = (corner - torch.maximum(anchors[:, :2], crowd[:2])).clamp(min=0).prod(1)
                 covered |= inner >= 0.5 * (anchors[:, 2:] - anchors[:, :2]).prod(1)
             want = torch.where(covered, -1, 0).where(~positive, 1).where(inside, -1)
-            assert torch.equal(labels[b][settled], want[settled])
+            assert torch.equal(found.labels[b][settled], want[settled])
             mine = positive & settled
-            assert torch.equal(gt_boxes[b][mine], target["boxes"][chosen[mine]])
-            assert torch.equal(gt_labels[b][mine], target["labels"][chosen[mine]])
+            assert torch.equal(found.gt[b][mine], chosen[mine])
+            assert torch.equal(found.gt_boxes[b][mine], target["boxes"][chosen[mine]])
+            assert torch.equal(found.gt_labels[b][mine], target["labels"][chosen[mine]])
             cases += int((~target["ignore"]).sum())
             positives, unsettled = positives + int(mine.sum()), unsettled + len(unsure)
     assert cases > 1500 and positives > 3500 and unsettled < 0.02 * positives
@@ -202,9 +204,10 @@ def test_atss_gives_an_object_the_anchor_that_it_fills():
     box = anchors[16 * 32 + 16][None]
     target = dict(boxes=box, labels=torch.tensor([3]), ignore=torch.tensor([False]))
     targets = [target, *without_objects([target])]
-    labels, boxes, classes = method.atss(anchors, *levels, sizes, targets)
-    assert labels[0, 16 * 32 + 16] == 1 and (labels[1] == 0).all() and (boxes[1] == 0).all()
-    assert 1 <= (labels[0] == 1).sum() <= 9 and (classes[0][labels[0] == 1] == 3).all()
+    found = method.atss(anchors, *levels, sizes, targets)
+    labels, positive = found.labels, found.labels[0] == 1
+    assert positive[16 * 32 + 16] and (labels[1] == 0).all() and (found.gt_boxes[1] == 0).all()
+    assert 1 <= positive.sum() <= 9 and (found.gt_labels[0][positive] == 3).all()
 
 
 def atss_of_thousands() -> tuple[int, int]:
@@ -217,9 +220,9 @@ def atss_of_thousands() -> tuple[int, int]:
     target = dict(boxes=boxes, labels=torch.arange(5000), ignore=torch.rand(5000) < 0.01)
     reset_peak_memory(torch.device("cpu"))
     before = peak_memory(torch.device("cpu"))
-    labels, _, classes = method.atss(anchors.float(), shapes, strides, sizes, [target])
+    found = method.atss(anchors.float(), shapes, strides, sizes, [target])
     extra = peak_memory(torch.device("cpu")) - before
-    return len(classes[labels == 1].unique()), extra
+    return len(found.gt[found.labels == 1].unique()), extra
 
 
 def test_atss_of_thousands_of_objects_stays_small():
@@ -256,7 +259,7 @@ def test_head_has_a_factor_a_level_and_the_sides_bins_lie_together():
     norms = [m for m in head.modules() if isinstance(m, torch.nn.GroupNorm)]
     assert [c.bias is None for c in convs] == [True] * 4 + [False] * 2
     assert [n.num_groups for n in norms] == [32] * 4
-    assert (method.Config().tower_groups, method.Config().tower_convs) == (32, 4)
+    assert (method.Model().tower_groups, method.Model().tower_convs) == (32, 4)
 
 
 def test_every_weight_learns_and_images_without_objects_train():
@@ -285,20 +288,21 @@ def test_losses_of_a_step_by_hand(trained):
     model = sure(model) if trained else model
     with torch.no_grad():
         out = model.outputs(images)
-        labels, gt_boxes, gt_labels = model.assign(out, targets)
+        assigned = model.assign(out, targets)
         found = model.loss(images, targets)
-    (at,) = (labels[0] == 1).nonzero(as_tuple=True)
-    points, logits, gts = out["points"][at], out["cls_logits"][0, at], gt_boxes[0, at]
+    labels = assigned.labels[0]
+    (at,) = (labels == 1).nonzero(as_tuple=True)
+    points, logits, gts = out["points"][at], out["cls_logits"][0, at], assigned.gt_boxes[0, at]
     mean = (out["bin_logits"][0, at].softmax(-1) * torch.arange(17)).sum(-1) * points[:, 2:]
     boxes = torch.cat([points[:, :2] - mean[:, :2], points[:, :2] + mean[:, 2:]], 1)
     torch.testing.assert_close(boxes, model.decode(out, (at * 0, at)))
-    iou, pairs = torchvision.ops.box_iou(boxes, gts).diag(), torch.arange(len(at))
+    iou = torchvision.ops.box_iou(boxes, gts).diag()
     giou = torchvision.ops.generalized_box_iou(boxes, gts).diag()
     target = torch.zeros_like(out["cls_logits"][0])
-    target[at, gt_labels[0, at]] = iou
+    target[at, assigned.gt_labels[0, at]] = iou
     s = out["cls_logits"][0].sigmoid()
     entropy = F.binary_cross_entropy_with_logits(out["cls_logits"][0], target, reduction="none")
-    qfl = ((s - target) ** 2 * entropy).sum(1)[labels[0] >= 0].sum() / len(at)
+    qfl = ((s - target) ** 2 * entropy).sum(1)[labels >= 0].sum() / len(at)
     w = logits.sigmoid().amax(1)
     sides = torch.cat([points[:, :2] - gts[:, :2], gts[:, 2:] - points[:, :2]], 1) / points[:, 2:]
     sides, log = sides.clamp(0, 15.9), out["bin_logits"][0, at].log_softmax(-1)
@@ -306,7 +310,7 @@ def test_losses_of_a_step_by_hand(trained):
     low, share = sides.long(), sides % 1
     lower, upper = (log.gather(-1, i[..., None])[..., 0] for i in (low, low + 1))
     dfl = -(lower * (1 - share) + upper * share).mean(1)
-    assert len(pairs) > 5
+    assert len(at) > 5
     assert found["cls"].item() == pytest.approx(qfl.item(), rel=1e-4)
     assert found["box"].item() == pytest.approx(
         (3 * ((1 - giou) * w).sum() / w.sum()).item(), rel=1e-4
@@ -350,7 +354,7 @@ CHANGED = dict(
 
 
 def test_every_flag_is_covered():
-    assert own_flags(method) == set(CHANGED) | {"all_classes"}
+    assert own_flags(method) == {*CHANGED, "all_classes"} - engine.Settings().flat().keys()
 
 
 @pytest.fixture(scope="module")
@@ -365,9 +369,9 @@ def test_flag_changes_the_run(known, flag):
 
 def test_all_classes():
     model, (images, _) = sure(make(method, top_scores=3, score_threshold=0.0)).eval(), batch(1)
-    out = model.outputs(images)
-    few = model.select(out, model.config)
-    every = model.select(out, dataclasses.replace(model.config, all_classes=True))
+    out, test = model.outputs(images), model.full_settings.test
+    few = model.candidates(out, test)
+    every = model.candidates(out, dataclasses.replace(test, all_classes=True))
     assert out["per_level"] == [144, 36, 9, 4, 1]  # one of the four is in the image
     assert (len(few["scores"]), len(every["scores"])) == (3 * 5, (3 + 3 + 3 + 1 + 1) * 10)
 

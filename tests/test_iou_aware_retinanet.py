@@ -1,6 +1,6 @@
 """IoU-aware RetinaNet: its equations by hand, and what a whole step must satisfy."""
 
-import dataclasses
+import copy
 import doctest
 import math
 
@@ -24,15 +24,23 @@ from methods import (
     check_variants,
     make,
     own_flags,
+    settings_of,
     sure,
 )
 
 import common
+import engine
 import iou_aware_retinanet as method
 import kernels
+from baselines import faster_rcnn, gfl, retinanet
+from baselines.faster_rcnn import Rois
 from baselines.retinanet import box_loss, count_positives, match_anchors
+from engine.checkpoints import start_from
+from engine.command import read_rows
 from engine.train import learning_rate
-from iou_aware_retinanet import Config
+from iou_aware_retinanet import Settings
+
+ROWS, _ = read_rows("iou_aware_retinanet")
 
 
 def test_examples_in_docstrings():
@@ -145,13 +153,15 @@ def test_assignment_by_hand():
         boxes=torch.tensor([[0.0, 0, 20, 8], [20, 0, 40, 20]]), labels=torch.tensor([3, 5]),
         ignore=torch.tensor([False, True]),
     )  # fmt: skip
-    labels, boxes, classes = match_anchors(anchors, torch.tensor([[48.0, 48]]), [target])
+    found = match_anchors(anchors, torch.tensor([[48.0, 48]]), [target])
     # IoU 0.4: ignored; 2/3: positive; outside the image; in a crowd
-    assert labels.tolist() == [[-1, 1, -1, -1]] and classes[0, 1] == 3
-    assert boxes[0, 1].tolist() == [0, 0, 20, 8]
+    assert found.labels.tolist() == [[-1, 1, -1, -1]] and found.gt_labels[0, 1] == 3
+    assert found.gt[0, 1] == 0 and found.gt_boxes[0, 1].tolist() == [0, 0, 20, 8]
+    assert found.classes(10).tolist() == [[-1, 3, -1, -1]]
     target["boxes"][0] = torch.tensor([0.0, 0, 20, 2])  # IoU 1/10 and 1/6
-    labels, _, _ = match_anchors(anchors, torch.tensor([[64.0, 64]]), [target])
-    assert labels.tolist() == [[0, 1, 0, -1]]
+    found = match_anchors(anchors, torch.tensor([[64.0, 64]]), [target])
+    assert found.labels.tolist() == [[0, 1, 0, -1]]
+    assert found.classes(10).tolist() == [[10, 3, 10, -1]]
     assert count_positives(torch.tensor([[1, 1, 0], [0, 0, -1]])) == 3
 
 
@@ -164,19 +174,18 @@ def test_padding_and_crowds_do_not_train():
         ignore=torch.tensor([False]),
     )
     assert common.aligned_iou(anchors, target["boxes"]).tolist() == pytest.approx([0.06, 0.06])
-    labels, _, _ = match_anchors(anchors, torch.tensor([[48.0, 48]]), [target])
-    assert labels.tolist() == [[-1, 1]]
+    assert match_anchors(anchors, torch.tensor([[48.0, 48]]), [target]).labels.tolist() == [[-1, 1]]
     target["ignore"][0] = True
-    labels, boxes, _ = match_anchors(anchors, torch.tensor([[48.0, 48]]), [target])
-    assert labels.tolist() == [[-1, 0]] and boxes.abs().sum() == 0
+    found = match_anchors(anchors, torch.tensor([[48.0, 48]]), [target])
+    assert found.labels.tolist() == [[-1, 0]] and found.gt_boxes.abs().sum() == 0
 
 
-def test_select_equals_fusing_everything():
+def test_candidates_equal_fusing_everything():
     model, (images, _) = make(method, alpha=0.3, top_scores=50, score_threshold=0.2).eval(), batch()
     out = model.outputs([images[0], images[1][:, :60, :70]])
     out["cls_logits"] = torch.randn_like(out["cls_logits"])
     out["iou_logits"] = torch.randn_like(out["iou_logits"])
-    found = model.select(out, model.config)
+    found = model.candidates(out, model.full_settings.test)
     p, iou = out["cls_logits"].sigmoid(), out["iou_logits"].sigmoid()[..., None]
     fused = p**0.3 * iou**0.7  # every class of every anchor
     fused[~common.inside_image(out["anchors"], out["sizes"])] = 0
@@ -209,7 +218,7 @@ def test_alpha_one_gives_exactly_the_baselines_detections():
     assert set(baseline.loss(images, targets)) == {"cls", "box"}
 
 
-@pytest.mark.parametrize("row", [*method.ROWS])
+@pytest.mark.parametrize("row", [*ROWS])
 def test_every_row_builds_and_trains(row):
     check_row(method, row)
 
@@ -228,16 +237,61 @@ def test_a_batch_of_two_equals_two_singles(p2):
 
 
 def test_one_pass_serves_every_alpha():
-    check_variants(method, [dict(alpha=a) for a in (0.2, 1.0)] + [dict(product=True)])
+    check_variants(method, [dict(alpha=0.2), dict(alpha=1.0), dict(product=True)])
 
 
 def test_one_image_can_be_overfitted():
     model = make(method, fpn_channels=32)
     images, objects = check_overfits(model, 2, 150, 0.8, to_the_end=True)
-    found = model.candidates(images)
+    found = model.candidates(model.outputs(images), model.full_settings.test)
     iou = torchvision.ops.box_iou(found["boxes"], objects).amax(1)
     sure = found["cls_probs"] > 0.3
     assert iou[sure].min() > 0.9 and found["iou_probs"][sure].mean() > 0.8  # it started at 0.5
+
+
+# ------------------------------------------------------------------------------ other classes
+
+
+OLD = [dict(id=i, name=name) for i, name in enumerate(("cat", "dog", "hen", "ox"))]
+NEW = [dict(id=i, name=name) for i, name in enumerate(("bee", "ox", "cat"))]
+
+
+def started(script, **sizes):
+    """A model of the classes OLD; one of NEW that starts from its weights; how that one was."""
+    torch.manual_seed(0)
+    settings = settings_of(script, fpn_channels=16, **sizes).model
+    old, new = (script.Detector(settings, len(names)).eval() for names in (OLD, NEW))
+    for p in old.parameters():  # biases differ by class, too
+        p.data += 0.05 * torch.randn_like(p)
+    untouched = copy.deepcopy(new)
+    state = dict(model=old.state_dict(), categories=OLD)
+    start_from(new, state, "old.pt", NEW, script.Detector)
+    return old, new, untouched
+
+
+@pytest.mark.parametrize("script", [retinanet, method, gfl])
+def test_fine_tuning_keeps_classes_of_the_same_name(script):
+    """On one's own maps, as they depend on no class: ox and cat as before, bee as it starts."""
+    old, new, untouched = started(script)
+    before, after = (model.outputs(batch(1)[0]) for model in (old, new))
+    for name in {"deltas", "iou_logits", "bin_logits"} & before.keys():
+        assert torch.equal(before[name], after[name])
+    torch.testing.assert_close(after["cls_logits"][..., 1:], before["cls_logits"][..., [3, 0]])
+    new.head.cls_logits = untouched.head.cls_logits
+    anew = new.outputs(batch(1)[0])["cls_logits"][..., 0]
+    torch.testing.assert_close(after["cls_logits"][..., 0], anew)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_fine_tuning_of_faster_rcnn_keeps_logits_deltas_and_background(shared):
+    old, new, untouched = started(faster_rcnn, fc_channels=32, shared=shared)
+    maps = [torch.rand(1, 16, 32 // 2**i, 32 // 2**i) for i in range(5)]
+    rois = Rois(torch.zeros(2).long(), torch.tensor([[8.0, 8, 60, 40], [20, 20, 90, 100]]))
+    (logits, deltas), (new_logits, new_deltas) = (m.head(maps, rois) for m in (old, new))
+    torch.testing.assert_close(new_logits[:, 1:], logits[:, [3, 0, 4]])  # the last is background
+    kept = deltas.unflatten(1, (4, 4))[:, [3, 0]]
+    torch.testing.assert_close(new_deltas.unflatten(1, (3, 4))[:, 1:], kept)
+    assert torch.equal(new.classify[-1].weight[0], untouched.classify[-1].weight[0])
 
 
 # ------------------------------------------------------------------------------ flags, command line
@@ -260,19 +314,20 @@ LARGE_SIZE = ((800,), (800,), 1333)
     ],
 )  # fmt: skip
 def test_rows_are_the_papers_experiments(row, backbone, images, head, product, alpha, steps, drops):
-    config = dataclasses.replace(Config(), **method.ROWS[row])
-    assert (config.backbone, config.iou_head, config.product) == (backbone, head, product)
-    assert (config.scales, config.test_scales, config.max_size) == images
-    assert (config.alpha, config.lr, config.lr_batch) == (alpha, 0.01, 16)
-    assert round(config.epochs * N / 16) == steps and config.drops[0] == pytest.approx(drops)
+    settings = Settings().replace(**ROWS[row])
+    model, test, run, data = settings.model, settings.test, settings.run, settings.data
+    assert (model.backbone, model.iou_head, test.product) == (backbone, head, product)
+    assert (data.scales, test.test_scales, data.max_size) == images
+    assert (test.alpha, run.lr, run.lr_batch) == (alpha, 0.01, 16)
+    assert round(run.epochs * N / 16) == steps and run.drops[0] == pytest.approx(drops)
 
 
 @pytest.mark.parametrize("row", ["retinanet_r50", "retinanet_r101", "r50", "r101"])
 def test_voc_rows_follow_the_releases_schedule(row):
     """12 epochs, the rate 0.0075 for 12 images falls after 8 and 11 of them."""
-    config, steps = dataclasses.replace(Config(), **method.ROWS[f"table5.{row}"]), 12 * 1379
-    assert config.epochs == 12 and 1379 == 16_551 // 12
-    rates = [learning_rate(config, e * 1379, steps, 12) for e in (1, 7, 8, 10, 11)]
+    run, steps = Settings().replace(**ROWS[f"table5.{row}"]).run, 12 * 1379
+    assert run.epochs == 12 and 1379 == 16_551 // 12
+    rates = [learning_rate(run, e * 1379, steps, 12) for e in (1, 7, 8, 10, 11)]
     assert rates == pytest.approx([0.0075, 0.0075, 0.00075, 0.00075, 0.000075])
 
 
@@ -285,7 +340,7 @@ CHANGED = dict(
 
 
 def test_every_flag_is_covered():
-    assert own_flags(method) == set(CHANGED) | {"all_classes"}
+    assert own_flags(method) == {*CHANGED, "all_classes"} - engine.Settings().flat().keys()
 
 
 def test_all_classes():

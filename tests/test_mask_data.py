@@ -9,13 +9,23 @@ import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as rle
 
-import common
 import d2det
 from common import BadInput
-from engine.detector import paste_mask, split_images
+from data import CocoDetection, Data, SyntheticDetection, load
+from data.checks import check_coco
+from data.contract import make_target
+from data.masks import (
+    crop_mask,
+    decode_mask,
+    encode_mask,
+    paste_mask,
+    run_lengths,
+    usable_mask,
+)
+from data.transforms import TestImages, TrainingImages, as_transformed
+from engine.detector import split_images
 from engine.metrics import coco_metrics, evaluate
 from engine.pictures import draw
-from formats import check_coco, crop_mask, decode_mask, encode_mask, run_lengths, usable_mask
 
 BOX = torch.tensor([[10.0, 5, 30, 35]])  # of the L below
 L_SHAPE = [10, 5, 20, 5, 20, 25, 30, 25, 30, 35, 10, 35]
@@ -23,7 +33,7 @@ L_SHAPE = [10, 5, 20, 5, 20, 25, 30, 25, 30, 35, 10, 35]
 
 def settings(**changes):
     small = dict(scales=(96,), test_scales=(96,), max_size=160, workers=0, eval_batch=2)
-    return d2det.Config(**{**small, "masks": True, **changes})
+    return d2det.Settings().replace(**{**small, "masks": True, **changes})
 
 
 def coco(segmentation, **changes):
@@ -56,7 +66,7 @@ def test_every_format_gives_the_same_crop(kind):
     }
     if kind == "bitmap":
         target = dict(boxes=BOX, masks=l_shape()[None])
-        crop = common.as_transformed(target, (40, 60))["masks"][0]
+        crop = as_transformed(target, (40, 60))["masks"][0]
     else:
         check_coco(coco(segmentation[kind]), masks=True)
         crop = crop_mask(usable_mask({"segmentation": segmentation[kind]}, BOX[0].tolist()), BOX[0])
@@ -119,12 +129,12 @@ def folder(tmp_path):
 
 
 def test_objects_without_a_usable_mask_are_dropped_and_counted(folder):
-    data, _ = common.load_data(settings(data=str(folder)))
+    data, _ = load(Data(data=str(folder)), masks=True)
     assert "dropped 5 of 7 boxes" in data.note and "no mask in it" in data.note
     target = data[0][1]
     assert target["masks"].shape == (2, 112, 112) and target["ignore"].tolist() == [False, True]
     assert torch.equal(target["masks"][0], target["masks"][1])
-    plain, _ = common.load_data(settings(data=str(folder), masks=False))
+    plain, _ = load(Data(data=str(folder)))
     assert len(plain[0][1]["boxes"]) == 7 and "masks" not in plain[0][1]
     assert plain.fingerprint() != data.fingerprint()
     assert len(data.coco()["annotations"]) == 2
@@ -139,7 +149,7 @@ def test_ignored_objects_need_no_mask(tmp_path, kind):
     data["annotations"] += [far, {**far, "id": 4, "segmentation": [[40, 5, 50, 5]]}]
     Image.new("RGB", (60, 40)).save(tmp_path / "1.png")
     (tmp_path / "a.json").write_text(json.dumps(data))
-    found = common.FolderDetection(tmp_path / "a.json", tmp_path, masks=True)
+    found = CocoDetection(tmp_path / "a.json", tmp_path, masks=True)
     target = found[0][1]
     assert target["ignore"].tolist() == [False, True, True] and target["masks"][1:].all()
     # a detection in the box is no false positive, though it scores higher than the one that hits
@@ -158,8 +168,8 @@ def test_a_mask_that_loses_a_polygon_is_counted(tmp_path):
     data = coco([L_SHAPE, [1, 2, 3, 4]])
     data["annotations"].append({**data["annotations"][0], "id": 4, "segmentation": [L_SHAPE]})
     (tmp_path / "a.json").write_text(json.dumps(data))
-    found = common.FolderDetection(tmp_path / "a.json", tmp_path, masks=True)
-    assert not found.dropped and "a.json: 1 masks lack a polygon that is broken" in found.note
+    found = CocoDetection(tmp_path / "a.json", tmp_path, masks=True)
+    assert not found.dropped and "a.json: broken polygons left out of 1 masks" in found.note
 
 
 def test_a_mask_that_covers_nothing_of_its_box_is_ignored(tmp_path):
@@ -170,7 +180,7 @@ def test_a_mask_that_covers_nothing_of_its_box_is_ignored(tmp_path):
     data["annotations"].append({**data["annotations"][0], "id": 5, "segmentation": [L_SHAPE]})
     Image.new("RGB", (60, 40)).save(tmp_path / "1.png")
     (tmp_path / "a.json").write_text(json.dumps(data))
-    found = common.FolderDetection(tmp_path / "a.json", tmp_path, masks=True)[0][1]
+    found = CocoDetection(tmp_path / "a.json", tmp_path, masks=True)[0][1]
     assert found["ignore"].tolist() == [True, True, False]
     assert found["masks"].flatten(1).any(1).tolist() == [False, False, True]
 
@@ -187,7 +197,7 @@ def test_masks_of_data_with_difficult_objects_are_scored():
 
 def test_data_without_masks_is_refused(folder, detection_data, tmp_path):
     with pytest.raises(BadInput, match=r"bccd/.*\.txt: its objects have no masks .*--masks"):
-        common.load_data(settings(data=str(detection_data / "bccd")))
+        load(Data(data=str(detection_data / "bccd")), masks=True)
 
 
 # ------------------------------------------------------------------------------ resizing
@@ -196,25 +206,29 @@ def test_data_without_masks_is_refused(folder, detection_data, tmp_path):
 class Oracle(torch.nn.Module):
     """Answers with the ground truth as it comes out of the resizing, its masks through `change`."""
 
-    def __init__(self, data, config, change):
+    def __init__(self, data, settings, change):
         super().__init__()
-        view = common.Resized(data, config, False)
-        seen = [view[i] for i in range(len(data))]
+        self.weight = torch.nn.Parameter(torch.zeros(()))  # says which device it is on
+        d = settings.data
+        views = TestImages(data, settings.test.test_scales, d.max_size, d.scales)
+        seen = [view for i in range(len(data)) for view in views[i]]
         self.truth = {image.numpy().tobytes(): target for image, target in seen}
         self.change = change
 
-    def candidates(self, images):
-        targets = [self.truth[image.numpy().tobytes()] for image in images]
+    def outputs(self, images):
+        return dict(targets=[self.truth[image.numpy().tobytes()] for image in images])
+
+    def candidates(self, outputs, test):
+        targets = outputs["targets"]
         image = torch.cat([torch.full_like(t["labels"], i) for i, t in enumerate(targets)])
         boxes, labels = (torch.cat([t[k] for t in targets]) for k in ("boxes", "labels"))
         masks = torch.cat([self.change(t) for t in targets])
         scores = torch.linspace(0.9, 0.8, len(labels))
         return dict(boxes=boxes, labels=labels, image=image, scores=scores, masks=masks)
 
-    def finish(self, candidates, num_images):
-        flat = [candidates[k] for k in ("boxes", "scores", "labels", "image")]
-        more = dict(masks=candidates["masks"], mask_scores=candidates["scores"])
-        return split_images(*flat, num_images, **more)
+    def detections(self, candidates, num_images, test):
+        flat = {**candidates, "mask_scores": candidates["scores"]}
+        return split_images(flat, flat.pop("image"), num_images)
 
 
 def whole(target):
@@ -238,7 +252,7 @@ def half_a_pixel_off(target):
 def test_ground_truth_as_detections_scores_one(name, request, tmp_path):
     if name == "synthetic":
         config = settings(scales=(256,), test_scales=(256,), max_size=256)
-        data = common.SyntheticDetection(8, 256, masks=True)
+        data = SyntheticDetection(8, 256, masks=True)
     else:
         source = request.getfixturevalue("detection_data") / name
         truth = json.loads((source / "annotations/instances_val2017.json").read_text())
@@ -248,10 +262,10 @@ def test_ground_truth_as_detections_scores_one(name, request, tmp_path):
         (tmp_path / "few.json").write_text(json.dumps(truth))
         files = dict(val_json=f"{tmp_path}/few.json", val_images=f"{source}/val2017")
         config = settings(**files, scales=(333,), test_scales=(333,), max_size=500)
-        data = common.load_data(config, train=False)[1]
+        data = load(config.data, masks=True, train=False)[1]
 
     def score(change, out=None):
-        return evaluate(Oracle(data, config, change), data, config, torch.device("cpu"), out)
+        return evaluate(Oracle(data, config, change), data, config, out)
 
     metrics = score(whole, tmp_path)
     assert metrics["AP"] == 1 and metrics["mask_AP_large"] == pytest.approx(1)
@@ -269,10 +283,9 @@ def test_ground_truth_as_detections_scores_one(name, request, tmp_path):
 
 
 def test_crops_are_flipped_and_resizing_leaves_them():
-    config = settings(flip=1.0, scales=(80,), max_size=120)
-    target = common.make_target(BOX, [0], [False], 0, (40, 60)) | {"masks": l_shape()[None]}
+    target = make_target(BOX, [0], [False], 0, (40, 60)) | {"masks": l_shape()[None]}
     image = (l_shape() * 255).byte().expand(3, -1, -1)
-    seen, target = common.Resized([(image, target)], config, True)[0, 0]
+    seen, target = TrainingImages([(image, target)], (80,), 120, flip=1.0, seed=0)[0, 0]
     assert type(target["masks"]) is torch.Tensor and target["boxes"].tolist() == [[60, 10, 100, 70]]
     pasted = paste_mask(target["masks"][0], target["boxes"][0], seen.shape[1:])
     assert (pasted != (seen[0] > 127)).sum() < 20  # of 1600 px; the image is interpolated
@@ -303,9 +316,8 @@ def test_more_detections_and_other_areas_count_as_asked():
     ]  # fmt: skip
     boxes = coco_metrics(data, results)
     assert boxes["AP"] == pytest.approx(1 / 3) and boxes["AR1"] == 0 and boxes["AR100"] == 1
-    assert coco_metrics(data, results, masks=True)["AP"] == pytest.approx(
-        1
-    )  # by the mask's own score
+    masked = coco_metrics(data, results, masks=True)  # by the mask's own score
+    assert masked["AP"] == pytest.approx(1)
     few = coco_metrics(data, results, detections=(1, 2), sides=(10, 15, 30))
     assert few["AP"] == 0 == few["AR2"] and few["AP_small"] is None and few["AP_medium"] == 0
     assert coco_metrics(data, results, detections=(1, 10, 1000))["AR1000"] == 1

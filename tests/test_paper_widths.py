@@ -6,19 +6,17 @@ of 96 px have an object each (in smaller ones P7 has no anchor to train). Every 
 one's RoIs, so that totals can be compared, and do not depend on a CPU's last bits.
 """
 
-import dataclasses
-
 import pytest
 import torch
 from methods import keep_rois
 
-import common
 import cpm_rcnn
 import d2det
 import dc_loss_clnms
 import double_head
 import iou_aware_retinanet
-from engine.data import to_device
+from data import SyntheticDetection
+from engine.loader import to_device
 from engine.train import learning_rate, make_optimizer
 
 METHODS = [d2det, double_head, cpm_rcnn, iou_aware_retinanet, dc_loss_clnms]
@@ -31,14 +29,14 @@ WARMUP = 10  # steps: the first rate is the paper's, the next ones are larger: f
 def first_steps(method, steps, patch):
     """Sum of losses, gradient norm and silent weights of each step on the same two images."""
     torch.manual_seed(0)
-    config = method.Config(**SMALL)
-    few = {k: v for k, v in FEW.items() if hasattr(config, k)}
-    config = dataclasses.replace(config, **few, warmup=WARMUP)
-    model = method.Detector(config, 10).train()
+    settings = method.Settings()
+    few = {k: v for k, v in FEW.items() if hasattr(settings.model, k)}
+    settings = settings.replace(**SMALL, **few, warmup=WARMUP)
+    model, run = method.Detector(settings.model, 10).train(), settings.run
     keep_rois(model, patch)
-    data = common.SyntheticDetection(max(IMAGES) + 1, 96)
+    data = SyntheticDetection(max(IMAGES) + 1, 96)
     images, targets = to_device([data[i] for i in IMAGES], "cpu")
-    optimizer, history = make_optimizer(model, config), []
+    optimizer, history = make_optimizer(model, run), []
     for step in range(steps):
         torch.manual_seed(0)
         losses = model.loss(images, targets)
@@ -48,10 +46,10 @@ def first_steps(method, steps, patch):
         norms = torch.stack(torch._foreach_norm([p.grad for p in weights]))
         # one set of DRP's weights a pyramid level, and a level may have no RoI
         silent = [n for n, x in zip(names, norms) if not n.startswith("drp.") and not x > 0]
-        if config.clip_norm:
-            torch.nn.utils.clip_grad_norm_(weights, config.clip_norm)
+        if run.clip_norm:
+            torch.nn.utils.clip_grad_norm_(weights, run.clip_norm)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, 90_000, len(IMAGES))
+            group["lr"] = learning_rate(run, step, 90_000, len(IMAGES))
         optimizer.step()
         history.append((sum(losses.values()).item(), norms.norm().item(), silent))
     return zip(*history)

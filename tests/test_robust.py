@@ -15,12 +15,14 @@ import torch
 from PIL import Image
 from test_cli import ROOT, TINY_RUN, run
 
-import common
 import d2det
 import engine
-from common import BadInput, Config, load_data, read_image
+from common import BadInput
+from data import Data, load
+from data.checks import broken_images
+from data.contract import make_target
+from data.images import read_image
 from engine.checkpoints import load_checkpoint, save_checkpoint
-from engine.data import broken_images
 
 NO_DOWNLOAD = ["--backbone", "small", "--backbone-weights", "none"]
 pytestmark = pytest.mark.usefixtures("unpainted")
@@ -113,12 +115,12 @@ def test_an_image_that_breaks_during_training_ends_it(tmp_path):
         f"import sys, pathlib; sys.path.insert(0, {str(ROOT)!r})\n"
         "import d2det\n"
         "module = sys.modules['engine.train']\n"
-        "begin = module.signals_caught\n"
+        "begin = module.signals_collected\n"
         "def break_and_begin():\n"
         f"    for f in pathlib.Path({str(folder)!r}, 'train2017').iterdir():\n"
         "        f.write_bytes(b'gone')\n"
         "    return begin()\n"
-        "module.signals_caught = break_and_begin\n"
+        "module.signals_collected = break_and_begin\n"
         "d2det.main()\n"
     )
     flags = ["--train", "--data", folder, "--workers", "2", "--out", tmp_path / "r", *NO_DOWNLOAD]
@@ -130,7 +132,7 @@ def test_an_image_that_breaks_during_training_ends_it(tmp_path):
 
 def test_a_thin_image_is_drawn_small(tmp_path):
     image = torch.zeros(3, 1, 3000, dtype=torch.uint8)
-    target = common.make_target(torch.tensor([[5.0, 0, 90, 1]]), [0], [False], 0, (1, 3000))
+    target = make_target(torch.tensor([[5.0, 0, 90, 1]]), [0], [False], 0, (1, 3000))
 
     class One:
         categories = [{"id": 1, "name": "cat"}]
@@ -154,10 +156,8 @@ ODD = {
     "not four numbers": lambda a: a.update(bbox=[[1], 2, 3, 4]),
     "bbox is {": lambda a: a.update(bbox={"x": 1}),
     "has no bbox": lambda a: a.pop("bbox"),
-    "area is None": lambda a: a.update(area=None),
     "area is 'big'": lambda a: a.update(area="big"),
     "area is nan": lambda a: a.update(area=float("nan")),
-    "iscrowd is None": lambda a: a.update(iscrowd=None),
     "iscrowd is '0'": lambda a: a.update(iscrowd="0"),
     "has no image '1'": lambda a: a.update(image_id="1"),
     "image_id is [1]": lambda a: a.update(image_id=[1]),
@@ -171,7 +171,7 @@ def test_odd_annotations_are_refused_at_load(tmp_path, message, split):
     folder = coco(tmp_path)
     edit(folder, lambda whole: ODD[message](whole["annotations"][3]), split)
     with pytest.raises(BadInput, match=f"instances_{split}2017.json: annotation 5") as e:
-        load_data(Config(data=str(folder)))
+        load(Data(data=str(folder)))
     assert message in str(e.value)
 
 
@@ -180,7 +180,7 @@ WHOLE = {
     "id 1 of categories occurs more than once": lambda w: w["categories"][1].update(id=1),
     "ids of images are numbers and strings": lambda w: w["images"][0].update(id="one"),
     "height is '48'": lambda w: w["images"][0].update(height="48"),
-    "0 x 64 px": lambda w: w["images"][0].update(height=0),
+    "-1 x 64 px": lambda w: w["images"][0].update(height=-1),
     "annotations is no list": lambda w: w.update(annotations={}),
     "annotations[0] is no object": lambda w: w["annotations"].insert(0, 3),
     "no images and categories": lambda w: w.pop("images"),
@@ -192,7 +192,7 @@ def test_odd_files_are_refused_at_load(tmp_path, message):
     folder = coco(tmp_path)
     edit(folder, WHOLE[message])
     with pytest.raises(BadInput, match="instances_train2017.json: ") as e:
-        load_data(Config(data=str(folder)))
+        load(Data(data=str(folder)))
     assert message in str(e.value)
 
 
@@ -413,8 +413,14 @@ def test_flags_out_of_range_are_refused_by_name(given, capsys):
 
 def test_a_checkpoint_edited_by_hand_is_refused(whole, tmp_path, capsys):
     state = load_checkpoint(whole[0] / "last.pt")
-    for key, value in (("nms_iou", "high"), ("scales", []), ("norm", "odd"), ("dlr", 1)):
-        save_checkpoint(tmp_path / "x.pt", {**state, "config": {**state["config"], key: value}})
+    for part, key, value in (
+        ("test", "nms_iou", "high"),
+        ("data", "scales", []),
+        ("model", "norm", "odd"),
+        ("model", "dlr", 1),
+    ):
+        settings = {**state["settings"], part: {**state["settings"][part], key: value}}
+        save_checkpoint(tmp_path / "x.pt", {**state, "settings": settings})
         with pytest.raises(SystemExit):
             d2det.main(["--eval", "--weights", f"{tmp_path}/x.pt", "--out", f"{tmp_path}/r"])
         assert f"--{key.replace('_', '-')}" in capsys.readouterr().err

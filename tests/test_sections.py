@@ -1,6 +1,5 @@
 """Double-Head's Section 3: windows, sums and boxes by hand, and whole studies."""
 
-import dataclasses
 import functools
 import json
 
@@ -8,25 +7,25 @@ import pytest
 import torch
 import torchvision
 from matplotlib.figure import Figure
+from methods import small
+from test_studies import study_of
 
 import common
 import double_head as method
+from baselines.faster_rcnn import Rois
+from data import SyntheticDetection
 from engine.metrics import evaluate
 from studies import sections, sweep, windows
-from studies.alignment import correlation
+from studies.boxes import annotations_by_image
+from studies.calibration import correlation
 
-SMALL = dict(
-    method.TINY, fpn_channels=16, fc_channels=32, conv_channels=32, norm="gn", proposals_train=60,
-    proposals_test=40, workers=0,
-)  # fmt: skip
 RUN = """--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 12 --num-val 4
  --batch 2 --steps 2 --norm gn --device cpu --fpn-channels 8 --fc-channels 16 --conv-channels 16
  --workers 0 --score-threshold 0.05""".split()
 
 
 def make(**changes):
-    torch.manual_seed(0)
-    return method.Detector(dataclasses.replace(method.Config(), **{**SMALL, **changes}), 10)
+    return small(method, **{"conv_channels": 32, "proposals_train": 60, **changes})
 
 
 def sure(model):
@@ -84,12 +83,16 @@ def test_groups_and_objects():
     thirds = windows.groups_of_classes(dict(a=0.1, b=0.5, c=None, d=0.9, e=0.3, f=0.2, g=0.4))
     assert [*thirds.values()] == [["d", "b"], ["g", "e"], ["f", "a"]]
     assert windows.size_group(torch.tensor([1024, 1025, 9216, 9217.0])).tolist() == [0, 1, 1, 2]
-    data = common.SyntheticDetection(5, 64)
+    data = SyntheticDetection(5, 64)
+    annotations = annotations_by_image(data)
     count = sum(len(data[i][1]["labels"]) for i in range(5))
     for most, want in ((0, count), (3, 3), (999, count)):
-        areas, chosen = windows.read_objects(data, most)
+        chosen = windows.choose_objects(annotations, most)
         assert sum(map(len, chosen.values())) == want
-    assert chosen[1] == list(range(len(data[1][1]["labels"]))) and len(areas[1]) == len(chosen[1])
+    assert chosen[1] == list(range(len(data[1][1]["labels"])))
+    assert [len(annotations[i]) for i in chosen] == [len(mine) for mine in chosen.values()]
+    annotations[1][0]["iscrowd"] = 1
+    assert 0 not in windows.choose_objects(annotations, 0)[1]
 
 
 def test_cell_correlation():
@@ -107,7 +110,7 @@ class Oracle(torch.nn.Module):
         self.num_classes, self.pool_for_heads = model.num_classes, model.pool_for_heads
 
     def predictions(self, features, rois):
-        iou = torchvision.ops.box_iou(rois[:, 1:], self.gt)
+        iou = torchvision.ops.box_iou(rois.boxes, self.gt)
         three = torch.nn.functional.one_hot(torch.tensor([3]), 10)
         deltas = (1.0 - three)[..., None].expand(len(rois), -1, 4)
         return dict(probs={"fc": iou * three, "conv": (1 - iou) * three}, deltas={"conv": deltas})
@@ -117,7 +120,7 @@ def test_windows_of_heads_that_know():
     """Perfect correlation, bin means that are the bin's IoUs, the box head's box the window."""
     gt, size = torch.tensor([[20.0, 20, 50, 60]]), torch.tensor([[96.0, 96]])
     model = make().eval()
-    analysis = sections.Analysis(Oracle(model, gt), model.config, [])
+    analysis = sections.Analysis(Oracle(model, gt), model.full_settings.test, [])
     features = model.backbone(torch.rand(1, 3, 96, 96))
     with torch.no_grad():
         analysis.add_windows(features, gt, torch.tensor([3]), torch.tensor([1]), size)
@@ -137,16 +140,16 @@ def test_windows_of_heads_that_know():
 
 def test_proposals_and_final_boxes_by_hand():
     """An object of class 3, an ignored one of class 5; an image shown at half its size."""
-    model, data = make(score_threshold=0.1), common.SyntheticDetection(1, 96)
+    model, data = make(score_threshold=0.1), SyntheticDetection(1, 96)
     boxes = torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60]])
     target = dict(boxes=boxes, labels=torch.tensor([3, 5]), ignore=torch.tensor([False, True]))
     target |= dict(size=(192, 192), image_id=7)
     rois = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 4], [80, 80, 90, 90], [50, 50, 60, 60]])
     fc, deltas = torch.zeros(4, 10), torch.zeros(4, 10, 4)
     fc[:, 3], fc[3, 5] = torch.tensor([0.875, 0.5, 0.25, 0.25]), 0.75
-    out = dict(rois=torch.nn.functional.pad(rois, (1, 0)), image=torch.zeros(4).long())
+    out = dict(rois=Rois(torch.zeros(4).long(), rois))
     out |= dict(sizes=torch.tensor([[96.0, 96]]), probs={"fc": fc, "conv": fc * 0})
-    analysis = sections.Analysis(model, model.config, data.categories)
+    analysis = sections.Analysis(model, model.full_settings.test, data.categories)
     analysis.add_image(
         out | dict(deltas={"fc": deltas, "conv": deltas}), target, torch.tensor([2, 0]), []
     )
@@ -197,14 +200,15 @@ def test_the_program(tmp_path, capsys, few_windows, unpainted, monkeypatch):
 
 
 def test_a_vanilla_and_a_single_head(tmp_path, few_windows):
-    data, cpu = common.SyntheticDetection(2, 64), torch.device("cpu")
+    data = SyntheticDetection(2, 64)
     one = sure(make(lambda_fc=0.8, lambda_conv=1.0, fc_channels=16)).eval()
-    found = sections.sections(one, data, one.config, cpu, tmp_path, objects=1)
-    assert found["metrics"] == evaluate(one, data, one.config, cpu)  # fc-head's boxes nobody takes
+    found = sections.sections(study_of(one, data, tmp_path), objects=1)
+    assert found["metrics"] == evaluate(one, data, one.full_settings)  # without fc-head's boxes
     assert set(found["final"]) == {"fc", "model"}
     vanilla = sure(make(lambda_fc=1.0, lambda_conv=1.0, fc_channels=16)).eval()
-    assert set(sweep.sweep("fusion", vanilla, data, vanilla.config, cpu, tmp_path)) == {"none"}
-    found = sections.sections(vanilla, data, vanilla.config, cpu, tmp_path, objects=1)
+    study = study_of(vanilla, data, tmp_path)
+    assert set(sweep.sweep("fusion", study)) == {"none"}
+    found = sections.sections(study, objects=1)
     assert found["absent"] == ["conv cls", "fc reg"] and set(found["final"]) == {"fc"}
     assert {k for k in found["windows"]["fc"]["all objects"]} == {
         "count", "pearson", "score_mean", "score_std",

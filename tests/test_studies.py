@@ -1,6 +1,5 @@
 """The studies: their sums by hand, each as a program on a checkpoint, and bad input."""
 
-import dataclasses
 import doctest
 import functools
 import importlib
@@ -20,7 +19,17 @@ import dc_loss_clnms as dc_loss
 import double_head
 import iou_aware_retinanet as iou_aware
 from baselines import retinanet
-from studies import alignment, assignment, calibration, checkpoint, errors, sections, sweep
+from data import SyntheticDetection
+from studies import (
+    alignment,
+    assignment,
+    boxes,
+    calibration,
+    checkpoint,
+    errors,
+    sections,
+    sweep,
+)
 
 NAMES = (
     "sweep",
@@ -47,13 +56,17 @@ OWN = {
     "faster_rcnn": TWO_STAGE,
     "cascade_rcnn": TWO_STAGE,
 }
-CPU = torch.device("cpu")
 # but for one sweep of each kind and the errors; the other studies draw in their own tests
 pytestmark = pytest.mark.usefixtures("unpainted")
 
 
 def read(*path):
     return json.loads(Path(*path).read_text())
+
+
+def study_of(model, data, out="nowhere") -> checkpoint.Study:
+    """What `open_study` returns, of a model that `methods.build` made."""
+    return checkpoint.Study(model, model.full_settings, data.categories, "", Path(out), data)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +78,7 @@ def trained(tmp_path_factory):
         if name not in found:
             out = tmp_path_factory.mktemp(name)
             flags = [*IMAGES, *OWN[name]] if name in OWN else [*RUN, "--steps", "2"]
-            metrics = checkpoint.method_of(name).main([*flags, "--train", "--out", str(out)])
+            metrics = checkpoint.script_of(name).main([*flags, "--train", "--out", str(out)])
             found[name] = out, metrics
         return found[name]
 
@@ -98,23 +111,23 @@ def test_sweep_gives_what_eval_gives(trained, tmp_path, name, rows, own, unpaint
     if name == "dc_loss_clnms":
         assert list(found) == ["plain", "soft", "cl", "cl, literal"]
         eval_ = [*RUN, "--eval", "--nms", "plain", "--out", str(tmp_path), *where]
-        assert checkpoint.method_of(name).main(eval_) == found["plain"]
+        assert checkpoint.script_of(name).main(eval_) == found["plain"]
 
 
 def test_each_row_of_a_sweep_is_its_own_settings(monkeypatch):
     """Two detections, of the second setting right, of the first one beside the object."""
-    data = common.SyntheticDetection(1, 64)
+    data = SyntheticDetection(1, 64)
     truth = data[0][1]
-    boxes, labels = torch.as_tensor(truth["boxes"]).float(), truth["labels"]
-    found = dict(boxes=torch.cat([boxes + 64, boxes]), labels=labels.repeat(2))
-    found |= dict(
-        scores=torch.ones(2 * len(boxes)), variant=torch.arange(2).repeat_interleave(len(boxes))
-    )
-    monkeypatch.setattr(
-        sweep, "detect", lambda *_: [({"image_id": truth["image_id"]}, dict(found))]
-    )
-    model = make(retinanet)
-    rows = sweep.evaluate_variants(model, {"a": model.config, "b": model.config}, data, None, CPU)
+    right = torch.as_tensor(truth["boxes"]).float()
+    found = dict(scores=torch.ones(len(right)), labels=truth["labels"])
+
+    def detect_under(model, data, settings, tests):
+        assert [test.nms_iou for test in tests] == [0.25, 0.75]
+        yield truth, [{**found, "boxes": right + 64}, {**found, "boxes": right}]
+
+    monkeypatch.setattr(sweep, "detect_under", detect_under)
+    study = study_of(make(retinanet), data)
+    rows = sweep.metrics_under(study, {"a": dict(nms_iou=0.25), "b": dict(nms_iou=0.75)})
     assert rows["a"]["AP"] == 0 and rows["b"]["AP"] == pytest.approx(1)
 
 
@@ -138,13 +151,13 @@ def test_correlation():
     for module in (alignment, calibration):
         assert doctest.testmod(module).attempted >= 1 and doctest.testmod(module).failed == 0
     x = torch.tensor([0.0, 1, 2, 3])
-    assert alignment.correlation(x, -2 * x) == dict(pearson=-1, spearman=-1)
-    cube = alignment.correlation(x, x**3)  # means 1.5 and 9
+    assert calibration.correlation(x, -2 * x) == dict(pearson=-1, spearman=-1)
+    cube = calibration.correlation(x, x**3)  # means 1.5 and 9
     assert cube["pearson"] == pytest.approx(44 / math.sqrt(5 * 470), abs=1e-4)
     assert cube["spearman"] == 1
     none = dict(pearson=None, spearman=None)
-    assert alignment.correlation(x[:1], x[:1]) == none == alignment.correlation(x, x * 0)
-    tied = alignment.correlation(x, torch.tensor([0.0, 0, 5, 5]))["spearman"]
+    assert calibration.correlation(x[:1], x[:1]) == none == calibration.correlation(x, x * 0)
+    tied = calibration.correlation(x, torch.tensor([0.0, 0, 5, 5]))["spearman"]
     assert tied == pytest.approx(4 / math.sqrt(5 * 4), abs=1e-4)  # ranks 1.5, 1.5, 3.5, 3.5
 
 
@@ -170,44 +183,59 @@ SEEN = dict(  # on the first object, of each class, on the second, and on the cr
 
 
 def test_iou_by_hand():
-    ((image_id, objects),) = alignment.objects_by_image(Seven()).items()
-    assert image_id == 7
-    out = alignment.with_iou(SEEN, objects)
+    ((image_id, objects),) = boxes.objects_by_image(Seven()).items()
+    assert image_id == 7 and objects.labels.tolist() == [0, 1]  # without the crowd
+    out = boxes.with_iou(SEEN, objects)
     assert out["iou"].tolist() == [0.5, 0, 0.5, 0] and out["iou_any"].tolist() == [0.5, 0.5, 0.5, 0]
+    assert out["gt"][[0, 2]].tolist() == [0, 1]  # the others have no object
+    nothing = boxes.with_iou(SEEN, boxes.Objects(torch.zeros(0, 4), torch.zeros(0).long()))
+    assert nothing["iou"].tolist() == nothing["iou_any"].tolist() == [0, 0, 0, 0]
+
+
+def test_suppressed_detections_know_their_candidates():
+    """Two boxes on an object, one beside it: NMS leaves the second and the third."""
+    model = make(retinanet).eval()
+    found = dict(
+        boxes=torch.tensor([[0.0, 0, 10, 9], [0, 0, 10, 10], [50, 0, 60, 10]]),
+        scores=torch.tensor([0.5, 0.75, 0.25]),
+        labels=torch.zeros(3).long(),
+    )
+    kept = boxes.suppressed(model, found, model.full_settings.test)
+    assert kept["index"].tolist() == [1, 2] and kept["scores"].tolist() == [0.75, 0.25]
 
 
 def test_scores_and_oracles_by_hand():
     found = dict(
-        scores=torch.tensor([0.5, 0.8]), iou=torch.tensor([0.0, 0.25]),
-        iou_any=torch.tensor([0.5, 0.25]), cls_probs=torch.tensor([0.25, 0.64]),
-        iou_probs=torch.tensor([1.0, 0.25]),
-    )  # fmt: skip
+        scores=torch.tensor([0.5, 0.8]),
+        iou=torch.tensor([0.0, 0.25]),
+        iou_any=torch.tensor([0.5, 0.25]),
+    )
     model = make(retinanet)
-    plain = alignment.scores_of(model, found, model.config)
+    plain = alignment.scores_of(model, found, model.full_settings.test)
+    found |= dict(cls_probs=torch.tensor([0.25, 0.64]), iou_probs=torch.tensor([1.0, 0.25]))
     assert {k: v.tolist() for k, v in plain.items()} == {
         "score": pytest.approx([0.5, 0.8]), "oracle": pytest.approx([0.25, 0.2])
     }  # fmt: skip
     model = make(iou_aware, alpha=0.5)
-    aware = alignment.scores_of(model, found, model.config)
+    settings = model.full_settings
+    aware = alignment.scores_of(model, found, settings.test)
     assert aware["class score"].tolist() == found["cls_probs"].tolist()
     assert aware["fused"].tolist() == pytest.approx([0.5, 0.4])
     assert aware["oracle"].tolist() == pytest.approx([math.sqrt(0.125), 0.4])
-    product = dataclasses.replace(model.config, product=True)
-    aware = alignment.scores_of(model, found, product)
+    aware = alignment.scores_of(model, found, settings.replace(product=True).test)
     assert aware["fused"].tolist() == pytest.approx([0.25, 0.16])
 
 
 def test_alignment_of_a_score_that_is_the_iou(monkeypatch, tmp_path):
     """Each number is of the tensor it names: the score follows the IoU, the reverse does not."""
-    boxes = torch.stack([torch.tensor([0.0, 0, 10, y]) for y in (4.0, 6, 8, 10)])
-    labels, image = torch.zeros(4).long(), torch.zeros(4).long()
-    model, data = make(retinanet).eval(), Seven()
-    iou = boxes[:, 3] / 10
+    four = torch.stack([torch.tensor([0.0, 0, 10, y]) for y in (4.0, 6, 8, 10)])
+    study = study_of(make(retinanet).eval(), Seven(), tmp_path)
+    iou = four[:, 3] / 10
     found = {}
     for name, scores in (("same", iou), ("reverse", 1.1 - iou)):
-        seen = dict(boxes=boxes, labels=labels, scores=scores, image=image)
+        seen = dict(boxes=four, labels=torch.zeros(4).long(), scores=scores)
         monkeypatch.setattr(alignment, "detect", lambda *_, s=seen: [({"image_id": 7}, s)])
-        written = alignment.alignment({name: (model, model.config)}, data, CPU, tmp_path)
+        written = alignment.alignment({name: study})
         found |= written
     same, reverse = found["same"], found["reverse"]
     entered = {k: dict(pearson=1, spearman=1) for k in ("matched", "all")}
@@ -243,8 +271,8 @@ def test_alignment_of_every_method(trained, name):
 
 
 def test_alignment_without_an_iou_head(tmp_path):
-    model, data = sure(make(iou_aware, iou_head=False)), common.SyntheticDetection(3, 64)
-    found = alignment.alignment({"a": (model, model.config)}, data, CPU, tmp_path)["a"]
+    model, data = sure(make(iou_aware, iou_head=False)), SyntheticDetection(3, 64)
+    found = alignment.alignment({"a": study_of(model, data, tmp_path)})["a"]
     assert set(found["metrics"]) == {"class score", "oracle"} and "fused" not in found
     assert "predicted IoU" not in found
     assert found["class score"]["before NMS"]["all"]["pearson"] is not None
@@ -268,10 +296,13 @@ def test_help(name, capsys):
     ("alignment", "iou_aware_retinanet --weights IOU --data nowhere", "nowhere"),
     ("alignment", "iou_aware_retinanet --weights IOU --train", "neither trains nor predicts"),
     ("alignment", "iou_aware_retinanet --weights IOU --out IOU", "a file has that name"),
-    ("sections", "double_head --objects -1", "--objects -1: 0 (all) is the least"),
-    ("bench", "d2det --repeat 0", "--repeat 0: 1 is the least"),
-    ("compare", "d2det --seeds 1 1", "--seeds: 1 to 10 of them, each another"),
-    ("cost", "d2det --image 0 8", "32 is the least"),
+    ("sections", "double_head --objects -1", "--objects -1: at least 0 (all)"),
+    ("bench", "d2det --repeat 0", "--repeat 0: at least 1"),
+    ("compare", "d2det --seeds 1 1", "--seeds: one of them is there twice"),
+    ("compare", "", "nothing to do"),
+    ("compare", "d2det --jobs 0", "--jobs 0: at least 1"),
+    ("compare", "d2det --data bccd --root nowhere", "must name the folder of bccd/"),
+    ("cost", "d2det --image 0 8", "at least 32"),
 ])  # fmt: skip
 def test_bad_input_ends_with_a_reason(trained, name, argv, message, capsys):
     if "IOU" in argv:
@@ -323,8 +354,9 @@ def test_assignment_tells_what_the_iac_score_adds(trained, unpainted, monkeypatc
     """Against labels made one rule at a time; boxes that are their gts have IoU 1."""
     model = sure(make(dc_loss, iac_threshold=0.3)).eval()
     (images, targets), out = batch(4), model.outputs(batch(4)[0])
-    plain = retinanet.RetinaNet.assign(model, out, targets)[0]
-    labels, gt_boxes, _ = model.assign(out, targets)
+    plain = retinanet.RetinaNet.assign(model, out, targets).labels
+    assigned = model.assign(out, targets)
+    labels, gt_boxes = assigned.labels, assigned.gt_boxes
     new = (labels == 1) & (plain != 1)
     found = assignment.positives(model, images, targets)
     numbers = assignment.summarise(found)
@@ -338,7 +370,7 @@ def test_assignment_tells_what_the_iac_score_adds(trained, unpainted, monkeypatc
     model.outputs = lambda _: out
     iou = assignment.positives(model, images, targets)["iou"]
     assert (iou > 0.999).float().mean() > 0.9  # not all: decoding bounds how much a box may shrink
-    model.config.iac = False
+    model.settings.iac = False
     assert assignment.summarise(assignment.positives(model, images, targets))["more"] > 0
     drawn = []
     monkeypatch.setattr(Axes, "stairs", lambda _, shares, *a, **more: drawn.append((shares, more)))

@@ -7,15 +7,15 @@ import pytest
 import torch
 from PIL import Image
 from test_cli import run
-from test_data import Oracle, config
+from test_data import Oracle, opened, small_settings
 
 import common
 import d2det
-import formats
-from common import BadInput, load_data
-from engine.data import TrainBatches
-from engine.data import load_data as load_checked
-from engine.metrics import coco_metrics, evaluate, uavdt_ap
+from common import BadInput
+from data import Data, SyntheticDetection, load
+from data.uavdt import UAVDT, uavdt_ap
+from engine.loader import TrainBatches
+from engine.metrics import coco_metrics, evaluate
 
 # Rows: frame, target, left, top, width, height, out of view, occlusion, category.
 WHOLE = {
@@ -40,7 +40,7 @@ def root(tmp_path):
     truth.mkdir(parents=True)
     for number, sequence in enumerate(WHOLE):
         (frames / sequence).mkdir(parents=True)
-        pictures = common.SyntheticDetection(3, 64, number)
+        pictures = SyntheticDetection(3, 64, number)
         for i in range(3):
             picture = Image.fromarray(pictures[i][0].permute(1, 2, 0).numpy())
             picture = picture.resize(SIZES.get(sequence, (64, 48)))
@@ -58,10 +58,10 @@ def root(tmp_path):
 
 
 def test_frames_and_rows_become_images_and_boxes(root, monkeypatch):
-    opened, original = [], Image.open
-    monkeypatch.setattr(Image, "open", lambda *a, **k: opened.append(a) or original(*a, **k))
-    train, test = load_data(common.Config(data=str(root)))
-    assert len(opened) == len(WHOLE)  # one header a sequence
+    files, original = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda *a, **k: files.append(a) or original(*a, **k))
+    train, test = load(Data(data=str(root)))
+    assert len(files) == len(WHOLE)  # one header a sequence
     assert train.image_ids == [f"M010{s}/img00000{i}" for s in (1, 2) for i in (1, 2, 3)]
     assert train.sizes.tolist() == [[48, 64]] * 3 + [[48, 60]] * 3
     assert train.categories == [{"id": 1, "name": "vehicle"}]
@@ -74,12 +74,12 @@ def test_frames_and_rows_become_images_and_boxes(root, monkeypatch):
     assert test.image_ids[3:] == [f"M0701/img00000{i}" for i in (1, 2, 3)]
     assert test[4][1]["boxes"][0].tolist() == [50, 30, 64, 48]  # clipped, but not to be scored:
     assert test.coco()["annotations"][3]["bbox"] == [50, 30, 16, 20]
-    again, _ = load_data(common.Config(data=str(root), train_split="test"), val=False)
+    again, _ = load(Data(data=str(root), train_split="test"), val=False)
     assert again.image_ids == test.image_ids
 
 
 def test_what_is_ignored_is_no_negative(root):
-    train, _ = load_data(common.Config(data=str(root)), val=False)
+    train, _ = load(Data(data=str(root)), val=False)
     boxes, _, valid, ignore = common.pad_targets([train[0][1]])
     proposals = torch.tensor([[42.0, 4, 52, 14], [0, 30, 20, 48], [4, 6, 24, 22]])
     labels, _, _ = common.match(proposals, boxes[0], 0.5, 0.5, valid[0], ignore[0])
@@ -96,12 +96,12 @@ def test_what_is_ignored_is_no_negative(root):
     ],
 )
 def test_archives_may_be_unpacked_with_or_without_their_folder(root, moves):
-    want, _ = load_data(common.Config(data=str(root)), val=False)
+    want, _ = load(Data(data=str(root)), val=False)
     for old, new in moves.items():
         (root / old).rename(root / "moved")
         (root / new).parent.mkdir(parents=True, exist_ok=True)
         (root / "moved").rename(root / new)
-    found, _ = load_data(common.Config(data=str(root)), val=False)
+    found, _ = load(Data(data=str(root)), val=False)
     assert found.fingerprint() == want.fingerprint()
 
 
@@ -133,7 +133,7 @@ def damage(root, place, name="", text=None):
 def test_what_is_broken_is_refused_by_name(root, place, name, text, message):
     damage(root, place, name, text)
     with pytest.raises(BadInput, match=f"{name}.*: {message}|{name}.*, {message}"):
-        load_data(common.Config(data=str(root)))
+        load(Data(data=str(root)))
 
 
 def test_a_set_that_is_not_whole_is_refused(root):
@@ -141,7 +141,7 @@ def test_a_set_that_is_not_whole_is_refused(root):
     damage(root, "truth", "M0101_gt_ignore.txt", "")
     damage(root, "truth", "M0102_gt_whole.txt", "")
     with pytest.raises(BadInput, match="M_attr/train: no annotated boxes to train on"):
-        load_data(common.Config(data=str(root)))
+        load(Data(data=str(root)))
     for place, message in (
         ("truth", "is not whole: no GT/Mxxxx_gt_whole.txt$"),
         ("frames", "is not whole: no Mxxxx, no GT"),
@@ -149,18 +149,18 @@ def test_a_set_that_is_not_whole_is_refused(root):
     ):
         damage(root, place)
         with pytest.raises(BadInput, match=message):
-            load_data(common.Config(data=str(root)))
+            load(Data(data=str(root)))
 
 
 def test_frames_of_another_size_and_empty_boxes_are_found(root, capsys):
     rows = "1,7,10,10,30,20,1,3,2\n2,7,70,10,30,20,1,3,2\n"  # the second is outside of the image
     damage(root, "truth", "M0102_gt_whole.txt", rows)
-    load_checked(common.Config(data=str(root)))
+    opened(root)
     assert "dropped 1 of 6 boxes" in (text := capsys.readouterr().out)
     assert "annotations M0102_gt_whole.txt line 2" in text
     Image.new("RGB", (50, 48)).save(root / PLACES["frames"] / "M0101" / "img000003.jpg")
     with pytest.raises(BadInput, match=r"img000003.jpg: is 48x50 px .*train says 48x64"):
-        load_checked(common.Config(data=str(root)))
+        opened(root)
 
 
 # ------------------------------------------------------------------------------ metric
@@ -178,7 +178,7 @@ def truth_of(*frames, sequence="M0203"):
             annotations += [{**known, "bbox": bbox} for bbox in kind]
     vehicle = [{"id": 1, "name": "vehicle"}]
     whole = {"images": images, "annotations": annotations, "categories": vehicle}
-    return {"info": formats.UAVDT, **whole}
+    return {"info": UAVDT, **whole}
 
 
 def found(*boxes, frame=1, sequence="M0203", score=0.9):
@@ -256,13 +256,13 @@ def test_metrics_have_coco_s_numbers_and_uavdt_s():
 
 
 def test_perfect_detections_score_one(root):
-    data = load_data(common.Config(data=str(root)), train=False)[1]
-    settings = config(scales=(96,), test_scales=(96,), max_size=200)
+    data = load(Data(data=str(root)), train=False)[1]
+    settings = small_settings(max_size=200)
     oracle = Oracle(data, settings)
     for target in oracle.truth.values():
         kept = ~target["ignore"]
         target["boxes"], target["labels"] = target["boxes"][kept], target["labels"][kept]
-    metrics = evaluate(oracle, data, settings, torch.device("cpu"))
+    metrics = evaluate(oracle, data, settings)
     # What reaches over the border is found as far as it is in the image: at an IoU of 0.7875.
     assert metrics["uavdt_AP70"] == metrics["AP75"] == pytest.approx(1) and metrics["AP80"] < 0.9
 
@@ -290,6 +290,6 @@ def test_trains_evaluates_predicts_and_resumes(root, tmp_path, capsys):
 
 
 def test_batches_hold_frames_of_all_sequences(root):
-    train, _ = load_data(common.Config(data=str(root)), val=False)
+    train, _ = load(Data(data=str(root)), val=False)
     batches = TrainBatches(train.sizes, 2, seed=0, total=3)
     assert sorted(i for batch in batches for _, i in batch) == list(range(6))

@@ -1,0 +1,109 @@
+"""Image files as tensors. Whatever goes wrong with a file is `BadInput` with its name.
+
+Two things about a photo are not in its pixels: which way up it is (EXIF's orientation), and
+whether it is small enough to be decoded without filling the memory (`max_pixels`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from common import BadInput
+
+# The formats that PIL may open. It knows more, and some of those start other programs.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+IMAGE_ENDINGS = tuple(".jpg .jpeg .png .bmp .webp .tif .tiff .ppm .gif .jfif".split())
+
+MAX_PIXELS = 178_956_970  # PIL refuses larger images by itself
+ORIENTATION = 0x0112  # EXIF's tag
+UPRIGHT = 1  # its value for a photo that is not turned
+SWAPPED = 5  # from this value on a turn swaps width and height
+
+_limit_is_lifted = threading.Lock()
+
+
+@contextlib.contextmanager
+def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """The PIL image in a file, not decoded yet; errors in the `with` block become `BadInput`."""
+    try:
+        if not Path(path).is_file():  # opening a pipe would wait for ever
+            raise OSError("not a file" if Path(path).exists() else "no such file")
+        with _open(path, max_pixels) as image:
+            pixels = image.width * image.height
+            if pixels > max_pixels:
+                raise ValueError(f"{pixels} pixels; --max-pixels {pixels} would read it")
+            yield image
+    except BadInput:
+        raise
+    except UnidentifiedImageError as e:
+        reason = f"it is none of {', '.join(FORMATS)}"
+        raise BadInput(f"{path}: cannot read the image: {reason}") from e
+    except Exception as e:  # a decoder may raise anything, even RecursionError
+        raise BadInput(f"{path}: cannot read the image: {str(e) or type(e).__name__}") from e
+
+
+def _open(path: str | Path, max_pixels: int) -> Image.Image:
+    """The opened file, whatever its size: `open_image` compares that with `max_pixels`."""
+    try:
+        return Image.open(path, formats=FORMATS)
+    except Image.DecompressionBombError:
+        # PIL's limit is a global of the whole program: it is lifted for a moment only.
+        with _limit_is_lifted:
+            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                return Image.open(path, formats=FORMATS)
+            finally:
+                Image.MAX_IMAGE_PIXELS = limit
+
+
+def read_image(path: str | Path, upright: bool = False, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """uint8 RGB [3, h, w]; `BadInput` for a missing, truncated, foreign or 16-bit file.
+
+    `upright` turns a photo as its EXIF data say.
+    """
+    with open_image(path, max_pixels) as image:
+        if upright:
+            with contextlib.suppress(Exception):  # broken EXIF data: the photo stays as it is
+                image = ImageOps.exif_transpose(image)
+        return rgb_tensor(image)
+
+
+def rgb_tensor(image: Image.Image) -> Tensor:
+    """uint8 RGB [3, h, w] of a PIL image of 8 bits per channel."""
+    if image.mode[0] in "IF":  # PIL would clip these to black and white
+        raise ValueError(f"its pixels ({image.mode}) are not of 8 bits, convert it first")
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def raw_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(h, w) of the pixels in a file, not turned."""
+    with open_image(path, max_pixels) as image:
+        return image.height, image.width
+
+
+def orientation(path: str | Path, max_pixels: int = MAX_PIXELS) -> int:
+    """EXIF's orientation of a photo, 1 to 8; 1 if the file has none or cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4096)
+    except OSError:
+        return UPRIGHT
+    # A few bytes spare opening every file: cameras write EXIF data right at the start.
+    mentions_it = b"Exif" in start or b"eXIf" in start or b"xap/" in start
+    if start[:2] == b"\xff\xd8" and not mentions_it:
+        return UPRIGHT
+    if start[:4] == b"\x89PNG" and not mentions_it:
+        return UPRIGHT
+    with contextlib.suppress(Exception), open_image(path, max_pixels) as image:
+        value = image.getexif().get(ORIENTATION, UPRIGHT)
+        if value in range(1, 9):
+            return int(value)
+    return UPRIGHT

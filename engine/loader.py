@@ -1,0 +1,124 @@
+"""A data set on its way into a run: shared out among processes, batched, moved to a device."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from common import BadInput
+from engine.processes import rank_and_world
+from engine.settings import Run
+
+
+def per_process_batch(run: Run) -> int:
+    """Images per step of this process; BadInput if the batch cannot be shared out evenly."""
+    world = rank_and_world()[1]
+    total = run.batch or 2 * world
+    if total % world:
+        raise BadInput(f"--batch {total} cannot be split over {world} processes")
+    return total // world
+
+
+class TrainBatches:
+    """Lists of (epoch, index) for this process, from step `start` to step `total`.
+
+    Images wider than tall and the others go into different batches, which saves padding. The order
+    is a pure function of (seed, epoch), so that a resumed run continues in the middle of an epoch.
+    A set smaller than `batch` is one list; `self.batch` is then its length, what a step sees.
+    """
+
+    def __init__(self, sizes: np.ndarray, batch: int, seed: int, start: int = 0, total: int = 0):
+        h, w = np.asarray(sizes).T
+        self.rank, self.world = rank_and_world()
+        per_rank = math.ceil(len(sizes) / self.world)
+        self.wide, self.batch, self.seed = w > h, min(batch, per_rank), seed
+        self.start, self.total = start, total
+        self.per_epoch = max(1, per_rank // batch)
+
+    def epoch(self, epoch: int) -> list[list[tuple[int, int]]]:
+        """This process's batches of one epoch, in order."""
+        indices: Any = range(len(self.wide))
+        order: Any = DistributedSampler(indices, self.world, self.rank, seed=self.seed)
+        order.set_epoch(epoch)
+        batches, rest = [], []
+        for wide in (True, False):
+            group = [(epoch, i) for i in order if self.wide[i] == wide]
+            whole = len(group) // self.batch * self.batch
+            batches += [group[i : i + self.batch] for i in range(0, whole, self.batch)]
+            rest += group[whole:]
+        batches += [rest[i : i + self.batch] for i in range(0, len(rest), self.batch)]
+        # A last, smaller batch is left out (another one each epoch) unless there is no other.
+        batches = [b for b in batches if len(b) == self.batch] or batches
+        mixed = torch.Generator().manual_seed(self.seed + epoch)
+        return [batches[i] for i in torch.randperm(len(batches), generator=mixed)]
+
+    def __len__(self) -> int:
+        return self.total - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        step = self.start
+        while step < self.total:
+            epoch, skip = divmod(step, self.per_epoch)
+            for batch in self.epoch(epoch)[skip : skip + self.total - step]:
+                yield batch
+                step += 1
+
+
+def _ignore_signals(_) -> None:
+    """Ctrl-C and SIGTERM reach the whole process group; the parent shuts its workers down."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def make_loader(data: Dataset, workers: int, device: torch.device, **sampling) -> DataLoader:
+    """Batches as lists of items, read by that many processes (-1: see `Run.workers`)."""
+    if workers < 0:  # on a CPU they take cores from the training, whose threads wait for each other
+        workers = 4 if device.type == "cuda" else min(2, max(0, (os.cpu_count() or 1) - 2))
+    return DataLoader(
+        data,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        collate_fn=list,
+        generator=torch.Generator(),  # a loader must not draw from the training's generator
+        worker_init_fn=_ignore_signals,
+        **sampling,
+    )
+
+
+@contextlib.contextmanager
+def batches_of(loader: DataLoader) -> Iterator[Iterator[list]]:
+    """The loader's iterator, whose workers end with the block, however it ends.
+
+    Left to themselves they would be ended by a SIGTERM when Python exits, which they ignore.
+    """
+    iterator: Any = iter(loader)
+    try:
+        yield iterator
+    finally:
+        if loader.num_workers:
+            iterator._shutdown_workers()
+
+
+def to_device(items, device) -> tuple[list[Tensor], list[dict]]:
+    """Images and targets of a batch, moved without waiting."""
+    targets = [
+        {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in t.items()}
+        for _, t in items
+    ]
+    return [image.to(device, non_blocking=True) for image, _ in items], targets
+
+
+def fingerprint(data) -> str:
+    """What identifies a data set in a checkpoint: its annotations, or the little that is known."""
+    if hasattr(data, "fingerprint"):
+        return data.fingerprint()
+    return f"{len(data)} images, {np.asarray(data.sizes).sum(0).tolist()} px, {data.categories}"
