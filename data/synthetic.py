@@ -1,7 +1,8 @@
-"""`SyntheticDetection`: textured shapes on textured ground, a laboratory without a download.
+"""`SyntheticDetection`: paper shapes on sky, wood and cloth, a laboratory without a download.
 
-Each image is a function of (seed, index). Their boxes and masks are exact, which no
-annotated photo offers: what is hidden, thin or hollow can be measured.
+Each image is a function of (seed, index), the same on every machine: arrays only see operations
+that IEEE 754 rounds exactly (+, -, *, /, remainder, square root). Boxes and masks are exact,
+which no annotated photo offers: hidden, thin and hollow objects can be measured.
 """
 
 from __future__ import annotations
@@ -19,52 +20,119 @@ from data.contract import make_target
 from data.masks import encode_mask
 
 KEEP_BYTES = 256 * 2**20  # choice: remembered images may take so much memory
+SMALLEST, LARGEST = 20, 288  # px: the side of a shape, from COCO's small third to its large one
+VISIBLE = 2 / 3  # share of each object that neither later ones nor the image's edge may hide
 
 
-def _disc(u, v):
-    return np.hypot(u, v) < 1
+def _disc(u, v, radius=0.9):
+    return np.sqrt(u * u + v * v) - radius
 
 
-def _ring(u, v, inner=0.62):
-    r = np.hypot(u, v)
-    return (r < 1) & (r > inner)
+def _box(u, v, half_u, half_v):
+    return np.maximum(np.abs(u) - half_u, np.abs(v) - half_v)
 
 
-def _star(u, v):
-    ray = np.abs(np.arctan2(v, u) * 5 / (2 * np.pi) % 1 * 2 - 1)  # 1 at the five tips
-    return np.hypot(u, v) < 0.42 + 0.58 * ray**1.3
+def _star(u, v):  # inside: on the inner side of at least four of a pentagram's five lines
+    turns = (0, 1.2566, 2.5133, 3.7699, 5.0265)
+    lines = [math.cos(turn) * u + math.sin(turn) * v for turn in turns]
+    return np.sort(lines, axis=0)[-2] - 0.3
 
 
-def _frame(u, v):
-    side = np.maximum(np.abs(u), np.abs(v))
-    return (side < 0.75) & (side > 0.42)
+def _heart(u, v):  # two discs, and what lies between them and the tip
+    u = np.abs(u)
+    wedge = np.maximum(0.765 * u - 0.644 * v - 0.619, 0.342 * u + 0.94 * v - 0.282)
+    return np.minimum(_disc(u - 0.46, v - 0.3, 0.45), wedge)
 
 
-# Each class is a function of coordinates u, v, in [-1, 1] after rotation: is the point inside?
+def _arrow(u, v):
+    head = np.maximum(0.62 * u + 0.785 * np.abs(v) - 0.58, -0.05 - u)
+    return np.minimum(head, _box(u + 0.4, v, 0.5, 0.19))
+
+
+# Each class is a signed distance to the outline, negative inside. The coordinates u and v turn
+# with the shape, which lies in the unit circle.
 SHAPES = {
     "disc": _disc,
-    "ellipse": lambda u, v: u**2 + (v / 0.45) ** 2 < 1,
-    "ring": _ring,
-    "arc": lambda u, v: _ring(u, v, 0.55) & (np.abs(np.arctan2(v, u)) > 0.9),
-    "bar": lambda u, v: (np.abs(u) < 1) & (np.abs(v) < 0.17),
-    "cross": lambda u, v: (np.minimum(np.abs(u), np.abs(v)) < 0.24) & _disc(u, v),
-    "triangle": lambda u, v: (v < 0.5) & (v > 1.73 * np.abs(u) - 1),
+    "ring": lambda u, v: np.abs(_disc(u, v, 0.74)) - 0.19,
+    "bar": lambda u, v: _disc(np.maximum(np.abs(u) - 0.8, 0), v, 0.19),
+    "cross": lambda u, v: np.minimum(_box(u, v, 0.9, 0.25), _box(u, v, 0.25, 0.9)),
+    "triangle": lambda u, v: np.maximum(0.866 * np.abs(u) + 0.5 * v, -v) - 0.5,
+    "square": lambda u, v: _box(u, v, 0.68, 0.68),
     "star": _star,
-    "crescent": lambda u, v: _disc(u, v) & ((u - 0.5) ** 2 + v**2 > 0.66),
-    "frame": _frame,
+    "crescent": lambda u, v: np.maximum(_disc(u, v, 0.95), -_disc(u - 0.5, v, 0.8)),
+    "heart": _heart,
+    "arrow": _arrow,
 }
 
 
+def noise(rng: np.random.Generator, size: int, rows: int, columns: int) -> np.ndarray:
+    """A smooth random field in 0..1 over that many rows and columns of cells: [size, size]."""
+    field = rng.random((rows + 1, columns + 1), dtype=np.float32)
+    for _ in range(2):  # interpolate between rows, then between columns
+        at = (np.arange(size, dtype=np.float32) + 0.5) * ((len(field) - 1) / size)
+        low = at.astype(np.int64)
+        share = (at - low)[:, None]
+        share = share * share * (3 - 2 * share)
+        field = (field[low] + share * (field[low + 1] - field[low])).T
+    return field
+
+
+def _sky(rng, size):
+    down = np.arange(size, dtype=np.float32)[:, None] * (rng.uniform(0.4, 0.8) / size)
+    clouds = 0.65 * noise(rng, size, 4, 2) + 0.35 * noise(rng, size, 11, 6)
+    return down + (1.5 * clouds - 0.7).clip(0, 0.6)
+
+
+def _wood(rng, size):
+    down = np.arange(size, dtype=np.float32)[:, None] * (rng.uniform(3, 6) / size)
+    rings = (down + 3 * noise(rng, size, 3, 1)) % 1
+    rings = np.minimum(rings, 5 * (1 - rings))  # slowly darker, then suddenly light again
+    return 0.6 * rings + 0.45 * noise(rng, size, size // 2, 5)
+
+
+def _paper(rng, size):
+    return 0.7 * noise(rng, size, 3, 3) + 0.3 * noise(rng, size, size // 2, size // 2)
+
+
+def _cloth(rng, size):
+    threads = noise(rng, size, size // 2, 6) + noise(rng, size, 6, size // 2)
+    return 0.3 * threads + 0.4 * noise(rng, size, 2, 2)
+
+
+GROUNDS = [  # each texture, in 0..1, and the pairs of colours that it may blend
+    (_sky, ["7fb2d6 f4f1ea", "8c9ac0 f6d5bd", "24344d 5b7596"]),
+    (_wood, ["a97c50 d8b384", "5a3e2e 80593f", "c9b79c e6d9c3"]),
+    (_paper, ["ece3d2 fbf6ec", "c9d6cf e2eae4", "3b4a4f 4f6066"]),
+    (_cloth, ["c4b8a8 e3dacd", "8fa3a8 b9c8ca", "7d8f69 a9b88f"]),
+]
+PALETTES = [  # light, middle and dark tones each: some stand out on every ground
+    "d1495b edae49 3a7d8c 2b4a6b f4ead5 7fa650",
+    "e07a5f f2cc8f 81b29a 3d405b f6efe0 b5536b",
+    "c8553d f0c27b 588b8b 28536b fbf3e4 93b7be",
+    "8e5572 f2b5a7 6a8d73 35455d fff4e6 d99a4e",
+    "b23a48 f5d491 4f7cac 2d4739 f7f3e3 8fb996",
+    "dd6e42 e8dab2 4f6d7a 33415c c0d6df a44a3f",
+]
+
+
+def colours(codes: str) -> np.ndarray:
+    """Colours such as "ff8000 336699" in 0..1: float32 [n, 3, 1, 1]."""
+    rgb = [list(bytes.fromhex(code)) for code in codes.split()]
+    return np.array(rgb, np.float32)[:, :, None, None] / 255
+
+
 @dataclass
-class Pose:
-    """Class, place (px), size and colour of a shape that is about to be painted."""
+class Shape:
+    """A shape that is painted, or about to be."""
 
     label: int
-    radius: float  # half of the sides of the square that the shape fills before rotation, px
+    radius: float  # of the circle around it, px
     angle: float
-    x: float
+    x: float  # its centre, px
     y: float
-    shift: np.ndarray  # [3, 1, 1]: distance of its colour from what it covers, modulo 1
+    tone: int  # its colour in the scene's palette
+    area: int = 0  # its pixels, hidden ones and those outside the image included
+    visible: int = 0  # its pixels that show
 
 
 class Scene(NamedTuple):
@@ -72,114 +140,113 @@ class Scene(NamedTuple):
 
     image: np.ndarray  # uint8 [3, size, size]
     owner: np.ndarray  # int8 [size, size]: the object that shows at each pixel; -1: none
-    labels: list[int]
-    areas: list[int]  # pixels of each object, its hidden ones included
+    objects: list[Shape]
 
 
 class Painter:
     """One image while it is painted. Everything random comes from `rng`, in a fixed order."""
 
-    def __init__(self, rng: np.random.Generator, image: np.ndarray):
-        self.rng, self.image = rng, image  # image: float32 [3, size, size], about 0..1
-        self.size = image.shape[-1]
-        self.owner = np.full((self.size, self.size), -1, np.int8)
-        self.labels: list[int] = []
-        self.areas: list[int] = []
-        self.visible: list[int] = []  # pixels of each object that no later one covers
+    def __init__(self, rng: np.random.Generator, size: int):
+        self.rng, self.size = rng, size
+        field, pairs = GROUNDS[rng.integers(len(GROUNDS))]
+        ends = colours(pairs[rng.integers(len(pairs))])
+        tones = colours(PALETTES[rng.integers(len(PALETTES))])
+        contrast = np.abs(tones[:, None] - ends).max(2).min(1)  # [6, 1, 1]
+        self.palette = tones[contrast[:, 0, 0] > 0.26]
+        self.image = ends[0] + field(rng, size) * (ends[1] - ends[0])  # float32 [3, size, size]
+        self.light = rng.uniform(-1, 1)  # how far shadows fall to the right, relative to down
+        self.owner = np.full((size, size), -1, np.int8)
+        self.objects: list[Shape] = []
 
-    def draw_pose(self) -> Pose:
-        """A pose of random class, place and colour; sizes are log-uniform."""
+    def draw_shape(self) -> Shape:
+        """Draw a random class, place and colour, and a log-uniform size."""
         rng = self.rng
-        low, high = 32 / 3, min(288, 0.9 * self.size)
-        return Pose(  # arguments are evaluated in this order
+        low, high = math.log(SMALLEST), math.log(max(SMALLEST, min(LARGEST, 0.9 * self.size)))
+        return Shape(  # arguments are evaluated in this order
             label=int(rng.integers(len(SHAPES))),
-            radius=math.exp(rng.uniform(math.log(low), math.log(max(low, high)))) / 2,
-            angle=rng.uniform(0, 2 * np.pi),
+            radius=math.exp(rng.uniform(low, high)) / 2,
+            angle=rng.uniform(0, 2 * math.pi),
             x=rng.uniform(0.05, 0.95) * self.size,
             y=rng.uniform(0.05, 0.95) * self.size,
-            shift=rng.uniform(0.25, 0.75, (3, 1, 1)).astype(np.float32),
+            tone=int(rng.integers(len(self.palette))),
         )
 
     def paint_objects(self) -> None:
-        """One to six objects (seldom none), a third of them with a twin, among fragments."""
+        """Up to six objects and their twins, rarely none, with fragments among them."""
         rng = self.rng
-        has_objects = rng.random() > 0.03
-        for _ in range(rng.integers(1, 7) if has_objects else 0):
-            pose = self.draw_pose()
-            if self.paint(pose) and rng.random() < 1 / 3:
-                turn = rng.uniform(0, 2 * np.pi)
-                step = pose.radius * rng.uniform(1.7, 2.2)
-                x, y = pose.x + step * np.cos(turn), pose.y + step * np.sin(turn)
-                self.paint(replace(pose, x=x, y=y))  # its twin, right beside it
-            if rng.random() < 0.3:
+        for _ in range(rng.integers(1, 7) if rng.random() > 0.03 else 0):
+            shape = self.draw_shape()
+            if self.paint(shape) and rng.random() < 1 / 3:
+                turn = rng.uniform(0, 2 * math.pi)
+                step = shape.radius * rng.uniform(1.7, 2.2)
+                x, y = shape.x + step * math.cos(turn), shape.y + step * math.sin(turn)
+                self.paint(replace(shape, x=x, y=y))  # its twin, right beside it
+            if rng.random() < 0.1:
                 self.paint_fragment()
 
     def paint_fragment(self) -> None:
-        """A slice of a shape: a distractor without a label."""
-        self.paint(self.draw_pose(), fragment=True)
+        """Paint less than half of a disc: a distractor without a label."""
+        shape = replace(self.draw_shape(), label=list(SHAPES).index("disc"))
+        self.paint(shape, cut=self.rng.uniform(0.1, 0.4))
 
-    def paint(self, pose: Pose, fragment: bool = False) -> bool:
-        """Paint a shape, unless an earlier object would lose over half; was it painted?"""
-        rng, size = self.rng, self.size
-        x0, y0 = int(pose.x - pose.radius), int(pose.y - pose.radius)
-        shape = self._rasterise(pose, x0, y0, fragment)
-        x1, y1 = x0 + shape.shape[1], y0 + shape.shape[0]
-        if min(x1, y1) <= 0 or max(x0, y0) >= size:
-            return False  # a twin outside the image
-        inside = shape[max(0, -y0) : size - y0, max(0, -x0) : size - x0]
-        x0, y0 = max(0, x0), max(0, y0)
-        owner = self.owner[y0:y1, x0:x1]
-        covered = np.bincount(owner[inside] + 1, minlength=len(self.areas) + 1)[1:]
-        visible = np.array(self.visible) - covered
-        if (visible < 0.5 * np.array(self.areas)).any():
+    def paint(self, shape: Shape, cut: float | None = None) -> bool:
+        """Paint an object, or a fragment: its part u > cut. Return False if it finds no room."""
+        height = 1 + 0.06 * shape.radius  # above the ground, px
+        x0, y0 = (int(at - shape.radius - height) - 1 for at in (shape.x, shape.y))
+        distance, shade = self._rasterise(shape, x0, y0, int(2 * (shape.radius + height)) + 4, cut)
+        here, there = self._overlap(x0, y0, len(distance))
+        owner, inside = self.owner[here], distance[there] < 0
+        covered = np.bincount(owner[inside] + 1, minlength=len(self.objects) + 1)[1:].tolist()
+        if any(o.visible - c < VISIBLE * o.area for o, c in zip(self.objects, covered)):
             return False  # an earlier object would lose too much
-        if not fragment and inside.sum() < max(12, 0.5 * shape.sum()):
+        area, visible = int((distance < 0).sum()), int(inside.sum())
+        if cut is None and visible < max(12, VISIBLE * area):
             return False  # hardly a pixel, or mostly outside the image
-        window = self.image[:, y0:y1, x0:x1]
-        # In each channel at least a quarter of the range away from what is there.
-        colour = (window.mean((1, 2), keepdims=True) + pose.shift) % 1
-        texture = stripes(rng, y0, x0, *owner.shape) * rng.uniform(0, 0.15)
-        np.copyto(window, colour + texture, where=inside)
-        owner[inside] = -1 if fragment else len(self.areas)
-        self.visible[:] = visible.tolist()
-        if not fragment:
-            self.labels.append(pose.label)
-            self.areas.append(int(shape.sum()))
-            self.visible.append(int(inside.sum()))
+        taken = {o.tone for o, c in zip(self.objects, covered) if c}
+        tones = [(shape.tone + i) % len(self.palette) for i in range(len(self.palette))]
+        tone = next((t for t in tones if t not in taken), shape.tone)  # so that outlines show
+        self._paint_shadow(distance, x0 + round(self.light * height), y0 + round(height), height)
+        coverage, paint = (0.5 - distance[there]).clip(0, 1), self.palette[tone] * shade[there]
+        self.image[here] += coverage * (paint - self.image[here])
+        owner[inside] = len(self.objects) if cut is None else -1
+        for earlier, pixels in zip(self.objects, covered):
+            earlier.visible -= pixels
+        if cut is None:
+            self.objects.append(replace(shape, tone=tone, area=area, visible=visible))
         return True
 
-    def _rasterise(self, pose: Pose, x0: int, y0: int, fragment: bool) -> np.ndarray:
-        """The shape's pixels, bool [n, n], in a window whose corner is at (x0, y0)."""
-        side = np.arange(2 * pose.radius + 2, dtype=np.float32) + 0.5
-        x = ((side + x0 - pose.x) / pose.radius)[None]
-        y = ((side + y0 - pose.y) / pose.radius)[:, None]
-        cos, sin = np.cos(pose.angle), np.sin(pose.angle)
+    def _rasterise(self, shape: Shape, x0: int, y0: int, n: int, cut: float | None):
+        """Signed distance (px) and brightness around 1 in a window at (x0, y0), [n, n] each."""
+        side = np.arange(n, dtype=np.float32) + 0.5
+        x = ((side + (x0 - shape.x)) / shape.radius)[None]
+        y = ((side + (y0 - shape.y)) / shape.radius)[:, None]
+        cos, sin = math.cos(shape.angle), math.sin(shape.angle)
         u, v = cos * x + sin * y, cos * y - sin * x
-        shape = list(SHAPES.values())[pose.label](u, v)
-        if fragment:  # narrower than half of the shape
-            start = self.rng.uniform(-0.6, 0.3)
-            shape &= (u > start) & (u < start + self.rng.uniform(0.2, 0.5))
-        return shape
+        outline = list(SHAPES.values())[shape.label]
+        distance = np.maximum(outline(u, v), _disc(u, v, 1))  # keeps shadows of tips short
+        if cut is not None:
+            distance = np.maximum(distance, cut - u)
+        return distance * shape.radius, 1 - 0.07 * (y + self.light * x)  # lit from above
 
+    def _paint_shadow(self, distance: np.ndarray, x0: int, y0: int, blur: float) -> None:
+        here, there = self._overlap(x0, y0, len(distance))
+        self.image[here] *= 1 - 0.35 * (0.5 - distance[there] / (2 * blur)).clip(0, 1)
 
-def stripes(rng: np.random.Generator, y0: int, x0: int, h: int, w: int) -> np.ndarray:
-    """A plane wave, or the product of two, of random period, in that window: [h, w]."""
-    turn, period = rng.uniform(0, np.pi), rng.uniform(5, 24)
-    y = np.arange(y0, y0 + h, dtype=np.float32)[:, None] * (2 * np.pi / period)
-    x = np.arange(x0, x0 + w, dtype=np.float32)[None] * (2 * np.pi / period)
-    if rng.random() < 0.5:
-        return np.sin(np.cos(turn) * x + np.sin(turn) * y)
-    return np.sin(x + turn) * np.sin(y)
+    def _overlap(self, x0: int, y0: int, n: int):
+        """Indices of the part that an [n, n] window at (x0, y0) and the image share, in each."""
+        here = tuple(slice(max(0, at), max(0, at + n)) for at in (y0, x0))
+        there = tuple(slice(max(0, -at), max(0, self.size - at)) for at in (y0, x0))
+        return (..., *here), (..., *there)
 
 
 class SyntheticDetection(Dataset):
-    """Textured shapes on textured ground, made on the fly from (seed, index).
+    """Paper shapes on sky, wood and cloth, made on the fly from (seed, index).
 
     Ten classes of shape; colour says nothing about the class. Sizes are log-uniform over
-    COCO's small, medium and large thirds (32/3 to 288 px, if the image is that large).
-    Objects occlude each other (at least half of each stays visible), a third has a twin
-    right beside it, and unlabelled fragments of shapes lie around. Boxes and masks are those
-    of the visible part; `visible` [G] in the target is its share of the whole shape.
+    COCO's small, medium and large thirds (20 to 288 px, if the image is that large).
+    Objects occlude each other (at least two thirds of each stay visible), a third have a twin
+    right beside them, and segments of discs serve as distractors without a label. Boxes and
+    masks cover the visible part; `visible` [G] in the target is its share of the whole shape.
 
     With `keep`, images are remembered once they are made, if all of them fit into 256 MiB.
     """
@@ -199,10 +266,6 @@ class SyntheticDetection(Dataset):
         self.keep = keep and num_images * 4 * size**2 <= KEEP_BYTES  # image and owner
         self._scenes: dict[int, Scene] = {}
         self._coco: dict | None = None
-        pixels = (np.arange(size, dtype=np.float32) + 0.5) / size
-        knots = np.arange(7, dtype=np.float32) / 6
-        # [size, 7]: weights that interpolate linearly between seven knots
-        self._blend = np.clip(1 - 6 * np.abs(pixels[:, None] - knots), 0, None)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -210,9 +273,7 @@ class SyntheticDetection(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, dict]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        scene = self._scenes.get(index)
-        if scene is None:
-            scene = self._make(index)
+        scene = self._scenes.get(index) or self._make(index)
         if self.keep:
             self._scenes[index] = scene
         # Copies: a caller may change what it gets.
@@ -220,49 +281,35 @@ class SyntheticDetection(Dataset):
 
     def _make(self, index: int) -> Scene:
         rng = np.random.default_rng((self.seed, index))
-        colours = rng.random((3, 7, 7), dtype=np.float32)  # the ground: a coarse grid, blended
-        image = self._blend @ colours @ self._blend.T  # [3, size, size]
-        image += stripes(rng, 0, 0, self.size, self.size) * rng.uniform(0, 0.15)
-        painter = Painter(rng, image)
-        for _ in range(rng.integers(3)):  # fragments beneath the objects
-            painter.paint_fragment()
+        painter = Painter(rng, self.size)
+        if rng.random() < 0.25:
+            painter.paint_fragment()  # beneath the objects
         painter.paint_objects()
-        image += rng.normal(0, rng.uniform(0.01, 0.06), image.shape).astype(np.float32)
-        pixels = (image.clip(0, 1) * 255).astype(np.uint8)
-        return Scene(pixels, painter.owner, painter.labels, painter.areas)
+        grain = rng.random((self.size, self.size), dtype=np.float32) - 0.5
+        painter.image += grain * rng.uniform(0.01, 0.05)
+        pixels = (painter.image.clip(0, 1) * 255).astype(np.uint8)
+        return Scene(pixels, painter.owner, painter.objects)
 
     def _target(self, index: int, scene: Scene) -> dict:
-        G = len(scene.labels)
-        masks = scene.owner == np.arange(G)[:, None, None]  # [G, size, size]
+        labels = [shape.label for shape in scene.objects]
+        masks = scene.owner == np.arange(len(labels))[:, None, None]  # [G, size, size]
         columns, rows = masks.any(1), masks.any(2)  # [G, size] each
         x1, y1 = columns.argmax(1), rows.argmax(1)
-        x2 = self.size - columns[:, ::-1].argmax(1)
-        y2 = self.size - rows[:, ::-1].argmax(1)
+        x2, y2 = (self.size - hits[:, ::-1].argmax(1) for hits in (columns, rows))
         boxes = torch.from_numpy(np.stack([x1, y1, x2, y2], 1)).float()
-        target = make_target(boxes, scene.labels, [False] * G, index, (self.size, self.size))
-        shares = masks.sum((1, 2)) / np.maximum(np.array(scene.areas, np.float32), 1)
-        target["visible"] = torch.from_numpy(shares).float()
+        target = make_target(boxes, labels, [False] * len(labels), index, (self.size, self.size))
+        target["visible"] = torch.tensor([shape.visible / shape.area for shape in scene.objects])
         if self.masks:
             target["masks"] = torch.from_numpy(masks)
         return target
 
     def coco(self) -> dict:
-        """The ground truth as a COCO dictionary, with masks if they are made.
-
-        Computed once. Every call returns the same dictionary: copy it before you change it.
-        """
+        """The ground truth as a COCO dictionary, computed once: copy it before you change it."""
         if self._coco is None:
-            images: list[dict] = []
-            annotations: list[dict] = []
-            for index in range(len(self)):
-                images.append({"id": index, "height": self.size, "width": self.size})
-                for annotation in self._annotations(index):
-                    annotations.append({"id": len(annotations) + 1, **annotation})
-            self._coco = {
-                "images": images,
-                "annotations": annotations,
-                "categories": self.categories,
-            }
+            images = [{"id": i, "height": self.size, "width": self.size} for i in self.image_ids]
+            annotations = [a for index in self.image_ids for a in self._annotations(index)]
+            annotations = [{"id": i, **a} for i, a in enumerate(annotations, 1)]
+            self._coco = dict(images=images, annotations=annotations, categories=self.categories)
         return self._coco
 
     def _annotations(self, index: int) -> list[dict]:
@@ -278,7 +325,6 @@ class SyntheticDetection(Dataset):
             }
             if self.masks:  # as in COCO, the area is the mask's
                 mask = target["masks"][i]
-                annotation["area"] = mask.sum().item()
-                annotation["segmentation"] = encode_mask(mask)
+                annotation |= {"area": mask.sum().item(), "segmentation": encode_mask(mask)}
             annotations.append(annotation)
         return annotations
