@@ -28,8 +28,9 @@ Score and box. The class score does not depend on how well a box fits, and it be
     test:     cls -> NMS 0.3 on the proposals -> best 96 of an image -> 3 stages -> ISM, RSM
               score = (cls ism)^0.8 rsm^0.2; no NMS follows
 
-    Eq. 1   B' = S_j(M_j(g_j(RoIAlign(P_i, B_j))))        g: GridHead, S: select_boxes,
-                                                          M: grid_frame and decode_grid
+    Eq. 1   B' = S_j(M_j(g_j(RoIAlign(P_i, B_j))))        g: GridHead, M: decode_grid
+                                                          (baselines/grid_branch.py),
+                                                          S: select_boxes
     Eq. 2   L_CMM = sum_j beta_j omega BCE(g_j, map_gt)   grid_loss, map_gt: grid_targets
     Eq. 3   ism = f(g'(RoIAlign(P_i, B)))                 f: IoUScoring, g': GridHead.trunk
     Eq. 4   score = (cls ism)^gamma rsm^(1 - gamma)       fused_score
@@ -49,7 +50,6 @@ a value seen in the release, "choice:" our own where neither decides.
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -63,15 +63,12 @@ import engine
 import kernels
 from baselines import cascade_rcnn, faster_rcnn
 from baselines.faster_rcnn import Rois, TrainingRois
+from baselines.grid_branch import GridHead, decode_grid, grid_loss, grid_targets
 from common import BadInput
 from engine import Amount, Natural, Share, Whole
 from engine.detector import first_per_image, over_threshold
 
 # B images, R RoIs, P positive RoIs, N candidates, K classes, C channels
-# S = 28 side of a point's heat map, a window of the 2S x 2S grid over the enlarged box
-# points: 0 3 6    column by column: 0, 1, 2 lie on the left side, 0, 3, 6 on the top side
-#         1 4 7    heat maps [R, 9, S, S] (y, x)
-#         2 5 8
 # labels 0..K-1, background K; stages count from 1
 
 
@@ -175,104 +172,6 @@ def tested_stage(model, test) -> int:
 # ------------------------------------------------------------------------------ equations
 
 
-def unit_points(device=None) -> Tensor:
-    """The nine points [9, 2] (x, y) of the unit square, column by column.
-
-    >>> unit_points()[:4].tolist()
-    [[0.0, 0.0], [0.0, 0.5], [0.0, 1.0], [0.5, 0.0]]
-    """
-    steps = torch.arange(3, device=device) / 2
-    return torch.cartesian_prod(steps, steps)
-
-
-def grid_frame(boxes: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-    """M_j in Eq. 1: the frame of a stage's grid, which is its box enlarged about the centre.
-
-        size = ratio (w, h)        corner = centre - size / 2
-
-    boxes [R, 4] -> corner (x, y) and size (w, h), [R, 1, 2] both.
-
-    >>> grid_frame(torch.tensor([[0., 0., 28., 28.]]), 2.0)
-    (tensor([[[-14., -14.]]]), tensor([[[56., 56.]]]))
-    """
-    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
-    size = ratio * (boxes[:, 2:] - boxes[:, :2])
-    return (centre - size / 2)[:, None], size[:, None]
-
-
-def grid_targets(
-    boxes: Tensor, gt_boxes: Tensor, ratio: float = 2.0, size: int = 28, radius: int = 1
-) -> Tensor:
-    """map_gt in Eq. 2: where the gt's nine points are, as zeros and ones.
-
-    boxes [R, 4], gt_boxes [R, 4] -> [R, 9, size, size]. A stage's grid has 2 size x 2 size
-    cells, which cover the enlarged box. A left point need not be searched on the right, so the
-    map of a point is only a window of size x size cells. Along x:
-
-        cell   0         14        28        42        56
-               .         [=========|=========]         .    [===] the box itself, at ratio 2
-               |-- points 0 1 2 ---|         .         .    window from cell 0
-               .         |-- points 3 4 5 ---|         .    window from cell 14
-               .         .         |-- points 6 7 8 ---|    window from cell 28
-
-    Along y, the windows of points 0 3 6, 1 4 7 and 2 5 8 begin at cells 0, 14 and 28.
-
-        cell = floor(2 size (gt point - corner) / frame)
-        map = 1 where |dx| + |dy| <= radius      dx, dy: columns, rows to the point's cell
-
-    Radius 1 sets a plus of five cells, cut off at the window's edge. A map stays zero if its
-    point lies outside the grid, or if a side of the grid is 3 px or less (release). Where all
-    points lie in their windows, `decode_grid` gives the gt back, to half a cell.
-
-    >>> box = torch.tensor([[0., 0., 28., 28.]])  # the grid covers -14..42, a pixel a cell
-    >>> grid_targets(box, box, radius=0)[0, 2].nonzero()  # row 42 - 28, column 14 - 0
-    tensor([[14, 14]])
-    """
-    points = unit_points(boxes.device)
-    corner, frame = grid_frame(boxes, ratio)
-    gt_size = gt_boxes[:, None, 2:] - gt_boxes[:, None, :2]
-    gt_points = gt_boxes[:, None, :2] + points * gt_size  # [R, 9, 2]
-    cell = ((gt_points - corner) * (2 * size) / frame.clamp(min=1e-6)).floor()  # [R, 9, 2]
-    on_grid = ((cell >= 0) & (cell < 2 * size) & (frame > 3)).all(-1)  # [R, 9]
-    in_window = cell - points * size  # [R, 9, 2], counted from the window's first cell
-    steps = torch.arange(size, device=boxes.device)
-    dx = (steps - in_window[..., :1]).abs()  # [R, 9, S]
-    dy = (steps - in_window[..., 1:]).abs()  # [R, 9, S]
-    near = dx[:, :, None, :] + dy[:, :, :, None] <= radius  # [R, 9, S, S]
-    return (near & on_grid[..., None, None]).float()
-
-
-def decode_grid(
-    boxes: Tensor, heat_logits: Tensor, ratio: float = 2.0, sizes: Tensor | None = None
-) -> Tensor:
-    """Boxes [R, 4] from heat maps [R, 9, S, S] that cover the enlarged `boxes` [R, 4].
-
-        point_k = centre of map k's highest cell      p_k = probability of that cell
-        side = sum of p_k point_k / sum of p_k        over the side's three points
-
-    If sizes [R, 2] (h, w) are given, boxes end at their image's border.
-
-    >>> box = torch.tensor([[0., 0., 28., 28.]])
-    >>> decode_grid(box, grid_targets(box, box, radius=0))
-    tensor([[ 0.5000,  0.5000, 28.5000, 28.5000]])
-    """
-    S, points = heat_logits.shape[-1], unit_points(boxes.device)
-    logit, index = heat_logits.float().flatten(2).max(2)  # [R, 9]
-    in_window = torch.stack([index % S, index // S], 2)  # [R, 9, 2]
-    cell = in_window + points * S + 0.5  # [R, 9, 2], on the 2S grid
-    corner, frame = grid_frame(boxes, ratio)
-    x, y = (corner + frame * cell / (2 * S)).unbind(2)  # [R, 9]
-    p = logit.sigmoid().clamp(min=1e-6)
-
-    def side(coordinate: Tensor, points: slice) -> Tensor:  # [R, 9] -> [R]
-        return (coordinate[:, points] * p[:, points]).sum(1) / p[:, points].sum(1)
-
-    left, right = side(x, slice(0, 3)), side(x, slice(6, 9))
-    top, bottom = side(y, slice(0, 9, 3)), side(y, slice(2, 9, 3))
-    decoded = torch.stack([left, top, right, bottom], 1)
-    return decoded if sizes is None else common.clip_boxes(decoded, sizes)
-
-
 def select_boxes(rois: TrainingRois, objects: tuple, threshold: float) -> TrainingRois:
     """S_j in Eq. 1: the RoIs whose IoU with an object of their image reaches the threshold.
 
@@ -302,46 +201,6 @@ def fused_score(cls: Tensor, ism: Tensor, rsm: Tensor, gamma: float) -> Tensor:
 # ------------------------------------------------------------------------------ heads
 
 
-class GridHead(nn.Module):
-    """g_j in Eq. 1: pooled features -> the nine points' heat maps, and the trunk for ISM.
-
-    [R, C, S/2, S/2] -> logits [R, 9, S, S], trunk [R, 9 point_channels, S/4, S/4]. R may be 0.
-    Behind the trunk each point has channels of its own.
-
-    >>> head = GridHead(8, point_channels=4, num_convs=2, groups=9)
-    >>> [out.shape for out in head(torch.rand(3, 8, 14, 14))]
-    [torch.Size([3, 9, 28, 28]), torch.Size([3, 36, 7, 7])]
-    """
-
-    def __init__(
-        self,
-        in_channels: int = 256,
-        point_channels: int = 64,
-        num_convs: int = 8,
-        groups: int = 36,
-        grid_init: bool = False,
-    ):
-        super().__init__()
-        width = 9 * point_channels
-        layers: list[nn.Module] = []
-        for i in range(num_convs):
-            conv = nn.Conv2d(width if i else in_channels, width, 3, 1 if i else 2, padding=1)
-            layers += [conv, nn.GroupNorm(groups, width), nn.ReLU(inplace=True)]
-        self.trunk = nn.Sequential(*layers)
-        first = nn.ConvTranspose2d(width, width, 4, 2, padding=1, groups=9)
-        last = nn.ConvTranspose2d(width, 9, 4, 2, padding=1, groups=9)
-        self.heat = nn.Sequential(first, nn.GroupNorm(9, width), nn.ReLU(inplace=True), last)
-        if grid_init:
-            nn.init.constant_(last.bias, -math.log(99))
-
-    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        trunk = self.trunk(pooled)
-        hidden = self.heat[:-1](trunk)
-        # bf16 has steps of 1/64 from 2 to 4: neighbouring cells would tie, and the first win
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.heat[-1](hidden.float()), trunk
-
-
 class IoUScoring(nn.Module):
     """f in Eq. 3: a box's trunk features -> (1 - IoU, IoU), [R, 2], as plain numbers.
 
@@ -362,13 +221,6 @@ class IoUScoring(nn.Module):
 
 
 # ------------------------------------------------------------------------------ losses
-
-
-def grid_loss(heat_logits: Tensor, targets: Tensor, num_rois: Tensor | int | None = None) -> Tensor:
-    """L_BCE in Eq. 2, [R, 9, S, S] both: the mean over cells and num_rois, R unless given."""
-    total = F.binary_cross_entropy_with_logits(heat_logits.float(), targets, reduction="sum")
-    num_rois = max(1, len(targets)) if num_rois is None else num_rois
-    return total / targets.shape[1:].numel() / num_rois
 
 
 def iou_scoring_loss(

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import cpm_rcnn
 import d2det
 import double_head
 import kernels
+from baselines import grid_branch
 from baselines.faster_rcnn import RCNN_STDS, Rois
 from common import BadInput, aligned_iou, decode_boxes
 from studies.seen import (
@@ -183,18 +183,18 @@ def stage_panels(seen: Seen, row: int, truth: Tensor | None) -> list[Panel]:
     stages = seen.test.test_stage or model.settings.num_stages
     at = seen.candidates["roi"][row]
     roi, panels = outputs["rois"][at[None]], []
-    corner, wh = (v[0, 0] for v in cpm_rcnn.grid_frame(roi.boxes, model.settings.ratios[0]))
+    corner, wh = (v[0, 0] for v in grid_branch.grid_frame(roi.boxes, model.settings.ratios[0]))
     area = [torch.cat([corner, corner + wh]), truth]  # the first stage's, which is the largest
     seen.numbers["stages"] = []
     for stage, (head, ratio) in enumerate(zip(model.grids[:stages], model.settings.ratios), 1):
         logits, _ = head(model.pool(outputs["features"], roi, 14))
-        drawn = roi.moved(cpm_rcnn.decode_grid(roi.boxes, logits, ratio, outputs["sizes"]))
+        drawn = roi.moved(grid_branch.decode_grid(roi.boxes, logits, ratio, outputs["sizes"]))
         box, decoded, probs = roi.boxes[0], drawn.boxes[0], logits[0].float().sigmoid()
-        corner, wh = (v[0, 0] for v in cpm_rcnn.grid_frame(roi.boxes, ratio))
+        corner, wh = (v[0, 0] for v in grid_branch.grid_frame(roi.boxes, ratio))
         grid = torch.cat([corner, corner + wh])
         canvas = whole_grid(probs / probs.amax((1, 2), keepdim=True))  # best cells are bright
         S, cell = probs.shape[-1], probs.flatten(1).argmax(1)
-        windows = cpm_rcnn.unit_points(probs.device) * S
+        windows = grid_branch.unit_points(probs.device) * S
         cells = torch.stack([cell % S, cell // S], 1) + windows + 0.5  # [9, 2] on the 2S grid
         points = corner + wh * cells / (2 * S)
         numbers = dict(enters=numbers_of(box), box=numbers_of(decoded))
@@ -223,7 +223,7 @@ def whole_grid(probs: Tensor) -> Tensor:
     """Nine maps [9, S, S], each in its window, as one [2S, 2S]: the highest where they overlap."""
     S = probs.shape[-1]
     canvas = probs.new_zeros(2 * S, 2 * S)
-    for (x, y), values in zip((cpm_rcnn.unit_points() * S).long().tolist(), probs):
+    for (x, y), values in zip((grid_branch.unit_points() * S).long().tolist(), probs):
         window = canvas[y : y + S, x : x + S]
         window.copy_(torch.maximum(window, values))
     return canvas

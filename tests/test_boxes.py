@@ -270,6 +270,7 @@ def test_of_two_objects_in_one_box_each_has_a_roi():
     }
     rois = sample_rois(box[None], torch.tensor([[True]]), [target], 512, 1.0, num_classes=10)
     assert len(rois) == 3 and (rois.labels == target["labels"][rois.gt]).all()
+    assert sorted(rois.gt[rois.is_gt].tolist()) == [0, 1]
 
 
 def test_rois_are_indexed_and_moved_as_a_whole():

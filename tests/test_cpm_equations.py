@@ -9,6 +9,7 @@ import torchvision
 
 import common
 import cpm_rcnn as method
+from baselines import grid_branch
 from baselines.faster_rcnn import TrainingRois
 from cpm_rcnn import Model
 
@@ -16,7 +17,8 @@ BOX = torch.tensor([[100.0, 200, 128, 256]])  # twice as large: 86..142, 172..28
 
 
 def test_examples_in_docstrings():
-    assert doctest.testmod(method).attempted >= 6 and doctest.testmod(method).failed == 0
+    results = [doctest.testmod(module) for module in (method, grid_branch)]
+    assert sum(r.attempted for r in results) >= 6 and not any(r.failed for r in results)
 
 
 # ------------------------------------------------------------------------------ equations
