@@ -20,9 +20,10 @@ from kernels.dense_decode import decode_dense_reference
 def sum_of_rows(table, index, offsets, *options) -> tuple[Tensor, ...]:
     """aten.embedding_bag as RoI pooling calls it: R bags of one size, weighted. Tap by tap."""
     R = offsets.shape[0]
-    index, weights = index.view(R, -1), options[3].view(R, -1)
+    size = index.view(R, -1).shape[1]  # a plain number: ONNX cannot infer it where R is 0
+    index, weights = index.view(R, size), options[3].view(R, size)
     total = table[index[:, 0]] * weights[:, :1]
-    for tap in range(1, index.shape[1]):
+    for tap in range(1, size):
         total = total + table[index[:, tap]] * weights[:, tap : tap + 1]
     return total, offsets, offsets, offsets  # the last three are not used
 
@@ -62,6 +63,14 @@ def nms_in_onnx(boxes, scores, groups, iou_threshold, method, *_):
     return keep, kept_scores, op.Squeeze(count, zero)
 
 
+def sort_in_onnx(values, stable, dim=-1, descending=False):
+    """aten.sort.stable: of equal values TopK, too, takes the one of the lower index first."""
+    from onnxscript import opset18 as op
+
+    number = op.Gather(op.Shape(values), op.Constant(value_ints=[dim]))
+    return op.TopK(values, number, axis=dim, largest=int(descending))
+
+
 def cut_in_onnx(keep, reported, count):
     """The first `count` entries of both."""
     from onnxscript import opset18 as op
@@ -81,8 +90,9 @@ def save_onnx(program: ExportedProgram, path: Path, names: tuple, categories: st
     in_onnx = {
         ops.kernels_nms.padded.default: nms_in_onnx,
         ops.kernels_nms.cut.default: cut_in_onnx,
+        ops.aten.sort.stable: sort_in_onnx,
     }
-    two_stage = any(node.target in in_onnx for node in program.graph.nodes)
+    two_stage = any(node.target == ops.kernels_nms.padded.default for node in program.graph.nodes)
     onnx = torch.onnx.export(
         program.run_decompositions(in_torch),
         dynamo=True,

@@ -42,14 +42,21 @@ def pictures():
     return [wide[:, :60, :90], tall[:, :, :70], near[:, :50, :96]]
 
 
-def check_same(found, alone):
-    """The same boxes in any order: where two are all but equal, the last bit decides."""
-    assert len(found["boxes"]) == len(alone["boxes"]) >= 20
-    near = (found["boxes"][:, None] - alone["boxes"]).abs().amax(-1) < 1e-3
-    near &= (found["scores"][:, None] - alone["scores"]).abs() < 1e-4
+def share_of_same(found, alone) -> float:
+    """Share of the boxes, of the one or the other, that the other has too, in any order.
+
+    Of random weights the last bits count: they may move a box by 0.004 px.
+    """
+    near = (found["boxes"][:, None] - alone["boxes"]).abs().amax(-1) < 1e-2
+    near &= (found["scores"][:, None] - alone["scores"]).abs() < 1e-3
     near &= found["labels"][:, None] == alone["labels"]
-    for side in (0, 1):
-        assert near.any(side).float().mean() > 0.95
+    return min(near.any(side).float().mean().item() for side in (0, 1))
+
+
+def check_same(found, alone):
+    """The same boxes, but for a few: where two are all but equal, the last bit decides."""
+    assert len(found["boxes"]) == len(alone["boxes"]) >= 20
+    assert share_of_same(found, alone) > 0.95
 
 
 @pytest.mark.parametrize(
@@ -58,8 +65,13 @@ def check_same(found, alone):
 )
 def test_an_image_is_detected_as_if_it_were_alone(name, norm):
     model, images = make(name, norm), pictures()
-    for image, found in zip(images, model.predict(images), strict=True):
-        check_same(found, *model.predict([image]))
+    alone = [model.predict([image])[0] for image in images]
+    for found, want in zip(model.predict(images), alone, strict=True):
+        check_same(found, want)
+    test = model.full_settings.test
+    with torch.no_grad():  # and it would be seen: padded to the largest, small images differ
+        padded = model.detections(model.candidates(model.outputs(images), test), 3, test)
+    assert all(share_of_same(padded[i], alone[i]) < 0.1 for i in (0, 2))
 
 
 class Crops(torch.utils.data.Dataset):

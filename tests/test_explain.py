@@ -61,10 +61,10 @@ def test_recorded_listens_and_leaves():
     assert results["hidden"] is kept
 
 
-@pytest.mark.parametrize("pick", [0, 3])
+@pytest.mark.parametrize("pick", [3, 5])
 def test_d2det_cells_average_to_the_box(pick):
     small = dict(conv_channels=16, num_convs=2, groups=4, masks=True, mask_channels=16)
-    model = two_stage(d2det, **small, drp_per_level=pick > 0)
+    model = two_stage(d2det, **small, drp_per_level=pick == 3)
     torch.nn.init.normal_(model.regress.overlap.weight, std=1)
     (image,), (target,) = batch(1, 64)
     seen = seen_by(model, image, target)

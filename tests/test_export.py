@@ -77,5 +77,5 @@ def test_an_exported_file_finds_the_same_in_a_process_without_this_project(tmp_p
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     model = make(iou_aware_retinanet)
-    with pytest.raises(BadInput, match="ends in .pt2"):
-        export_file(model, CATEGORIES, tmp_path / "model.onnx", model.full_settings.test)
+    with pytest.raises(BadInput, match="ends in .pt2 or .onnx"):
+        export_file(model, CATEGORIES, tmp_path / "model.pth", model.full_settings.test)

@@ -65,7 +65,7 @@ CHANGED = dict(
     clip_norm=0.01, amp="bf16", seed=1, log_every=2, save_every=1, eval_every=1, eval_batch=1,
     draw_score=0.2, dlr=False, drp=False, overlap=False, weighting=False, conv_channels=16,
     num_convs=1, groups=4, fc_channels=16, offset_bias=0.3, drp_per_level=True, gamma=0.5,
-    overlap_margin=0.0, reg_cells="all", cls_weight=1.0, reg_weight=1.0, overlap_weight=2.0,
+    overlap_margin=0.0, reg_cells="all", cls_weight=3.0, reg_weight=1.0, overlap_weight=2.0,
     jitter=0.0, reg_rois=1, roi_samples=8, roi_positive=0.1, anchor_scale=2.0, rpn_samples=4,
     proposals_train=10, proposals_test=5, score_threshold=0.13, nms_iou=0.2, reg_test=3,
     drp_samples=2, pool_norm=False, class_std=0.01, shared=True, soft_nms=False,

@@ -242,7 +242,7 @@ def test_one_pass_serves_every_alpha():
 
 def test_one_image_can_be_overfitted():
     model = make(method, fpn_channels=32)
-    images, objects = check_overfits(model, 2, 150, 0.8, to_the_end=True)
+    images, objects = check_overfits(model, 1, 150, 0.8, to_the_end=True)
     found = model.candidates(model.outputs(images), model.full_settings.test)
     iou = torchvision.ops.box_iou(found["boxes"], objects).amax(1)
     sure = found["cls_probs"] > 0.3

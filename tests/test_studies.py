@@ -347,7 +347,7 @@ def test_errors_of_a_checkpoint(trained, unpainted, monkeypatch, capsys):
     assert [*values] == sorted(values) and set(numbers["star"]) == set(errors.AREAS)
     with pytest.raises(SystemExit):
         errors.main([*argv, "--show", "cow"])
-    assert "--show cow: there are all, arc" in capsys.readouterr().err
+    assert "--show cow: there are all, arrow" in capsys.readouterr().err
 
 
 def test_assignment_tells_what_the_iac_score_adds(trained, unpainted, monkeypatch):
