@@ -41,6 +41,13 @@ def group_norm(x, groups, weight=None, bias=None, eps=1e-5, *_):
     return x if weight is None else x * weight.view(-1, 1, 1) + bias.view(-1, 1, 1)
 
 
+def repeat_rows(values, repeats, dim=None, **_):
+    """aten.repeat_interleave, whose translation cannot reshape an empty tensor."""
+    if dim is None:
+        return NotImplemented
+    return values.index_select(dim, torch.arange(values.shape[dim] * repeats) // repeats)
+
+
 def nms_in_onnx(boxes, scores, groups, iou_threshold, method, *_):
     """`kernels.nms_padded`: NonMaxSuppression with a class for each group, which is exact."""
     from onnxscript import opset18 as op
@@ -85,9 +92,10 @@ def save_onnx(program: ExportedProgram, path: Path, names: tuple, categories: st
     in_torch = {
         ops.aten.embedding_bag.padding_idx: sum_of_rows,
         ops.aten.group_norm.default: group_norm,
+        ops.aten.repeat_interleave.self_int: repeat_rows,
         ops.kernels_dense_decode.decode.default: lambda *args: decode_dense_reference(*args[:3]),
     }
-    in_onnx = {
+    in_onnx: Any = {
         ops.kernels_nms.padded.default: nms_in_onnx,
         ops.kernels_nms.cut.default: cut_in_onnx,
         ops.aten.sort.stable: sort_in_onnx,
