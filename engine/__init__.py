@@ -8,7 +8,7 @@
     loader.py       a data set shared out among processes and batched
     metrics.py      `detect` over a data set, `evaluate` the detections
     predict.py      `load(...).detect(...)` in Python, and --predict
-    export.py       --export
+    export.py       --export; onnx_file.py translates our operators for ONNX
     pictures.py     boxes on images, and curves
     deformable.py   deformable convolution in the backbone
     processes.py    one process or many, devices, messages

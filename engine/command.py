@@ -46,7 +46,7 @@ class Command:
     train: bool = False  # train, then evaluate
     eval: bool = False  # evaluate --weights on the validation set
     predict: tuple[str, ...] = ()  # detect in these image files and folders with --weights
-    export: str = ""  # write the network up to NMS into this file, which torch.export.load reads
+    export: str = ""  # write the network up to NMS into this file: .pt2 (torch) or .onnx
     rows: bool = False  # print the paper's tables and the flags of each row
     row: str = ""  # take the settings of this row of the paper's tables (see --rows)
     preset: Literal["auto", "paper", "tiny"] = "auto"  # auto: tiny for synthetic data, else paper

@@ -32,7 +32,7 @@ USE = """{path}: the network up to the boxes that enter the last NMS
 in   image, uint8 RGB [3, H, W], sides {low} to {high} px; in testing the shorter one was {scale} px
 out  boxes [N, 4] (x1 y1 x2 y2 in pixels of the image), scores [N], labels [N]{masks}
      label k is entry k of "categories", JSON in the file's {where}
-NMS is yours to run, within each class; this model's own is at IoU {iou}
+NMS within each class is left to the caller (--nms-iou was {iou})
 run  {code}"""
 MASKS = ",\n     masks [N, M, M] (probabilities over the box), mask_iou [N]"
 PT2 = "import torch, kernels; torch.export.load({path!r}).module()(image)  # a dict"

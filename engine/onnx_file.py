@@ -1,11 +1,12 @@
 """A program of torch.export as an ONNX file.
 
-What ONNX cannot translate is replaced: first by other operators of torch, then by ONNX's own. Boxes
-of D2Det's deformable pooling and all others come out as from the program, to rounding.
+What torch.onnx cannot translate is replaced: some operators by others of torch, some by ONNX's own.
+Its translations must also hold where there is no RoI, so that a tensor has no element.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -93,13 +94,14 @@ def save_onnx(program: ExportedProgram, path: Path, names: tuple, categories: st
         ops.aten.embedding_bag.padding_idx: sum_of_rows,
         ops.aten.group_norm.default: group_norm,
         ops.aten.repeat_interleave.self_int: repeat_rows,
-        ops.kernels_dense_decode.decode.default: lambda *args: decode_dense_reference(*args[:3]),
+        ops.kernels_dense_decode.decode.default: lambda *args: decode_dense_reference(*args[:4]),
     }
     in_onnx: Any = {
         ops.kernels_nms.padded.default: nms_in_onnx,
         ops.kernels_nms.cut.default: cut_in_onnx,
         ops.aten.sort.stable: sort_in_onnx,
     }
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # torch's own translations make it warn
     two_stage = any(node.target == ops.kernels_nms.padded.default for node in program.graph.nodes)
     onnx = torch.onnx.export(
         program.run_decompositions(in_torch),
