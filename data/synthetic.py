@@ -20,8 +20,10 @@ from data.contract import make_target
 from data.masks import encode_mask
 
 KEEP_BYTES = 256 * 2**20  # choice: remembered images may take so much memory
-SMALLEST, LARGEST = 20, 288  # px: the side of a shape, from COCO's small third to its large one
-VISIBLE = 2 / 3  # share of each object that neither later ones nor the image's edge may hide
+# choice: px, the side of a shape, from COCO's small third to its large one; a box on fewer than 20
+# px cannot be placed exactly
+SMALLEST, LARGEST = 20, 288
+VISIBLE = 2 / 3  # choice: share of an object that neither later ones nor the image's edge may hide
 
 
 def _disc(u, v, radius=0.9):

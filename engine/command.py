@@ -319,5 +319,4 @@ def execute(command: Command, settings: Settings, detector, device: torch.device
         print_once(f"{drawn} drawn: {folder}/pictures/")
     if command.export and rank_and_world()[0] == 0:
         export_file(model, categories, command.export, settings.test)
-        print_once(f"exported: {command.export}")
     return metrics

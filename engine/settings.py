@@ -127,8 +127,8 @@ TINY: dict[str, Any] = dict(
 )
 
 
-# What it changes beyond that where the images are one's own photos: larger ones, and a length that
-# suits 50 to 5,000 of them.
+# What --preset tiny changes as well for one's own photos.
+# choice: 256 px, and a length that suits 50 to 5,000 of them.
 TINY_PHOTOS: dict[str, Any] = dict(
     scales=(256,),
     test_scales=(256,),
