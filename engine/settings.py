@@ -130,12 +130,12 @@ TINY: dict[str, Any] = dict(
 # What --preset tiny changes as well for one's own photos.
 # choice: 256 px, and a length that suits 50 to 5,000 of them.
 TINY_PHOTOS: dict[str, Any] = dict(
-    scales=(256,),
-    test_scales=(256,),
-    max_size=448,
+    scales=(192,),
+    test_scales=(192,),
+    max_size=336,
     epochs=12.0,
     min_steps=450,
-    max_steps=1500,
+    max_steps=1200,
 )
 
 

@@ -9,12 +9,14 @@ and its baseline have the same loss weights, the same length, the same images an
 seed, the same order of images and the same random numbers. All methods of one seed come before the
 next seed, so the tables are complete early and only their intervals shrink.
 
-Every finished run leaves one JSON file in docs/results: metrics, all settings that matter, seconds,
-versions and machine. A run whose file exists with the same settings is skipped, and an interrupted
-run continues from its checkpoint. Every run has one thread; --jobs says how many run at a time.
+Every finished run leaves one JSON file in docs/results: metrics, the same on each tenth of the test
+images, what `studies.alignment` finds, all settings that matter, versions and machine. A run whose
+file exists with the same settings is skipped, and an interrupted run continues from its checkpoint.
+Every run has one thread; --jobs says how many run at a time.
 
 In the tables ± is a 95 % interval of the mean (Student's t over the seeds). Differences are taken
-seed by seed; bold ones exclude zero.
+seed by seed. Other test images would change them too: the second number of a difference is the 95 %
+interval from tenths of the test images, averaged over the seeds. Bold differences exceed both.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -38,6 +40,8 @@ import tyro
 from common import BadInput
 from data.files import read_json
 from engine.checkpoints import as_saved, write_json
+from engine.command import load_data
+from engine.metrics import coco_metrics
 from engine.settings import MAY_CHANGE_ON_RESUME, Settings, flag
 from studies.checkpoint import BASELINES, PAPERS, read_options, reported, settings_of
 
@@ -158,6 +162,20 @@ def settings_that_matter(settings: Settings, data: str) -> dict:
     return saved
 
 
+def agree(some: dict, others: dict) -> bool:
+    """Whether two runs' settings have the same values, where both have them at all.
+
+    A setting that came into being after a run was measured does not make it another run.
+
+    >>> agree({"run": {"lr": 0.1}}, {"run": {"lr": 0.1, "newer": 1}}), agree({"a": 1}, {"a": 2})
+    (True, False)
+    """
+    return all(
+        agree(some[k], others[k]) if isinstance(some[k], dict) else some[k] == others[k]
+        for k in some.keys() & others.keys()
+    )
+
+
 # ------------------------------------------------------------------------------ running
 
 
@@ -166,30 +184,39 @@ def is_done(job: Job, results: Path) -> bool:
     file = results / f"{job.name}.json"
     if not file.exists():
         return False
-    if read_json(file)["settings"] == job.settings:
+    if agree(read_json(file)["settings"], job.settings):
         return True
     print(f"{file} was measured with other settings: running again", flush=True)
     return False
 
 
-def run_job(job: Job, runs: Path, results: Path) -> str:
-    """Train in a process of its own with one thread, and write the JSON file. "" or what failed."""
-    out = runs.resolve() / job.folder
+def run_job(job: Job, out: Path) -> str:
+    """Train, then study the checkpoint, in processes of one thread. "" or what failed."""
     out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", job.method, "--resume", "--out", str(out)]
     print(f"{job.name} ...", flush=True)
-    with open(out / "output.txt", "a") as output:
-        code = subprocess.run(
-            [*command, *job.flags],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        ).returncode
-    if code:
-        last = (out / "output.txt").read_text().strip().splitlines()[-1:]
-        return f"{job.name}: exit {code}: {' '.join(last)} (see {out}/output.txt)"
+    train = ["-m", job.method, "--resume", "--out", str(out), *job.flags]
+    study = ["-m", "studies.alignment", job.method, "--weights", str(out / "last.pt")]
+    if job.data == "synthetic":
+        study += ["--num-val", str(min(500, job.settings["data"]["num_val"]))]
+    for command in (train, study):
+        with open(out / "output.txt", "a") as output:
+            code = subprocess.run(
+                [sys.executable, *command],
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            ).returncode
+        if code:
+            last = (out / "output.txt").read_text().strip().splitlines()[-1:]
+            return f"{job.name}: exit {code}: {' '.join(last)} (see {out}/output.txt)"
+    return ""
+
+
+def write_result(job: Job, out: Path, results: Path) -> None:
+    """The run's JSON file."""
     metrics = read_json(out / "metrics.json")
+    (alignment,) = read_json(out / "studies" / "alignment.json").values()
     write_json(
         results / f"{job.name}.json",
         {
@@ -198,7 +225,8 @@ def run_job(job: Job, runs: Path, results: Path) -> str:
             "baseline": job.baseline,
             "seed": job.seed,
             "metrics": metrics,
-            "training_seconds": round(training_seconds(out), 1),
+            "tenths": metrics_of_tenths(job, out),
+            "alignment": summary_of(alignment),
             "settings": job.settings,
             "versions": {
                 "python": platform.python_version(),
@@ -210,19 +238,37 @@ def run_job(job: Job, runs: Path, results: Path) -> str:
     )
     shown = "  ".join(f"{k} {v:.3f}" for k in KEYS if (v := metrics[k]) is not None)
     print(f"{job.name}: {shown}", flush=True)
-    return ""
 
 
-def training_seconds(out: Path) -> float:
-    """The time that a run's steps took, from its log: also right if the run was resumed."""
-    batch = read_json(out / "config.json")["run"]["batch"]
-    seconds, done = 0.0, 0
-    for text in (out / "log.jsonl").read_text().splitlines():
-        line = json.loads(text)
-        if "images_per_s" in line:
-            seconds += (line["step"] - done) * batch / line["images_per_s"]
-            done = line["step"]
-    return seconds
+def metrics_of_tenths(job: Job, out: Path) -> list[dict]:
+    """KEYS on each tenth of the test images: every tenth one, beginning with the first, ..."""
+    test_images = load_data(settings_of(job.method, job.flags), train=False)[1]
+    truth, found = test_images.coco(), read_json(out / "predictions.json")
+    parts = []
+    for first in range(10):
+        images = truth["images"][first::10]
+        ids = {image["id"] for image in images}
+        objects = [a for a in truth["annotations"] if a["image_id"] in ids]
+        part = {**truth, "images": images, "annotations": objects}
+        metrics = coco_metrics(part, [r for r in found if r["image_id"] in ids])
+        parts.append({key: metrics[key] for key in KEYS})
+    return parts
+
+
+def summary_of(alignment: dict) -> dict:
+    """Of alignment.json: the oracle's AP, and for the ranking that is used what it lacks to that.
+
+    Pearson's correlation of score and IoU is over the boxes before NMS, the matched ones and all.
+    """
+    *scores, oracle = alignment["metrics"]
+    numbers = alignment[scores[-1]]
+    before = numbers["before NMS"]
+    return {
+        "oracle": alignment["metrics"][oracle]["AP"],
+        "cost": numbers["cost"]["AP"],
+        "matched": before["matched"]["pearson"],
+        "all": before["all"]["pearson"],
+    }
 
 
 def machine() -> str:
@@ -232,16 +278,25 @@ def machine() -> str:
     if info.exists():
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         name = names[0].partition(":")[2].strip() if names else name
-    return f"{name}, {os.cpu_count()} cores, one thread a run"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{name} ({capability}), {os.cpu_count()} cores, one thread a run"
 
 
 def run_all(jobs: list[Job], runs: Path, results: Path, at_a_time: int) -> None:
     """Do what is not done yet; raises BadInput with the runs that failed, after all the others."""
     waiting = [job for job in jobs if not is_done(job, results)]
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are done", flush=True)
+    failures = []
     with ThreadPoolExecutor(at_a_time) as pool:
-        outcomes = pool.map(lambda job: run_job(job, runs, results), waiting)
-        failures = [outcome for outcome in outcomes if outcome]
+        running = {}
+        for job in waiting:
+            out = runs.resolve() / job.folder
+            running[pool.submit(run_job, job, out)] = job, out
+        for ended in as_completed(running):
+            if ended.result():
+                failures.append(ended.result())
+            else:
+                write_result(*running[ended], results)
     if failures:
         raise BadInput("\n".join(failures))
 
@@ -261,19 +316,35 @@ def interval(values: list[float]) -> tuple[float, float] | None:
     return statistics.mean(values), t * statistics.stdev(values) / len(values) ** 0.5
 
 
-def cell(values: list[float], signed: bool = False) -> str:
-    """A mean with its interval; a signed one is a difference, bold if it excludes 0.
+def cell(values: list[float]) -> str:
+    """A mean with its interval.
 
-    >>> cell([2.0, 2.1, 2.2], signed=True), cell([1.0, -1.0], signed=True), cell([43.25])
-    ('**+2.1 ± 0.2**', '+0.0 ± 12.7', '43.2')
+    >>> cell([2.0, 2.1, 2.2]), cell([43.25])
+    ('2.1 ± 0.2', '43.2')
     """
-    sign = "+" if signed else ""
     found = interval(values)
     if found is None:
-        return f"{statistics.mean(values):{sign}.1f}" if values else "-"
-    mean, half = found
-    text = f"{mean:{sign}.1f} ± {half:.1f}"
-    return f"**{text}**" if signed and abs(mean) > half else text
+        return f"{statistics.mean(values):.1f}" if values else "-"
+    return f"{found[0]:.1f} ± {found[1]:.1f}"
+
+
+def difference(values: list[float], tenths: list[float]) -> str:
+    """The mean difference, its interval over seeds and that over tenths of the test images.
+
+    Bold if it exceeds both.
+
+    >>> difference([2.0, 2.1, 2.2], [1.0, 3.0] * 5)
+    '**+2.1 ± 0.2, 0.8**'
+    >>> difference([1.0, -1.0], [0.0] * 10), difference([1.0], [0.5] * 10)
+    ('+0.0 ± 12.7, 0.0', '+1.0 ± ?, 0.0')
+    """
+    mean = statistics.mean(values)
+    over_images = interval(tenths)[1]
+    over_seeds = interval(values)
+    if over_seeds is None:
+        return f"{mean:+.1f} ± ?, {over_images:.1f}"
+    text = f"{mean:+.1f} ± {over_seeds[1]:.1f}, {over_images:.1f}"
+    return f"**{text}**" if abs(mean) > max(over_seeds[1], over_images) else text
 
 
 def read_results(folder: Path) -> dict[tuple, dict]:
@@ -288,44 +359,66 @@ def read_results(folder: Path) -> dict[tuple, dict]:
         line = (run["data"], run["method"], run["baseline"])
         settings = {**run["settings"], "run": {**run["settings"]["run"], "seed": 0}}
         other, theirs = first.setdefault(line, (file, settings))
-        if settings != theirs:
+        if not agree(settings, theirs):
             raise BadInput(f"{file}: other settings than {other}: run the older one again")
         found[*line, run["seed"]] = run
     return found
 
 
 def tables(runs: dict[tuple, dict]) -> str:
-    """One Markdown table for each data set."""
+    """Two Markdown tables for each data set: what each method gains, and the score's alignment."""
     lines = []
     for data, protocol in PROTOCOLS.items():
-        rows = [row for method in PAPERS if (row := table_row(runs, data, method))]
-        if rows:
-            title = "| | seeds | AP | its baseline's AP | "
-            gains = " | ".join(f"difference in {key}" for key in KEYS)
-            lines += [f"## {protocol.title}", "", f"{title}{gains} | minutes a run |"]
-            lines += ["|---" * (5 + len(KEYS)) + "|", *rows, ""]
+        pairs = {method: pairs_of(runs, data, method) for method in PAPERS}
+        pairs = {method: both for method, both in pairs.items() if both}
+        if not pairs:
+            continue
+        gains = " | ".join(f"difference in {key}" for key in KEYS)
+        lines += [f"## {protocol.title}", ""]
+        lines += [f"| | seeds | AP | its baseline's AP | {gains} |", "|---" * (4 + len(KEYS)) + "|"]
+        lines += [gain_row(method, both) for method, both in pairs.items()]
+        titles = "oracle's AP | cost | correlation, matched | all"
+        lines += ["", f"| method, baseline | {titles} |", "|---" * 5 + "|"]
+        lines += [alignment_row(method, both) for method, both in pairs.items()]
+        lines += [""]
     versions = {f"torch {run['versions']['torch']}; {run['machine']}" for run in runs.values()}
     return "\n".join([*lines, *(f"Measured with {v}." for v in sorted(versions)), ""])
 
 
-def table_row(runs: dict[tuple, dict], data: str, method: str) -> str:
-    """A pair's line, from the seeds that both have; "" if there is none."""
-    seeds = [s for d, m, baseline, s in runs if (d, m, baseline) == (data, method, False)]
-    pairs = [
+def pairs_of(runs: dict[tuple, dict], data: str, method: str) -> list[tuple[dict, dict]]:
+    """(the method's run, its baseline's) of every seed that both have."""
+    seeds = sorted(s for d, m, baseline, s in runs if (d, m, baseline) == (data, method, False))
+    return [
         (runs[data, method, False, seed], runs[data, method, True, seed])
-        for seed in sorted(seeds)
+        for seed in seeds
         if (data, method, True, seed) in runs
     ]
-    if not pairs:
-        return ""
-    aps = [[100 * run["metrics"]["AP"] for run in side] for side in zip(*pairs)]
-    gains = [
-        [100 * (own["metrics"][key] - base["metrics"][key]) for own, base in pairs] for key in KEYS
-    ]
-    minutes = [statistics.mean(r["training_seconds"] / 60 for r in side) for side in zip(*pairs)]
-    cells = [f"`{method}.py`", str(len(pairs)), *map(cell, aps)]
-    cells += [cell(values, signed=True) for values in gains]
-    return f"| {' | '.join([*cells, f'{minutes[0]:.1f}, {minutes[1]:.1f}'])} |"
+
+
+def gain_row(method: str, pairs: list[tuple[dict, dict]]) -> str:
+    """A pair's AP and the differences, in percent."""
+    aps = [cell([100 * run["metrics"]["AP"] for run in side]) for side in zip(*pairs)]
+    cells = [f"`{method}.py`", str(len(pairs)), *aps]
+    for key in KEYS:
+        by_seed = [100 * (own["metrics"][key] - base["metrics"][key]) for own, base in pairs]
+        by_tenth = [
+            statistics.mean(
+                100 * (own["tenths"][i][key] - base["tenths"][i][key]) for own, base in pairs
+            )
+            for i in range(10)
+        ]
+        cells.append(difference(by_seed, by_tenth))
+    return f"| {' | '.join(cells)} |"
+
+
+def alignment_row(method: str, pairs: list[tuple[dict, dict]]) -> str:
+    """The oracle's AP, what the ranking lacks to it, and the correlations: method, baseline."""
+    cells = [f"`{method}.py`"]
+    for key in ("oracle", "cost", "matched", "all"):
+        factor, digits = (100, 1) if key in ("oracle", "cost") else (1, 2)
+        means = [statistics.mean(run["alignment"][key] for run in side) for side in zip(*pairs)]
+        cells.append(", ".join(f"{factor * mean:.{digits}f}" for mean in means))
+    return f"| {' | '.join(cells)} |"
 
 
 # ------------------------------------------------------------------------------ command line

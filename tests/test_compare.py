@@ -29,10 +29,12 @@ def test_intervals_and_cells_by_hand():
     assert (mean, half) == pytest.approx((2, 4.303 / 3**0.5))
     _, half = compare.interval([0.0, 1.0] * 15)  # degrees of freedom beyond the list: its last t
     assert half == pytest.approx(2.093 * 0.5085 / 30**0.5, abs=1e-4)
-    assert compare.cell([1.0, 2.0, 3.0], signed=True) == "+2.0 ± 2.5"
-    assert compare.cell([-2.0, -2.1, -2.2], signed=True) == "**-2.1 ± 0.2**"
-    assert compare.cell([2.0, 2.1, 2.2]) == "2.1 ± 0.2"  # no difference: nothing to exclude
-    assert compare.cell([-1.0], signed=True) == "-1.0" and compare.cell([]) == "-"
+    tenths = [1.0, 3.0] * 5  # deviation 1.054, t 2.262: 0.75
+    assert compare.difference([1.0, 2.0, 3.0], tenths) == "+2.0 ± 2.5, 0.8"
+    assert compare.difference([-2.0, -2.1, -2.2], tenths) == "**-2.1 ± 0.2, 0.8**"
+    assert compare.difference([-0.7, -0.7, -0.7], tenths) == "-0.7 ± 0.0, 0.8"  # other images
+    assert compare.difference([-1.0], tenths) == "-1.0 ± ?, 0.8"
+    assert compare.cell([2.0, 2.1, 2.2]) == "2.1 ± 0.2" and compare.cell([]) == "-"
 
 
 @pytest.mark.parametrize("name", checkpoint.PAPERS)
@@ -65,6 +67,15 @@ def trainings(monkeypatch):
     commands, original = [], subprocess.run
 
     def run(command, *args, env=None, stdout=None, **options):
+        if "studies.alignment" in command:
+            out = Path(command[command.index("--weights") + 1]).parent / "studies"
+            before = dict.fromkeys(("matched", "all"), {"pearson": 0.5})
+            numbers = {"cost": {"AP": 0.1}, "before NMS": before}
+            aps = {"class score": {"AP": 0.4}, "fused": {"AP": 0.5}, "oracle": {"AP": 0.6}}
+            out.mkdir()
+            found = {"iou_aware_retinanet": {"fused": numbers, "metrics": aps}}
+            (out / "alignment.json").write_text(json.dumps(found))
+            return subprocess.CompletedProcess(command, 0)
         if "--train" not in command:  # the machine is asked for its name
             return original(command, *args, env=env, stdout=stdout, **options)
         commands.append(command)
@@ -76,10 +87,7 @@ def trainings(monkeypatch):
         seed = int(command[command.index("--seed") + 1])
         ap = 0.5 + 0.01 * seed - 0.1 * ("--no-iou-head" in command)
         (out / "metrics.json").write_text(json.dumps(metrics(ap)))
-        (out / "config.json").write_text(json.dumps({"run": {"batch": 8}}))
-        lines = [dict(step=20, images_per_s=16), dict(step=30, AP=0.1)]
-        lines.append(dict(step=40, images_per_s=8))
-        (out / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        (out / "predictions.json").write_text("[]")
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -88,9 +96,9 @@ def trainings(monkeypatch):
 
 def test_compare_trains_each_pair_once_per_seed(trainings, tmp_path, capsys):
     where = ["--results", f"{tmp_path}/results", "--out", f"{tmp_path}/runs"]
-    argv = ["iou_aware_retinanet", "--seeds", "3", "4", *where, "--fpn-channels", "8"]
+    argv = ["iou_aware_retinanet", "--seeds", "3", "4", *where, "--num-val", "20"]
     compare.main([*argv, "--jobs", "2"])
-    assert len(trainings) == 4 and all("--fpn-channels" in command for command in trainings)
+    assert len(trainings) == 4 and all("20" in command for command in trainings)
     assert [c[c.index("--seed") + 1] for c in sorted(trainings, key=str)].count("3") == 2
     assert len({c[c.index("--out") + 1] for c in trainings}) == 4
     file = tmp_path / "results" / "synthetic-iou_aware_retinanet-baseline-4.json"
@@ -99,14 +107,18 @@ def test_compare_trains_each_pair_once_per_seed(trainings, tmp_path, capsys):
         run["metrics"] == pytest.approx(metrics(0.44))
         and run["settings"]["model"]["iou_head"] is False
     )
-    assert run["training_seconds"] == 20 * 8 / 16 + 20 * 8 / 8
+    assert [tenth["AP"] for tenth in run["tenths"]] == [0.0] * 10  # nothing was found
+    assert run["alignment"] == {"oracle": 0.6, "cost": 0.1, "matched": 0.5, "all": 0.5}
     assert run["versions"]["torch"] == torch.__version__ and "one thread" in run["machine"]
 
     compare.main([*argv, "--table"])  # all is done
     assert len(trainings) == 4
     text = (tmp_path / "results" / "tables.md").read_text()
-    assert "| `iou_aware_retinanet.py` | 2 | 53.5 ± 6.4 | 43.5 ± 6.4 | **+10.0 ± 0.0** |" in text
-    assert "0.5, 0.5 |" in text and text in capsys.readouterr().out
+    assert (
+        "| `iou_aware_retinanet.py` | 2 | 53.5 ± 6.4 | 43.5 ± 6.4 | **+10.0 ± 0.0, 0.0** |" in text
+    )
+    assert "| 60.0, 60.0 | 10.0, 10.0 | 0.50, 0.50 | 0.50, 0.50 |" in text
+    assert text in capsys.readouterr().out
 
     compare.main([*argv, "--seeds", "3", "--lr", "0.5"])  # other settings: measured anew
     assert len(trainings) == 6 and "measured with other settings" in capsys.readouterr().out
@@ -118,7 +130,7 @@ def test_compare_trains_each_pair_once_per_seed(trainings, tmp_path, capsys):
 def test_a_failed_run_does_not_stop_the_others(trainings, tmp_path, capsys):
     where = ["--results", f"{tmp_path}/results", "--out", f"{tmp_path}/runs"]
     with pytest.raises(SystemExit):
-        compare.main(["iou_aware_retinanet", "--seeds", "7", "8", *where])
+        compare.main(["iou_aware_retinanet", "--seeds", "7", "8", "--num-val", "20", *where])
     assert "iou_aware_retinanet-baseline-7: exit 2: error: no such" in capsys.readouterr().err
     assert len(trainings) == 4 and len(list((tmp_path / "results").iterdir())) == 3
 
@@ -126,7 +138,7 @@ def test_a_failed_run_does_not_stop_the_others(trainings, tmp_path, capsys):
 def test_compare_runs_a_method(tmp_path):
     """As a process of its own, in another folder than the one that asks."""
     where = ["--results", f"{tmp_path}/results", "--out", f"{tmp_path}/runs", "--seeds", "0"]
-    compare.main(["d2det", *where, *SMALL, "--steps", "1"])
+    compare.main(["d2det", *where, *SMALL, "--num-val", "10", "--steps", "1"])
     for name in ("d2det", "d2det-baseline"):
         assert 0 <= read(tmp_path, "results", f"synthetic-{name}-0.json")["metrics"]["AP"] <= 1
 
