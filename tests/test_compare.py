@@ -111,19 +111,23 @@ def test_compare_trains_each_pair_once_per_seed(trainings, tmp_path, capsys):
     assert run["alignment"] == {"oracle": 0.6, "cost": 0.1, "matched": 0.5, "all": 0.5}
     assert run["versions"]["torch"] == torch.__version__ and "one thread" in run["machine"]
 
-    compare.main([*argv, "--table"])  # all is done
+    page = tmp_path / "page.md"
+    page.write_text("A\n<!-- table summary -->\nold\n<!-- end -->\nB <!-- table none --> C")
+    compare.main([*argv, "--table", "--pages", str(page)])  # all is done
     assert len(trainings) == 4
-    text = (tmp_path / "results" / "tables.md").read_text()
-    assert (
-        "| `iou_aware_retinanet.py` | 2 | 53.5 ± 6.4 | 43.5 ± 6.4 | **+10.0 ± 0.0, 0.0** |" in text
+    shown, page = capsys.readouterr().out, page.read_text()
+    assert "iou_aware_retinanet.py` | 2 | 53.5 ± 6.4 | 43.5 ± 6.4 | **+10.0 ± 0.0, 0.0** |" in shown
+    assert "| 60.0, 60.0 | 10.0, 10.0 | 0.50, 0.50 | 0.50, 0.50 |" in shown
+    gain = "| `iou_aware_retinanet.py` | +1.2 (Table 1) | **+10.0 ± 0.0, 0.0** |"
+    assert gain in page and "`d2det.py` | +4.7 (Table 2) | not run |" in page
+    assert page.startswith("A\n<!-- table") and page.endswith(
+        "<!-- end -->\nB <!-- table none --> C"
     )
-    assert "| 60.0, 60.0 | 10.0, 10.0 | 0.50, 0.50 | 0.50, 0.50 |" in text
-    assert text in capsys.readouterr().out
 
     compare.main([*argv, "--seeds", "3", "--lr", "0.5"])  # other settings: measured anew
     assert len(trainings) == 6 and "measured with other settings" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        compare.main(["--table", *where])
+        compare.main(["--table", "--pages", *where])
     assert "other settings than" in capsys.readouterr().err
 
 
