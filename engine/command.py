@@ -19,7 +19,14 @@ from data.checks import check_images
 from data.coco import read_json
 from data.files import counted
 from data.settings import Data
-from engine.checkpoints import check_folder, load_checkpoint, load_weights, script_name, start_from
+from engine.checkpoints import (
+    as_saved,
+    check_folder,
+    load_checkpoint,
+    load_weights,
+    script_name,
+    start_from,
+)
 from engine.export import export_file
 from engine.metrics import evaluate, show_metrics, show_per_class
 from engine.predict import predict_files
@@ -33,10 +40,12 @@ from engine.processes import (
     start_processes,
     warn_of_busy_cores,
 )
-from engine.settings import TINY_PHOTOS, Run, Settings, choices, flag
+from engine.settings import MAY_CHANGE_ON_RESUME, TINY_PHOTOS, Run, Settings, choices, flag
 from engine.train import train
 
-ROWS = Path(__file__).resolve().parent.parent / "rows"
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = ROOT / "rows"
+RESULTS = ROOT / "docs" / "results"
 
 
 @dataclass
@@ -267,6 +276,28 @@ def load_data(settings: Settings, train: bool, categories=None):
     return loaded
 
 
+def beside_baseline(name: str, settings: Settings) -> str:
+    """A line with the baseline's mean metrics, if they were measured for the run that this is.
+
+    `studies.compare` left them in docs/results. Seed and test images may be others.
+    """
+    own = RESULTS / f"synthetic-{name}-0.json"
+    runs = [read_json(file) for file in sorted(RESULTS.glob(f"synthetic-{name}-baseline-*.json"))]
+    if settings.data.data != "synthetic" or not (runs and own.exists()):
+        return ""
+    free = {*MAY_CHANGE_ON_RESUME, "seed", "data", "num_val"}
+    now, measured = as_saved(settings), read_json(own)["settings"]
+    for part in ("model", "run", "data"):
+        if any(now[part].get(k) != v for k, v in measured[part].items() if k not in free):
+            return ""
+    mean = {
+        key: sum(run["metrics"][key] for run in runs) / len(runs)
+        for key in ("AP", "AP50", "AP75", "AP90")
+    }
+    seeds = counted(len(runs), "seed")
+    return f"\nits baseline, trained as long: {show_metrics(mean)} (docs/results, {seeds})"
+
+
 def execute(command: Command, settings: Settings, detector, device: torch.device):
     """Do what is asked: train, evaluate, predict, export."""
     out, needs_data = Path(settings.run.out), command.train or command.eval
@@ -299,9 +330,9 @@ def execute(command: Command, settings: Settings, detector, device: torch.device
     metrics = None
     if command.train:
         metrics = train(model, settings, train_data, val_data, out, resume=command.resume)
-        if metrics.get("AP") is not None:
-            print_once(show_per_class(metrics))
         name = script_name(model)
+        if metrics.get("AP") is not None:
+            print_once(show_per_class(metrics) + beside_baseline(name, settings))
         script = f"python -m {name}" if "." in name else f"python {name}.py"
         print_once(
             f"results: {out}/\n"
