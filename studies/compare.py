@@ -148,7 +148,7 @@ def contender(
 ) -> tuple[list[str], Settings]:
     """A method's flags and settings, or its baseline's."""
     protocol = PROTOCOLS[data]
-    own = ["--train", *protocol.flags, "--eval-every", "0", *flags]
+    own = ["--train", *protocol.flags, "--eval-times", "1", *flags]
     if method in protocol.epochs:
         own += ["--epochs", str(protocol.epochs[method])]
     if data != "synthetic":
