@@ -64,6 +64,7 @@ from engine import Amount, Natural, Share, Whole
 class Model(engine.Model):
     """GFL with ResNet-50. Values are the release's, here and where nothing is said."""
 
+    norm: engine.Norm = "eval_bn"  # the backbone's BatchNorm
     cls_weight: Amount = 1.0  # weight of the quality focal loss
     box_weight: Amount = 2.0  # weight of the GIoU loss
     dfl_weight: Amount = 0.25  # weight of the distribution focal loss

@@ -54,6 +54,7 @@ from engine.detector import BaseDetector
 class Model(engine.Model):
     """RetinaNet with ResNet-50."""
 
+    norm: engine.Norm = "eval_bn"  # the backbone's BatchNorm (MMDetection)
     cls_weight: Amount = 1.0  # weight of the focal loss
     box_weight: Amount = 1.0  # weight of the box loss
     focal_alpha: Share = 0.25  # focal loss: weight of the true class; of the others: 1 - alpha

@@ -20,7 +20,7 @@ from data.settings import Amount, Data, Natural, Share, Whole
 from engine.command import run
 from engine.metrics import evaluate
 from engine.predict import load, predict_files
-from engine.settings import TINY, Model, Run, Settings, Test
+from engine.settings import TINY, Model, Norm, Run, Settings, Test
 from engine.train import train
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Data",
     "Model",
     "Natural",
+    "Norm",
     "Run",
     "Settings",
     "Share",
