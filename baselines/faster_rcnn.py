@@ -35,6 +35,7 @@ import engine
 import kernels
 from engine import Amount, Natural, Share
 from engine.detector import BaseDetector, over_threshold
+from engine.legacy import make_anchors, roi_align
 
 # B images, R RoIs, K classes, C channels, A anchors per cell, P proposals per image (padded)
 # labels 0..K-1, background K
@@ -119,11 +120,12 @@ class RPN(nn.Module):
         nms_iou: float = 0.7,
         num_samples: int = 256,
         floor: float = 0.0,
+        legacy: tuple[str, ...] = (),
     ):
         super().__init__()
         self.strides, self.scales, self.ratios = strides, (scale,), ratios
         self.pre_nms, self.post_nms, self.nms_iou = pre_nms, post_nms, nms_iou
-        self.num_samples, self.floor = num_samples, floor
+        self.num_samples, self.floor, self.legacy = num_samples, floor, legacy
         self.conv = nn.Conv2d(in_channels, in_channels, 3, padding=1)
         self.logits = nn.Conv2d(in_channels, len(ratios), 1)
         self.deltas = nn.Conv2d(in_channels, 4 * len(ratios), 1)
@@ -135,7 +137,7 @@ class RPN(nn.Module):
         """L maps -> anchors [N, 4], logits [B, N], deltas [B, N, 4], and N of each level."""
         hidden = [F.relu(self.conv(f)) for f in features]
         shapes, device = [f.shape[-2:] for f in features], features[0].device
-        anchors = common.make_anchors(shapes, self.strides, self.scales, self.ratios, device)
+        anchors = make_anchors(shapes, self.strides, self.scales, self.ratios, device, self.legacy)
         logits = common.flatten_levels([self.logits(h) for h in hidden], 1).squeeze(-1).float()
         deltas = common.flatten_levels([self.deltas(h) for h in hidden], 4).float()
         return anchors, logits, deltas, [h * w * len(self.ratios) for h, w in shapes]
@@ -345,6 +347,7 @@ class TwoStage(BaseDetector):
             post_nms=limits,
             num_samples=model.rpn_samples,
             floor=model.rpn_floor,
+            legacy=model.legacy,
         )
         self.strides = self.backbone.strides[:4]  # RoIs are pooled from P2..P5
 
@@ -371,7 +374,11 @@ class TwoStage(BaseDetector):
 
     def pool(self, features: list[Tensor], rois: Rois, size: int) -> Tensor:
         """RoIAlign of R RoIs from P2..P5 -> [R, C, size, size]."""
-        return self.normalise(kernels.roi_align(features[:4], rois.flat(), size, self.strides))
+        return self.align(features[:4], rois.flat(), size, self.strides)
+
+    def align(self, maps: list[Tensor], rois: Tensor, size: int, strides) -> Tensor:
+        """RoIAlign of rois [R, 5] from maps of these strides -> [R, C, size, size]."""
+        return self.normalise(roi_align(maps, rois, size, strides, self.settings.legacy))
 
     def normalise(self, pooled: Tensor) -> Tensor:
         """With `pool_norm` each channel of each RoI has mean 0 and variance 1: [R, C, S, S]."""

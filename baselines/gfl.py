@@ -379,7 +379,10 @@ class GFL(OneStage):
 
     def decode(self, outputs: dict, index: tuple) -> Tensor:
         """The predicted boxes [M, 4] of the anchors `index`, each [M]."""
-        return decode_distances(outputs["points"][index[1]], outputs["bin_logits"][index])
+        boxes = decode_distances(outputs["points"][index[1]], outputs["bin_logits"][index])
+        if "pixel_centres" in self.settings.legacy:  # the last pixels belong to the box
+            boxes += boxes.new_tensor([-0.5, -0.5, 0.5, 0.5])
+        return boxes
 
 
 Detector = GFL  # the name that every script has

@@ -11,6 +11,7 @@
     export.py       --export; onnx_file.py translates our operators for ONNX
     pictures.py     boxes on images, and curves
     deformable.py   deformable convolution in the backbone
+    legacy.py       older frameworks' conventions, for published weights
     processes.py    one process or many, devices, messages
 
 It never imports a method: `load` finds the one that made a checkpoint by its name, when it runs.

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from common import BadInput
 from data.settings import Amount, Checked, Data, Natural, Range, Share, Sides, Whole
+from engine.legacy import Switch
 
 OBJECTS = ("model", "test", "run", "data")
 Norm = Literal["auto", "frozen_bn", "eval_bn", "bn", "gn"]
@@ -35,6 +36,7 @@ class Model(Checked):
     # stem and first stages kept fixed when starting from weights
     frozen_stages: Annotated[int, Range(0, 5)] = 2
     fpn_channels: Natural = 256  # width of the pyramid
+    legacy: tuple[Switch, ...] = ()  # older frameworks' conventions (engine/legacy.py)
 
     def without_download(self) -> Model:
         """The same network, for weights that a checkpoint brings or that do not matter."""
