@@ -20,6 +20,7 @@ yet to compute. Training code avoids these: between them the GPU never runs out 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,6 @@ class BadInput(ValueError):
 
 
 # ------------------------------------------------------------------------------ boxes
-
 
 DELTA_CLAMP = math.log(1000 / 16)  # largest |dw|, |dh| before exp
 
@@ -115,15 +115,6 @@ def match_one_image(boxes: Tensor, gt_boxes: Tensor, high: float, low: float):
     return labels, best, best_iou
 
 
-def _overlaps(boxes: Tensor, gt_boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Intersections [..., G, N] and both areas of boxes [..., N, 4] and gt_boxes [..., G, 4]."""
-    x1, y1, x2, y2 = boxes.unsqueeze(-3).unbind(-1)  # [..., 1, N]
-    gx1, gy1, gx2, gy2 = gt_boxes.unsqueeze(-2).unbind(-1)  # [..., G, 1]
-    inter = torch.minimum(x2, gx2).sub_(torch.maximum(x1, gx1)).clamp_(min=0)
-    inter *= torch.minimum(y2, gy2).sub_(torch.maximum(y1, gy1)).clamp_(min=0)
-    return inter, (x2 - x1) * (y2 - y1), (gx2 - gx1) * (gy2 - gy1)
-
-
 @torch.no_grad()
 def match(
     boxes: Tensor,
@@ -155,9 +146,14 @@ def match(
     best = torch.zeros(*batch, N, dtype=torch.long, device=boxes.device)
     in_ignored = torch.zeros_like(best, dtype=torch.bool)
     claimed_by = torch.full_like(best, -1)  # the gt whose best box this is, by `low_quality`
+    x1, y1, x2, y2 = boxes.unsqueeze(-3).unbind(-1)  # [..., 1, N]
+    area = (x2 - x1) * (y2 - y1)
     chunk = max(1, 2**24 // max(1, N * math.prod(batch)))  # 64 MiB a matrix
     for g in range(0, G, chunk):
-        inter, area, gt_area = _overlaps(boxes, gt_boxes[..., g : g + chunk, :])
+        gx1, gy1, gx2, gy2 = gt_boxes[..., g : g + chunk, None, :].unbind(-1)  # [..., g, 1]
+        inter = torch.minimum(x2, gx2).sub_(torch.maximum(x1, gx1)).clamp_(min=0)  # [..., g, N]
+        inter *= torch.minimum(y2, gy2).sub_(torch.maximum(y1, gy1)).clamp_(min=0)
+        gt_area = (gx2 - gx1) * (gy2 - gy1)
         if gt_ignore is not None:
             inside = inter >= 0.5 * area.clamp(min=1e-6)  # choice: half of the box, as for crowds
             in_ignored |= (inside & gt_ignore[..., g : g + chunk, None]).any(-2)
@@ -253,11 +249,8 @@ def make_anchors(shapes, strides, scales, ratios, device=None) -> Tensor:
     base = torch.stack([-w, -h, w, h], 1)
     levels = []
     for (H, W), stride in zip(shapes, strides):
-        y, x = torch.meshgrid(
-            torch.arange(H, device=device) + 0.5,
-            torch.arange(W, device=device) + 0.5,
-            indexing="ij",
-        )
+        rows, columns = torch.arange(H, device=device) + 0.5, torch.arange(W, device=device) + 0.5
+        y, x = torch.meshgrid(rows, columns, indexing="ij")
         centre = torch.stack([x, y, x, y], -1)  # [H, W, 4]
         levels.append(((centre[:, :, None] + base) * stride).reshape(-1, 4))
     return torch.cat(levels)
@@ -276,7 +269,6 @@ def inside_image(anchors: Tensor, sizes: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------ batches
-
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's weights ask
 
@@ -348,26 +340,37 @@ class ConvP6P7(ExtraFPNBlock):
         return results + [p6, self.p7(p6)], names + ["p6", "p7"]
 
 
+class FixedBatchNorm2d(FrozenBatchNorm2d):
+    """BatchNorm with fixed statistics. Weight and bias are fixed too, unless they are `trained`."""
+
+    def __init__(self, channels: int, trained: bool = False):
+        super().__init__(channels)
+        for name in ("weight", "bias") if trained else ():
+            setattr(self, name, nn.Parameter(self._buffers.pop(name)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = self.running_mean, self.running_var
+        return F.batch_norm(x, mean, var, self.weight, self.bias, training=False, eps=self.eps)
+
+
 def make_norm(kind: str):
-    """A constructor channels -> normalisation layer: frozen_bn, bn or gn (32 groups at most)."""
-
-    def group_norm(channels: int) -> nn.GroupNorm:
-        return nn.GroupNorm(math.gcd(32, channels), channels)
-
-    return {"frozen_bn": FrozenBatchNorm2d, "bn": nn.BatchNorm2d, "gn": group_norm}[kind]
+    """A constructor channels -> normalisation layer: frozen_bn, eval_bn, bn or gn (32 groups)."""
+    if kind == "gn":
+        return lambda channels: nn.GroupNorm(math.gcd(32, channels), channels)
+    if kind == "bn":
+        return nn.BatchNorm2d
+    return partial(FixedBatchNorm2d, trained=kind == "eval_bn")
 
 
 def make_resnet(name: str, weights: str | None, norm_layer) -> ResNet:
     """torchvision's network; "small" is a ResNet-18 of one block a stage, half as wide."""
+    if weights and name in ("small", "resnext101_32x4d"):
+        raise ValueError("torchvision has no weights of it")
     if name == "resnext101_32x4d":
-        if weights:
-            raise ValueError("torchvision has no weights of it, others publish them")
         layers = [3, 4, 23, 3]
         return ResNet(Bottleneck, layers, norm_layer=norm_layer, groups=32, width_per_group=4)
     if name != "small":
         return torchvision.models.get_model(name, weights=weights, norm_layer=norm_layer)
-    if weights:
-        raise ValueError("nobody has trained it on ImageNet")
     net = ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
     net.inplanes = 32
     net.conv1, net.bn1 = nn.Conv2d(3, 32, 7, 2, 3, bias=False), norm_layer(32)
@@ -385,8 +388,8 @@ class ResNetFPN(nn.Module):
     extra="conv": P3..P7, strides 8..128, P6 and P7 by convolution (RetinaNet); "conv_p5": P6 on P5.
     weights: "imagenet", a file, "random" or "none". With all but "none" the stem and the first
     stages are frozen, and norm="auto" means frozen BN; from scratch ("none") nothing is frozen, and
-    norm="auto" means GroupNorm, in the pyramid too. "random" differs from "imagenet" in the values
-    alone: use it where a checkpoint brings the values. Raises BadInput if weights cannot be had.
+    "auto" and "eval_bn" mean GroupNorm, in the pyramid too. "random" is "imagenet" but for the
+    values, which a checkpoint brings. Raises BadInput if weights cannot be had.
     """
 
     def __init__(
@@ -400,7 +403,7 @@ class ResNetFPN(nn.Module):
     ):
         super().__init__()
         scratch = weights == "none"
-        if norm == "auto":
+        if norm == "auto" or (norm == "eval_bn" and scratch):  # scratch has no statistics to keep
             norm = "gn" if scratch else "frozen_bn"
         known = "IMAGENET1K_V1" if weights == "imagenet" else None  # the papers'; V2 detects alike
         try:
@@ -421,14 +424,11 @@ class ResNetFPN(nn.Module):
         channels = [net.fc.in_features // 2**i for i in (3, 2, 1, 0)]
         self.first = 0 if extra == "pool" else 1
         self.strides = tuple(2 ** (i + 2 + self.first) for i in range(5))
-        last = (
-            ConvP6P7(channels[-1], out_channels, extra == "conv_p5")
-            if self.first
-            else LastLevelMaxPool()
-        )
-        self.fpn = FeaturePyramidNetwork(
-            channels[self.first :], out_channels, last, make_norm(norm) if scratch else None
-        )
+        last: ExtraFPNBlock = LastLevelMaxPool()
+        if self.first:
+            last = ConvP6P7(channels[-1], out_channels, extra == "conv_p5")
+        own_norm = make_norm(norm) if scratch else None
+        self.fpn = FeaturePyramidNetwork(channels[self.first :], out_channels, last, own_norm)
         if scratch:  # choice: coarser maps enter faintly, so that fine maps learn from the start
             for block in list(self.fpn.inner_blocks)[1:]:
                 nn.init.constant_(block[1].weight, 0.2)

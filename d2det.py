@@ -67,6 +67,8 @@ from engine.detector import first_per_image, over_threshold
 class Model(faster_rcnn.Model):
     """D2Det with ResNet-50."""
 
+    norm: engine.Norm = "eval_bn"  # the backbone's BatchNorm (release)
+    rpn_floor: Share = 0.3  # an object's best anchor is positive from this IoU on (release)
     dlr: bool = True  # dense local regression (3.1); off: two fc layers and one box per class
     drp: bool = True  # discriminative RoI pooling (3.2); off: RoIAlign 7x7
     overlap: bool = True  # predict which cells are on the object (Eq. 3); off: average all cells
@@ -109,9 +111,8 @@ TINY = faster_rcnn.TINY | dict(conv_channels=64, num_convs=6, groups=8, mask_cha
 TINY |= dict(drp_samples=1, drp_per_level=False)  # the R-101 release, the paper: a step is faster
 TINY |= dict(offset_bias=0.5)  # a narrow head that starts at empty boxes may close its ReLU
 TINY |= dict(cls_weight=1.0)  # choice: as the baseline's; 2 costs boxes (docs/log.md)
-TINY |= dict(reg_weight=4.0)  # choice: boxes have few steps to learn in
+TINY |= dict(reg_test=50, reg_weight=4.0)  # choice: boxes have few steps to learn in
 TINY |= dict(reg_rois=48)  # choice: mostly reached; a CPU plans convolutions anew for other numbers
-TINY |= dict(reg_test=50)
 
 
 @dataclass
@@ -447,8 +448,7 @@ class D2Det(faster_rcnn.TwoStage):
         decode_cells = decode if test.readable else kernels.decode_dense_offsets
         boxes = decode_cells(rois.boxes, offsets.float(), overlap_logits.float())
         boxes = common.clip_boxes(boxes, sizes[rois.image])
-        found = dict(boxes=boxes, scores=scores, labels=labels, image=rois.image)
-        return {**found, "roi": row[keep]}
+        return dict(boxes=boxes, scores=scores, labels=labels, image=rois.image, roi=row[keep])
 
     def suppress(self, boxes: Tensor, scores: Tensor, groups: Tensor, test: Test):
         """Soft-NMS, or nothing: NMS was on the proposals. Several views are merged by plain NMS."""

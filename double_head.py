@@ -47,7 +47,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import engine
-import kernels
 from baselines import faster_rcnn
 from baselines.faster_rcnn import Rois, class_box_loss, class_loss, output_layer
 from common import BadInput
@@ -395,7 +394,7 @@ class Detector(faster_rcnn.TwoStage):
             return self.pool(features, rois, 7)
 
         def align(_, maps, part, strides):
-            return self.normalise(kernels.roi_align(maps, enlarge_rois(part, scale), 7, strides))
+            return self.align(maps, enlarge_rois(part, scale), 7, strides)
 
         return self.pool_by_level(features, rois, align)
 

@@ -35,6 +35,7 @@ import engine
 import kernels
 from engine import Amount, Natural, Share
 from engine.detector import BaseDetector, over_threshold
+from engine.legacy import make_anchors, roi_align
 
 # B images, R RoIs, K classes, C channels, A anchors per cell, P proposals per image (padded)
 # labels 0..K-1, background K
@@ -50,6 +51,7 @@ class TwoStageModel(engine.Model):
     roi_positive: Share = 0.25  # share of positives among them, at most
     anchor_scale: Amount = 8.0  # side of the RPN's anchors in strides of their level
     rpn_samples: Natural = 256  # anchors per image that train the RPN
+    rpn_floor: Share = 0.0  # an object's best anchor is positive if its IoU is at least this
     proposals_train: Natural = 2000  # in training: RPN boxes a level before, an image after NMS
     proposals_test: Natural = 1000  # the same in testing; another number needs no training
     pool_norm: bool = False  # choice: heads see each channel of an RoI normalised (tiny preset)
@@ -70,6 +72,7 @@ TINY = dict(
     engine.TINY,
     fc_channels=256,
     rpn_samples=64,
+    rpn_floor=0.3,  # choice: as when docs/results.md was measured
     roi_samples=16,
     roi_positive=0.5,
     proposals_train=200,
@@ -116,11 +119,13 @@ class RPN(nn.Module):
         post_nms=(2000, 1000),
         nms_iou: float = 0.7,
         num_samples: int = 256,
+        floor: float = 0.0,
+        legacy: tuple[str, ...] = (),
     ):
         super().__init__()
         self.strides, self.scales, self.ratios = strides, (scale,), ratios
         self.pre_nms, self.post_nms, self.nms_iou = pre_nms, post_nms, nms_iou
-        self.num_samples = num_samples
+        self.num_samples, self.floor, self.legacy = num_samples, floor, legacy
         self.conv = nn.Conv2d(in_channels, in_channels, 3, padding=1)
         self.logits = nn.Conv2d(in_channels, len(ratios), 1)
         self.deltas = nn.Conv2d(in_channels, 4 * len(ratios), 1)
@@ -132,7 +137,7 @@ class RPN(nn.Module):
         """L maps -> anchors [N, 4], logits [B, N], deltas [B, N, 4], and N of each level."""
         hidden = [F.relu(self.conv(f)) for f in features]
         shapes, device = [f.shape[-2:] for f in features], features[0].device
-        anchors = common.make_anchors(shapes, self.strides, self.scales, self.ratios, device)
+        anchors = make_anchors(shapes, self.strides, self.scales, self.ratios, device, self.legacy)
         logits = common.flatten_levels([self.logits(h) for h in hidden], 1).squeeze(-1).float()
         deltas = common.flatten_levels([self.deltas(h) for h in hidden], 4).float()
         return anchors, logits, deltas, [h * w * len(self.ratios) for h, w in shapes]
@@ -167,14 +172,17 @@ class RPN(nn.Module):
         return take(boxes, index) * valid[..., None], valid
 
     def loss(self, output, sizes: Tensor, targets: list[dict]) -> dict[str, Tensor]:
-        """Objectness (BCE) and box (smooth L1) losses; positives from IoU 0.7, negatives to 0.3."""
+        """Objectness (BCE) and box (smooth L1) losses.
+
+        Anchors are positive from IoU 0.7 on, negative below 0.3. An object's best anchor is
+        positive as well, unless its IoU is below `floor`.
+        """
         anchors, logits, deltas, _ = output
         gt_boxes, _, gt_valid, gt_ignore = common.pad_targets(targets)
         inside = common.inside_image(anchors, sizes)
         visible = anchors * inside[..., None]  # [B, N, 4]; those in the padding lose their area
-        # choice: a gt's best anchor is positive only from IoU 0.3 on; in the paper at any IoU
         labels, matched, _ = common.match(
-            visible, gt_boxes, 0.7, 0.3, gt_valid, gt_ignore, low_quality=0.3
+            visible, gt_boxes, 0.7, 0.3, gt_valid, gt_ignore, low_quality=self.floor
         )
         labels[~inside] = -1
         index, valid = common.sample(labels, self.num_samples, 0.5)
@@ -338,6 +346,8 @@ class TwoStage(BaseDetector):
             pre_nms=limits,
             post_nms=limits,
             num_samples=model.rpn_samples,
+            floor=model.rpn_floor,
+            legacy=model.legacy,
         )
         self.strides = self.backbone.strides[:4]  # RoIs are pooled from P2..P5
 
@@ -364,7 +374,11 @@ class TwoStage(BaseDetector):
 
     def pool(self, features: list[Tensor], rois: Rois, size: int) -> Tensor:
         """RoIAlign of R RoIs from P2..P5 -> [R, C, size, size]."""
-        return self.normalise(kernels.roi_align(features[:4], rois.flat(), size, self.strides))
+        return self.align(features[:4], rois.flat(), size, self.strides)
+
+    def align(self, maps: list[Tensor], rois: Tensor, size: int, strides) -> Tensor:
+        """RoIAlign of rois [R, 5] from maps of these strides -> [R, C, size, size]."""
+        return self.normalise(roi_align(maps, rois, size, strides, self.settings.legacy))
 
     def normalise(self, pooled: Tensor) -> Tensor:
         """With `pool_norm` each channel of each RoI has mean 0 and variance 1: [R, C, S, S]."""

@@ -64,6 +64,7 @@ from engine import Amount, Natural, Share, Whole
 class Model(engine.Model):
     """GFL with ResNet-50. Values are the release's, here and where nothing is said."""
 
+    norm: engine.Norm = "eval_bn"  # the backbone's BatchNorm
     cls_weight: Amount = 1.0  # weight of the quality focal loss
     box_weight: Amount = 2.0  # weight of the GIoU loss
     dfl_weight: Amount = 0.25  # weight of the distribution focal loss
@@ -378,7 +379,10 @@ class GFL(OneStage):
 
     def decode(self, outputs: dict, index: tuple) -> Tensor:
         """The predicted boxes [M, 4] of the anchors `index`, each [M]."""
-        return decode_distances(outputs["points"][index[1]], outputs["bin_logits"][index])
+        boxes = decode_distances(outputs["points"][index[1]], outputs["bin_logits"][index])
+        if "pixel_centres" in self.settings.legacy:  # the last pixels belong to the box
+            boxes += boxes.new_tensor([-0.5, -0.5, 0.5, 0.5])
+        return boxes
 
 
 Detector = GFL  # the name that every script has

@@ -43,6 +43,7 @@ import engine
 import kernels
 from engine import Amount, Natural, Share, Whole
 from engine.detector import BaseDetector
+from engine.legacy import make_anchors
 
 # B images, K classes, L levels, A = 9 anchors per cell, N anchors per image
 # P positive anchors of a batch, each with its object (gt); sizes [B, 2]: the images' (h, w)
@@ -54,6 +55,7 @@ from engine.detector import BaseDetector
 class Model(engine.Model):
     """RetinaNet with ResNet-50."""
 
+    norm: engine.Norm = "eval_bn"  # the backbone's BatchNorm (MMDetection)
     cls_weight: Amount = 1.0  # weight of the focal loss
     box_weight: Amount = 1.0  # weight of the box loss
     focal_alpha: Share = 0.25  # focal loss: weight of the true class; of the others: 1 - alpha
@@ -399,7 +401,8 @@ class RetinaNet(OneStage):
         shapes = [f.shape[-2:] for f in features]
         scales = [self.settings.anchor_scale * 2 ** (octave / 3) for octave in range(3)]
         ratios, strides = (0.5, 1.0, 2.0), self.backbone.strides
-        anchors = common.make_anchors(shapes, strides, scales, ratios, batch.device)
+        legacy = self.settings.legacy
+        anchors = make_anchors(shapes, strides, scales, ratios, batch.device, legacy)
         out = dict(zip(self.head.names, self.head(features)))
         per_level = [9 * h * w for h, w in shapes]
         return out | dict(anchors=anchors, per_level=per_level, sizes=sizes)

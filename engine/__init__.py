@@ -11,6 +11,7 @@
     export.py       --export; onnx_file.py translates our operators for ONNX
     pictures.py     boxes on images, and curves
     deformable.py   deformable convolution in the backbone
+    legacy.py       older frameworks' conventions, for published weights
     processes.py    one process or many, devices, messages
 
 It never imports a method: `load` finds the one that made a checkpoint by its name, when it runs.
@@ -20,7 +21,7 @@ from data.settings import Amount, Data, Natural, Share, Whole
 from engine.command import run
 from engine.metrics import evaluate
 from engine.predict import load, predict_files
-from engine.settings import TINY, Model, Run, Settings, Test
+from engine.settings import TINY, Model, Norm, Run, Settings, Test
 from engine.train import train
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Data",
     "Model",
     "Natural",
+    "Norm",
     "Run",
     "Settings",
     "Share",

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 import kernels
 from common import ResNetFPN, padded_size
 from engine.deformable import make_deformable
+from engine.legacy import caffe_backbone
 from engine.settings import Model, Test
 
 
@@ -53,6 +54,7 @@ class BaseDetector(nn.Module):
         )
         if model.dcn != "none":
             make_deformable(self.backbone, model.dcn)
+        caffe_backbone(self.backbone, model.legacy)
 
     @torch.no_grad()
     def predict(self, images: list[Tensor], test: Test | None = None) -> list[dict[str, Tensor]]:

@@ -72,7 +72,10 @@ def detect_under(
                         seen = [i.flip(-1) for i in images] if flip else images
                         found = candidates_by_size(model, seen, tests)
                     for parts, candidates in zip(merged, found):
-                        parts.append(in_original_pixels(candidates, images, targets, flip))
+                        last_pixel = "last_pixel" in model.settings.legacy
+                        parts.append(
+                            in_original_pixels(candidates, images, targets, flip, last_pixel)
+                        )
             all_views = [
                 {k: torch.cat([p[k] for p in parts]) for k in parts[0]} for parts in merged
             ]
@@ -85,9 +88,16 @@ def detect_under(
 
 
 def in_original_pixels(
-    candidates: dict[str, Tensor], images: list[Tensor], targets: list[dict], flip: bool
+    candidates: dict[str, Tensor],
+    images: list[Tensor],
+    targets: list[dict],
+    flip: bool,
+    last_pixel: bool = False,
 ) -> dict[str, Tensor]:
-    """Candidates of resized, perhaps mirrored images, in pixels of the images on disk."""
+    """Candidates of resized, perhaps mirrored images, in pixels of the images on disk.
+
+    With `last_pixel` resizing had scaled the index of a box's last pixel (engine/legacy.py).
+    """
     boxes, index = candidates["boxes"], candidates["image"]
     inner = torch.tensor([i.shape[1:] for i in images], device=boxes.device)
     outer = torch.tensor([t["size"] for t in targets], device=boxes.device)
@@ -98,7 +108,10 @@ def in_original_pixels(
         mirrored = [width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]]
         boxes = torch.stack(mirrored, 1)
     grow = (outer / inner).flip(-1).repeat(1, 2)  # (w, h, w, h): sides are rounded apart
-    return {**candidates, "boxes": boxes * grow[index]}
+    boxes = boxes * grow[index]
+    if last_pixel:
+        boxes[:, 2:] += 1 - grow[index][:, 2:]
+    return {**candidates, "boxes": boxes}
 
 
 def to_coco(image_id, found: dict, categories: list[dict], size=None) -> list[dict]:

@@ -13,8 +13,12 @@ from typing import Annotated, Any, Literal
 
 from common import BadInput
 from data.settings import Amount, Checked, Data, Natural, Range, Share, Sides, Whole
+from engine.legacy import Switch
 
 OBJECTS = ("model", "test", "run", "data")
+Norm = Literal["auto", "frozen_bn", "eval_bn", "bn", "gn"]
+
+WHEN_ABSENT = dict(rpn_floor=0.3)  # what checkpoints that lack these settings were trained with
 
 
 @dataclass
@@ -26,10 +30,13 @@ class Model(Checked):
     backbone: str = "resnet50"  # resnet18/34/50/101, resnext101_32x4d/_32x8d/_64x4d, or small
     backbone_weights: str = "imagenet"  # imagenet, none, random (to time), or torchvision's .pth
     dcn: Literal["none", "v1", "v2"] = "none"  # deformable 3x3 convolutions in C3 to C5; v2: masked
-    norm: Literal["auto", "frozen_bn", "bn", "gn"] = "auto"  # auto: frozen_bn, or gn from scratch
+    # frozen_bn: all fixed; eval_bn: fixed statistics, weight and bias train; auto: frozen_bn.
+    # From scratch auto and eval_bn are gn
+    norm: Norm = "auto"
     # stem and first stages kept fixed when starting from weights
     frozen_stages: Annotated[int, Range(0, 5)] = 2
     fpn_channels: Natural = 256  # width of the pyramid
+    legacy: tuple[Switch, ...] = ()  # older frameworks' conventions (engine/legacy.py)
 
     def without_download(self) -> Model:
         """The same network, for weights that a checkpoint brings or that do not matter."""
@@ -186,12 +193,14 @@ class Settings:
         """The settings in a checkpoint or config.json.
 
         Checkpoints made before there were four objects hold one flat dict, by the same names. What
-        this version does not know is left out; what the older one did not know has its default.
+        this version does not know is left out; what the older one did not know has its default,
+        or the value in WHEN_ABSENT.
         """
         grouped = any(isinstance(saved.get(name), dict) for name in OBJECTS)
         flat = {k: v for k, v in saved.items() if k not in OBJECTS or not grouped}
         for name in OBJECTS if grouped else ():
             flat |= saved.get(name, {})
+        flat = WHEN_ABSENT | flat
         settings = cls(**choices(cls, flat))
         known = settings.flat().keys() - choices(cls, flat).keys()
         return settings.replace(**{k: v for k, v in flat.items() if k in known})

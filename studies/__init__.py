@@ -8,6 +8,9 @@ checkpoints: `models` (lines; a map of lambdas). The code: `compare` (methods an
 over seeds, and the tables), `cost` (parameters and multiply-adds), `bench` (time beside
 torchvision), `torchvision_rcnn` (torchvision's detector on the same data).
 
+`python -m studies.published FILE` makes a checkpoint of weights that a paper's authors published;
+`published_rules` has the names and orders of each kind of file.
+
 Each is run as `python -m studies.NAME METHOD`. The others are shared: `checkpoint` (what a study
 starts with), `boxes`, `calibration` (D-ECE and LRP error), `windows` (for `sections`), `seen` and
 `inside_*` (for `explain`).

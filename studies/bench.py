@@ -69,7 +69,7 @@ def torchvision_detector(
     first = 0 if two_stage or model.p2 else 1  # pyramids begin at C2 or at C3
     channels = [conv[0].in_channels for conv in ours.fpn.inner_blocks][first:]
     width = model.fpn_channels
-    norm = make_norm("gn" if model.norm == "auto" else model.norm) if scratch else None
+    norm = make_norm("gn" if model.norm in ("auto", "eval_bn") else model.norm) if scratch else None
     backbone = BackboneWithFPN(
         nn.Sequential(OrderedDict(stem=ours.stem, **stages)),
         {f"layer{i + 1}": str(i) for i in range(first, 4)},

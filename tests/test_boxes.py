@@ -294,6 +294,33 @@ def test_frozen_stages_keep_weights_and_statistics():
     assert frozen == {k for k in frozen if k.startswith(("stem", "stages.0"))} != set()
 
 
+@pytest.mark.parametrize("norm", ["frozen_bn", "eval_bn"])
+def test_fixed_statistics_with_and_without_trained_weights(norm):
+    """eval_bn: after a step the statistics stay, weight and bias move, from C3 on. Values agree."""
+    body = common.ResNetFPN("resnet18", 8, weights="random", norm=norm).train()
+    plain = common.ResNetFPN("resnet18", 8, weights="random", norm="bn").eval()
+    for name, value in body.state_dict().items():
+        torch.manual_seed(len(name))
+        value.copy_(torch.rand_like(value) + 0.1 if ".weight" not in name else value)
+    assert plain.load_state_dict(body.state_dict(), strict=False).unexpected_keys == []
+    image = torch.rand(2, 3, 64, 64)
+    for mine, theirs in zip(body(image), plain(image)):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    before = {k: v.clone() for k, v in body.state_dict().items()}
+    sum(m.sum() for m in body(image)).backward()
+    torch.optim.SGD([p for p in body.parameters() if p.requires_grad], 0.1).step()
+    moved = {k for k, v in body.state_dict().items() if not torch.equal(v, before[k])}
+    of_norms = {k for k in before if k.split(".")[-2][:2] == "bn" or ".downsample.1." in k}
+    trained = {k for k in of_norms if k.endswith(("weight", "bias")) and k[:8] != "stages.0"}
+    assert len(of_norms & before.keys()) > 60
+    assert of_norms & moved == (trained if norm == "eval_bn" else set())
+
+
+def test_from_scratch_eval_bn_is_groupnorm():
+    body = common.ResNetFPN("small", 8, weights="none", norm="eval_bn")
+    assert isinstance(body.stem[1], torch.nn.GroupNorm)
+
+
 NAMES = ["small", "resnet18", "resnet34", "resnet50", "resnext101_32x8d"]
 
 
@@ -318,7 +345,7 @@ def test_backbone_loads_and_freezes_weights(tmp_path):
     assert not any(p.requires_grad for p in body.stem.parameters())
     assert {n[0] for n, p in body.stages.named_parameters() if p.requires_grad} == {"1", "2", "3"}
     assert trained and isinstance(body.stem[1], torchvision.ops.FrozenBatchNorm2d)
-    with pytest.raises(common.BadInput, match="small, weights imagenet: .*nobody has trained it"):
+    with pytest.raises(common.BadInput, match="small, weights imagenet: .*has no weights"):
         common.ResNetFPN("small", 16)
     with pytest.raises(common.BadInput, match="resnet34"):
         common.ResNetFPN("resnet34", 16, weights=str(tmp_path / "r18.pth"))

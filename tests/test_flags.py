@@ -70,7 +70,7 @@ CHANGED = dict(
     proposals_train=10, proposals_test=5, score_threshold=0.13, nms_iou=0.2, reg_test=3,
     drp_samples=2, pool_norm=False, class_std=0.01, shared=True, soft_nms=False,
     soft_nms_iou=0.1, soft_nms_score=0.09, max_detections=2, masks=True, mask_channels=16,
-    metric_detections=(1, 5), metric_sides=(1, 8, 16),
+    metric_detections=(1, 5), metric_sides=(1, 8, 16), rpn_floor=1.0, legacy=("rounded_corners",),
 )  # fmt: skip
 
 # Flags that act only together with another one.
