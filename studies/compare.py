@@ -39,7 +39,14 @@ from common import BadInput
 from data.files import read_json
 from engine.checkpoints import as_saved, write_json
 from engine.settings import MAY_CHANGE_ON_RESUME, Settings, flag
-from studies.checkpoint import BASELINES, PAPERS, read_options, reported, settings_of
+from studies.checkpoint import (
+    BASELINES,
+    PAPERS,
+    read_options,
+    reported,
+    results_folder,
+    settings_of,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = ("AP", "AP50", "AP75", "AP90")
@@ -361,7 +368,7 @@ def main(argv=None) -> None:
         seeds = options.seeds or tuple(range(protocol.seeds))
         jobs = make_jobs(options.data, methods, seeds, root, flags)
         if jobs:
-            run_all(jobs, Path(options.out), results, options.jobs)
+            run_all(jobs, results_folder(options.out), results, options.jobs)
         if options.table:
             text = tables(read_results(results))
             (results / "tables.md").write_text(text)
