@@ -6,11 +6,13 @@ import dataclasses
 import signal
 import sys
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+import torch.distributed as dist
 import tyro
 
 import data
@@ -259,15 +261,38 @@ def run(name: str, settings_class: type[Settings], detector, argv: list[str] | N
         end_processes()
 
 
+def read_once(read: Callable[[], Any]) -> Any:
+    """What `read` returns in the first process, or raises; the others are sent that.
+
+    Reading the annotations of 100,000 images takes a minute and gigabytes. What is kept of them
+    does not.
+    """
+    found = None
+    if rank_and_world()[0] == 0:
+        try:
+            found = read()
+        except (BadInput, OSError) as e:
+            found = e
+    if rank_and_world()[1] > 1:
+        sent = [found]
+        dist.broadcast_object_list(sent)
+        found = sent[0]
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
 def load_data(settings: Settings, train: bool, categories=None):
     """(training set or None, validation set), with image files checked as `Run.check` asks."""
     check = settings.run.check
-    loaded = data.load(
-        settings.data,
-        seed=settings.run.seed,
-        masks=settings.model.masks,
-        train=train,
-        categories=categories,
+    loaded = read_once(
+        lambda: data.load(
+            settings.data,
+            seed=settings.run.seed,
+            masks=settings.model.masks,
+            train=train,
+            categories=categories,
+        )
     )
     for dataset in loaded:
         if isinstance(dataset, data.CocoDetection):
