@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from common import BadInput, check_image
+from data.coco import xywh_to_xyxy
 from data.masks import FAR
 from data.transforms import MaskCrops
 
@@ -77,11 +78,9 @@ def _are_categories(categories) -> bool:
     """Whether these are dicts with an id, unique and all of one kind, and a name."""
     if not isinstance(categories, (list, tuple)) or not categories:
         return False
-    if not all(isinstance(c, dict) and {"id", "name"} <= c.keys() for c in categories):
+    if not all(isinstance(c, dict) and isinstance(c.get("name"), str) for c in categories):
         return False
-    if not all(isinstance(c["name"], str) for c in categories):
-        return False
-    ids = [c["id"] for c in categories]
+    ids = [c.get("id") for c in categories]
     return _of_one_kind(ids) and len(set(ids)) == len(ids)
 
 
@@ -306,7 +305,7 @@ def _strange_objects(truth: dict, data) -> str:
     images = {image["id"] for image in truth["images"]}
     annotations = truth.get("annotations", [])
     for i in range(min(FIRST, len(data)) if annotations else 0):
-        _, target = data[i]
+        _, target = CheckedItems(data)[i]
         image_id, (h, w) = target["image_id"], target["size"]
         if image_id not in images:
             return f"it has no image {image_id!r}, which is item {i}"
@@ -315,15 +314,10 @@ def _strange_objects(truth: dict, data) -> str:
         boxes = target["boxes"].as_subclass(Tensor).float()
         for box, label, ignored in zip(boxes, target["labels"], target["ignore"]):
             category = data.categories[int(label)]
-            known = [_xyxy(a["bbox"]) for a in own if a["category_id"] == category["id"]]
-            others = torch.tensor(known, dtype=torch.float32).reshape(-1, 4)
-            apart = others.clamp(min=0).minimum(ends) - box.clamp(min=0).minimum(ends)
+            known = [_finite(a["bbox"]) for a in own if a["category_id"] == category["id"]]
+            others = xywh_to_xyxy(known).clamp(min=0).minimum(ends)
+            apart = others - box.clamp(min=0).minimum(ends)
             if not (ignored or (apart.abs().amax(1) <= CLOSE).any()):
                 shown = [round(v, 2) for v in box.tolist()]
                 return f"item {i} has a {category['name']!r} at {shown} (xyxy), coco() has none"
     return ""
-
-
-def _xyxy(bbox) -> list[float]:
-    x, y, w, h = map(float, bbox)
-    return [x, y, x + w, y + h]

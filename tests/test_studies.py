@@ -320,6 +320,19 @@ def test_bad_input_ends_with_a_reason(trained, name, argv, message, capsys):
     assert end.value.code == 2 and "error" in error.lower() and message in error
 
 
+def test_a_full_disk_is_noticed_before_the_work(tmp_path):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # larger files have no room
+    try:
+        with pytest.raises(common.BadInput, match="cannot write there: File too large"):
+            checkpoint.results_folder(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoint.results_folder(tmp_path / "new") == tmp_path / "new"
+    assert [*tmp_path.rglob("*")] == [tmp_path / "new"]  # nothing is left
+
+
 def test_errors_by_hand():
     """Two objects of one class, one of them missed; boxes on a like class, another, and nothing."""
     square = lambda x, side=50: [x, 0, side, 50]  # noqa: E731
