@@ -151,9 +151,8 @@ def attempt(argv: list[str], script: str = "d2det") -> str:
         return "fine"
     except SystemExit as e:
         said = errors.getvalue()
-        named = e.code == 2 and (
-            "error" in said.lower() or "invalid" in said.lower() or "─" in said
-        )
+        words = ("error", "invalid", "missing", "─")
+        named = e.code == 2 and any(word in said.lower() for word in words)
         return "refused" if named else f"silent: code {e.code}"
     except BaseException as e:  # whatever it is, a user would have seen a traceback
         return f"traceback: {type(e).__name__}: {e}"
@@ -325,9 +324,11 @@ def studies(count: Count, work: Path) -> None:
     from matplotlib.figure import Figure
 
     Figure.savefig = lambda figure, path, **_: Path(path).touch()  # drawing takes longest
+    # bn: GroupNorm refuses the single cell that the last level of one image of 64 px has
+    run = [*SMALL, *"--norm bn --train --steps 1 --workers 0".split()]
     for script in SCRIPTS:
-        run = [*SMALL, "--train", "--steps", "1", "--workers", "0", "--out", str(work / script)]
-        assert attempt(run, script) == "fine", script
+        done = attempt([*run, "--out", str(work / script)], script)
+        assert done == "fine", f"{script}: {done}"
     (work / "file").touch()
     for study in STUDIES:
         one_study(count, work, study)
@@ -336,7 +337,7 @@ def studies(count: Count, work: Path) -> None:
 def one_study(count: Count, work: Path, study: str) -> None:
     method, options = STUDIES[study]
     weights = str(work / method / "last.pt")
-    few = ["--num-val", "2", "--workers", "0", "--device", "cpu"]
+    few = "--num-val 2 --workers 0 --device cpu".split()
     base = {
         "bench": ["d2det"],
         "compare": ["d2det", "--seeds", "0"],
