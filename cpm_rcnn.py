@@ -41,7 +41,8 @@ Score and box. The class score does not depend on how well a box fits, and it be
 Where paper and release differ, the release made the numbers and decides:
     ISM and RSM learn from the boxes that enter the last stage. In the paper (Eq. 3, 3.3.2)
     they learn from the boxes that leave it.
-    All ground truth enters stages 2 and 3 as perfect RoIs. The paper does not mention it.
+    All ground truth enters stages 2 and 3 as perfect RoIs, here at most 100 objects an image,
+    so that memory is bounded. The paper does not mention it.
 docs/deviations.md lists all others. The variant of Table 3, ISM and RSM on Cascade R-CNN
 (`--base cascade`), is at the end of this file. "(3.4)" is a section of the paper, "(release)"
 a value seen in the release, "choice:" our own where neither decides.
@@ -251,9 +252,10 @@ def join(first: TrainingRois, second: TrainingRois) -> TrainingRois:
     return TrainingRois(**joined)
 
 
-def perfect_rois(objects: tuple[Tensor, ...]) -> TrainingRois:
-    """RoIs on all objects of a batch. objects: those of `common.pad_targets`."""
+def perfect_rois(objects: tuple[Tensor, ...], most: int = 100) -> TrainingRois:
+    """RoIs on the first `most` objects of each image. objects: those of `common.pad_targets`."""
     gt_boxes, gt_labels, gt_valid, _ = objects
+    gt_valid = gt_valid & (gt_valid.cumsum(1) <= most)  # choice: the release sets no limit
     image, gt = gt_valid.nonzero(as_tuple=True)
     boxes, labels = gt_boxes[image, gt], gt_labels[image, gt]
     is_gt = torch.ones_like(gt, dtype=torch.bool)
@@ -347,8 +349,6 @@ class GridDetector(FusedScoring):
         super().__init__(model, num_classes)
         cascade_rcnn.check_stages(model, "ratios", "stage_ious")
         C, width = model.fpn_channels, 9 * model.point_channels
-        if width % model.groups:
-            raise BadInput(f"--groups {model.groups} do not divide {width} channels")
         self.grids = nn.ModuleList(
             GridHead(C, model.point_channels, model.num_convs, model.groups, model.grid_init)
             for _ in range(model.num_stages)
@@ -371,7 +371,7 @@ class GridDetector(FusedScoring):
     ) -> tuple[dict[str, Tensor], TrainingRois, Tensor]:
         """Eq. 2's losses; the last stage's P RoIs, and their trunk features [P, ...].
 
-        cls's positives enter stage 1. The boxes drawn from them enter the next stage, with all
+        cls's positives enter stage 1. The boxes drawn from them enter the next stage, with
         ground truth. No box is drawn from a copy of ground truth (release).
         """
         model, weight = self.settings, self.settings.grid_weight

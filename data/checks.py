@@ -1,6 +1,7 @@
-"""Everything that looks for faults in data: annotation files, image files, and data sets.
+"""Everything that looks for faults in annotation files and image files.
 
-What cannot be used is `BadInput` before training starts, with the file and the reason.
+What cannot be used is `BadInput` before training starts, with the file and the reason. Data sets
+that others wrote are checked by `data.own`.
 """
 
 from __future__ import annotations
@@ -12,15 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from common import BadInput, check_image
+from common import BadInput
 from data.foreign import what_it_is
 from data.images import MAX_PIXELS, SWAPPED, open_image, orientation, rgb_tensor
 from data.masks import mask_problem
 from data.remembered import evidence, read_memory, remember
-from data.transforms import MaskCrops
 
 # ------------------------------------------------------------------------------ COCO annotations
 
@@ -208,129 +206,3 @@ def check_images(
         remember(dataset.source, verdicts)
     refuse_images(broken)
     return sum(skipped for skipped, _ in shares)
-
-
-# ------------------------------------------------------------------------------ data sets
-
-
-def check_dataset(data, what: str, scored: bool = False, masks: bool = False) -> None:
-    """Does a data set keep the contract? BadInput names everything that is missing or wrong.
-
-    Looks at its members and, closely, at its first four items. `what` ("training") names the
-    data set in the message. `scored`: it needs coco() too; `masks`: its targets need masks.
-    """
-    problems = _member_problems(data, scored)
-    if not problems:
-        for i in range(min(4, len(data))):
-            problems += [f"item {i}: {problem}" for problem in item_problems(data, i, masks)]
-    if problems:
-        name = f"the {what} data set ({type(data).__name__}; see data/contract.py)"
-        raise BadInput("\n  ".join([name, *problems]))
-
-
-def _member_problems(data, scored: bool) -> list[str]:
-    members = ["__len__", "__getitem__", "sizes", "categories"]
-    if scored:
-        members.append("coco")
-    missing = [f"has no {name}" for name in members if not hasattr(data, name)]
-    if missing:
-        return missing
-    problems = []
-    count = len(data)
-    try:
-        shape = list(np.shape(np.asarray(data.sizes, float)))
-    except (TypeError, ValueError):
-        problems.append(f"sizes are not (h, w) of each of its {count} images")
-    else:
-        if shape != [count, 2] or not count:
-            problems.append(f"sizes are {shape}, not (h, w) of each of its {count} images")
-    if not _are_categories(data.categories):
-        problems.append("categories are not a list of dicts of id and name, one a class")
-    return problems
-
-
-def _are_categories(categories) -> bool:
-    if not isinstance(categories, (list, tuple)) or not categories:
-        return False
-    return all(isinstance(c, dict) and {"id", "name"} <= c.keys() for c in categories)
-
-
-def item_problems(data, index: int, masks: bool = False) -> list[str]:
-    """What is wrong with an item of a data set, for `check_dataset`."""
-    needed = {"boxes", "labels", "ignore", "image_id", "size"}
-    if masks:
-        needed.add("masks")
-    try:
-        image, target = data[index]
-        check_image(image)
-        missing = needed - set(target)
-    except BadInput as e:
-        return [str(e)]
-    except (TypeError, ValueError) as e:
-        return [f"is not (image, target): {e}"]
-    if missing:
-        return [f"its target has no {', '.join(sorted(missing))}"]
-    wrong_types = [k for k in ("boxes", "labels", "ignore") if not isinstance(target[k], Tensor)]
-    if wrong_types:
-        return [f"{', '.join(wrong_types)}: not a tensor"]
-    h, w = map(int, data.sizes[index])
-    labels = target["labels"]
-    G = len(labels) if labels.ndim else -1
-    problems = _object_problems(target, G) + _size_problems(image, target, h, w)
-    if masks and not isinstance(target["masks"], MaskCrops):
-        problems += _mask_problems(target["masks"], [G, h, w])
-    return problems + label_problems(labels, len(data.categories))
-
-
-def _object_problems(target: dict, G: int) -> list[str]:
-    boxes, labels, ignore = target["boxes"], target["labels"], target["ignore"]
-    problems = []
-    if boxes.shape != (G, 4):
-        problems.append(f"boxes are {list(boxes.shape)}, not [G, 4]")
-    elif not (boxes[:, 2:] >= boxes[:, :2]).all():
-        problems.append("boxes are not (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2")
-    if labels.dtype != torch.long or labels.ndim != 1:
-        problems.append("labels are not [G] of torch.long")
-    if ignore.dtype != torch.bool or ignore.shape != (G,):
-        problems.append("ignore is not [G] of torch.bool")
-    return problems
-
-
-def _size_problems(image: Tensor, target: dict, h: int, w: int) -> list[str]:
-    size, image_id = target["size"], target["image_id"]
-    problems = []
-    if image.shape[1:] != (h, w):
-        actual = f"{image.shape[1]}x{image.shape[2]}"
-        problems.append(f"is {actual} px, sizes says {h}x{w} (h x w)")
-    if not isinstance(size, (tuple, list)) or tuple(size) != (h, w):
-        problems.append(f"size is {size}, sizes says {h}x{w} (h x w)")
-    if not isinstance(image_id, (int, str)):
-        problems.append("image_id is neither a number nor a string")
-    return problems
-
-
-def _mask_problems(masks, shape: list[int]) -> list[str]:
-    if not isinstance(masks, Tensor):
-        return [f"masks are {type(masks).__name__}, not a tensor"]
-    if list(masks.shape) == shape and masks.dtype == torch.bool:
-        return []
-    wanted = f"[G, h, w] = {shape} of torch.bool"
-    return [f"masks are {list(masks.shape)} of {masks.dtype}, not {wanted}"]
-
-
-def label_problems(labels: Tensor, num_classes: int) -> list[str]:
-    """Labels outside 0..K-1: K itself is the background, and would train as such unnoticed."""
-    wrong = labels[(labels < 0) | (labels >= num_classes)].unique().tolist()
-    if not wrong:
-        return []
-    problem = f"labels are 0..{num_classes - 1} for {num_classes} categories, here is {wrong}"
-    if wrong == [num_classes]:
-        problem += "; torchvision's start at 1, with 0 for the background"
-    return [problem]
-
-
-def check_labels(targets: list[dict], num_classes: int) -> None:
-    """BadInput if a label of a batch, still on the host, is that of no class."""
-    for target in targets:
-        for problem in label_problems(target["labels"], num_classes):
-            raise BadInput(f"image {target['image_id']}: {problem}")

@@ -25,7 +25,8 @@ from torchvision import tv_tensors
 class DetectionDataset(Protocol):
     """Any torch Dataset with these members can be trained on and evaluated.
 
-    Nothing else is required; `data.checks.check_dataset` verifies it before the first step.
+    Nothing else is required. Members, coco() and the first items are checked before the first
+    step, every other item as it is drawn (`data.own`).
     """
 
     def __len__(self) -> int: ...

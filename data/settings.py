@@ -27,7 +27,7 @@ Amount = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
 HeldOut = Annotated[float, Range(0.001, 0.999)]
 Side = Annotated[int, Range(32, 2**31 - 1)]  # of an image, px
-Sides = Annotated[tuple[Natural, ...], Range(1)]  # at least one, in px
+Sides = Annotated[tuple[Side, ...], Range(1)]  # at least one
 
 
 @dataclass

@@ -40,10 +40,8 @@ def _flip_masks(masks, *_, **__):
 def as_transformed(target: dict, size: tuple[int, int]) -> dict:
     """A copy of a target whose boxes and masks v2 transforms move with the image."""
     target = dict(target)
-    boxes = target["boxes"]
-    if not isinstance(boxes, tv_tensors.BoundingBoxes):
-        boxes = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-        target["boxes"] = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)
+    boxes = torch.as_tensor(target["boxes"], dtype=torch.float32).reshape(-1, 4)
+    target["boxes"] = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)
     masks = target.get("masks")
     if masks is not None and not isinstance(masks, MaskCrops):
         crops = crop_bitmaps(masks.as_subclass(Tensor), boxes.as_subclass(Tensor))

@@ -6,11 +6,13 @@ import dataclasses
 import signal
 import sys
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+import torch.distributed as dist
 import tyro
 
 import data
@@ -27,6 +29,7 @@ from engine.checkpoints import (
     script_name,
     start_from,
 )
+from engine.detector import build_detector
 from engine.export import export_file
 from engine.metrics import evaluate, show_metrics, show_per_class
 from engine.predict import predict_files
@@ -194,7 +197,7 @@ def parse(
         source = weights
     if source:
         places_given = any(getattr(flags.data, k) != getattr(Data(), k) for k in PLACES[:3])
-        settings = saved_settings(settings_class, source, settings, places_given)
+        settings = saved_settings(name, settings_class, source, settings, places_given)
         if row:
             own_test = {k: v for k, v in row.items() if hasattr(settings.test, k)}
             settings = settings.replace(**own_test)
@@ -211,18 +214,32 @@ def parse(
 
 
 def saved_settings(
-    settings_class: type[Settings], source, given: Settings, places_given: bool
+    name: str, settings_class: type[Settings], source, given: Settings, places_given: bool
 ) -> Settings:
-    """A checkpoint's or config.json's settings, but for what belongs to this machine."""
+    """A checkpoint's or config.json's settings, but for what belongs to this machine.
+
+    Raises BadInput for the checkpoint of another script. Its weights might fit, and would then be
+    tested or trained further as another method than the one that made them.
+    """
     if str(source).endswith(".json"):  # of a run that was killed before its first checkpoint
         saved = settings_class.from_dict(read_json(source))
     else:
-        saved = settings_class.from_dict(load_checkpoint(source)["settings"])
+        state = load_checkpoint(source)
+        made_by = str(state.get("method", name)).rpartition(".")[2]  # older ones do not say
+        if made_by != name and {made_by, name} <= script_names():
+            raise BadInput(f"{source}: a checkpoint of {made_by}, not of {name}")
+        saved = settings_class.from_dict(state["settings"])
     machine = {k: getattr(Run(), k) for k in ("out", "device", "workers", "check", "compile")}
     saved = saved.replace(**machine)
     if places_given:
         saved = saved.replace(**{k: getattr(given.data, k) for k in PLACES})
     return saved
+
+
+def script_names() -> set[str]:
+    """The scripts of this project: the papers', which have rows, and the baselines."""
+    files = [*ROWS.glob("*.toml"), *(ROWS.parent / "baselines").glob("*.py")]
+    return {file.stem for file in files}
 
 
 # ------------------------------------------------------------------------------ running
@@ -253,15 +270,38 @@ def run(name: str, settings_class: type[Settings], detector, argv: list[str] | N
         end_processes()
 
 
+def read_once(read: Callable[[], Any]) -> Any:
+    """What `read` returns in the first process, or raises; the others are sent that.
+
+    Reading the annotations of 100,000 images takes a minute and gigabytes. What is kept of them
+    does not.
+    """
+    found = None
+    if rank_and_world()[0] == 0:
+        try:
+            found = read()
+        except (BadInput, OSError) as e:
+            found = e
+    if rank_and_world()[1] > 1:
+        sent = [found]
+        dist.broadcast_object_list(sent)
+        found = sent[0]
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
 def load_data(settings: Settings, train: bool, categories=None):
     """(training set or None, validation set), with image files checked as `Run.check` asks."""
     check = settings.run.check
-    loaded = data.load(
-        settings.data,
-        seed=settings.run.seed,
-        masks=settings.model.masks,
-        train=train,
-        categories=categories,
+    loaded = read_once(
+        lambda: data.load(
+            settings.data,
+            seed=settings.run.seed,
+            masks=settings.model.masks,
+            train=train,
+            categories=categories,
+        )
     )
     for dataset in loaded:
         if isinstance(dataset, data.CocoDetection):
@@ -320,7 +360,7 @@ def execute(command: Command, settings: Settings, detector, device: torch.device
     model_settings = settings.model
     if state or (command.resume and (out / "last.pt").exists()):
         model_settings = model_settings.without_download()
-    model = detector(model_settings, len(categories)).to(device)
+    model = build_detector(detector, model_settings, len(categories)).to(device)
     if state and command.train:
         start_from(model, state, command.weights, categories, detector)
     elif state:

@@ -24,15 +24,18 @@ from scratch, and "random" is for weights that a checkpoint brings.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from common import ResNetFPN, padded_size
+from common import BadInput, ResNetFPN, padded_size
 from engine.deformable import make_deformable
 from engine.legacy import caffe_backbone
-from engine.settings import Model, Test
+from engine.settings import Model, Test, flag
 
 
 class BaseDetector(nn.Module):
@@ -99,6 +102,18 @@ class BaseDetector(nn.Module):
             several = isinstance(part, (nn.ModuleList, nn.ModuleDict))
             for module in part.children() if several else [part]:
                 getattr(module, "trunk", module).compile(**{"dynamic": True, **options})
+
+
+def build_detector(detector: Callable[..., Any], model: Model, num_classes: int) -> Any:
+    """detector(model, num_classes). Raises BadInput for widths that no network can have."""
+    try:
+        return detector(model, num_classes)
+    except BadInput:
+        raise
+    except ValueError as e:  # of a GroupNorm or a convolution
+        widths = {k: v for k, v in vars(model).items() if "groups" in k or "channels" in k}
+        flags = " ".join(flag(k, v) for k, v in widths.items())
+        raise BadInput(f"no network can be built with {flags}: {e}") from e
 
 
 @torch.no_grad()

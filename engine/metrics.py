@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common import BadInput
 from data import DetectionDataset
 from data.masks import encode_mask, paste_mask
+from data.own import CheckedItems, checked_truth
 from data.transforms import TestImages
 from data.uavdt import UAVDT, uavdt_ap
 from data.voc import voc07_ap
@@ -238,7 +241,13 @@ def complete_truth(truth: dict) -> dict:
     """
     truth = copy.deepcopy(truth)
     truth["annotations"] = [
-        {"area": a["bbox"][2] * a["bbox"][3], "iscrowd": 0, **a, "id": number}
+        {
+            "area": a["bbox"][2] * a["bbox"][3],
+            "iscrowd": 0,
+            **a,
+            "bbox": [*a["bbox"]],  # it takes no tuples
+            "id": number,
+        }
         for number, a in enumerate(truth.get("annotations", []), 1)
     ]
     return truth
@@ -259,18 +268,18 @@ def evaluate(
     callers that evaluate often.
     """
     results: list[dict] = []
-    seen = 0
-    for target, found in detect(model, data, settings):
+    seen = []
+    if truth is None and rank_and_world()[0] == 0:
+        truth = checked_truth(data)
+    for target, found in detect(model, CheckedItems(data), settings):
         results += to_coco(target["image_id"], found, data.categories, target["size"])
-        seen += 1
+        seen.append(target["image_id"])
     shares = gather((results, seen))
     metrics = None
     if rank_and_world()[0] == 0:
+        check_ids([image_id for _, ids in shares for image_id in ids], truth)
         results = [r for share, _ in shares for r in share]
         results.sort(key=lambda r: r["image_id"])  # the same file from any number of processes
-        counts = [n for _, n in shares]
-        assert sum(counts) == len(data), f"{counts} images evaluated, the set has {len(data)}"
-        truth = data.coco() if truth is None else truth
         test = settings.test
         metrics = coco_metrics(truth, results, test.metric_detections, test.metric_sides)
         known = all(a.get("segmentation") for a in truth.get("annotations", []))
@@ -286,6 +295,16 @@ def evaluate(
             with drawing(picture):
                 draw_grid(data, results, test.draw_score, picture)
     return gather(metrics)[0]
+
+
+def check_ids(image_ids: list, truth: dict) -> None:
+    """Raise BadInput unless these are the images of a ground truth, each of them once."""
+    known = {image["id"] for image in truth["images"]}
+    for image_id, count in Counter(image_ids).items():
+        if image_id not in known or count > 1:
+            why = f"{count} items have it" if count > 1 else "coco() has no such image"
+            raise BadInput(f"image_id {image_id!r}: {why}")
+    assert len(image_ids) == len(known), f"{len(image_ids)} images evaluated of {len(known)}"
 
 
 def show_metrics(metrics: dict) -> str:

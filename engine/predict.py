@@ -30,6 +30,7 @@ from engine.checkpoints import (
     set_aside,
     write_json,
 )
+from engine.detector import build_detector
 from engine.metrics import detect, to_coco
 from engine.pictures import draw, drawing
 from engine.processes import find_device, gather, print_once, progress, rank_and_world
@@ -220,6 +221,6 @@ def load(path: str | Path, device: str = "auto", method=None, **changes) -> Load
     except BadInput as e:
         raise BadInput(f"{path}: {e}") from e
     settings = dataclasses.replace(settings, model=settings.model.without_download())
-    model = script.Detector(settings.model, len(state["categories"]))
+    model = build_detector(script.Detector, settings.model, len(state["categories"]))
     load_weights(model, state, path)
     return LoadedDetector(model.to(where), settings, state["categories"])

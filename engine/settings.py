@@ -63,6 +63,13 @@ class Test(Checked):
     # where small, medium and large begin: roots of areas in px (COCO)
     metric_sides: Annotated[tuple[Amount, ...], Range(3, 3)] = (0.0, 32.0, 96.0)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("metric_detections", "metric_sides"):
+            values = getattr(self, name)
+            if list(values) != sorted(set(values)):
+                raise BadInput(f"{flag(name, values)}: each must be larger than the one before it")
+
     @property
     def several_views(self) -> bool:
         """Whether detections of several views of an image are merged."""

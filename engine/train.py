@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from common import BadInput
-from data.checks import check_dataset, check_labels
+from data.own import CheckedItems, check_dataset, checked_truth
 from data.transforms import TrainingImages
 from engine.checkpoints import RunLog, RunState, as_saved, resume_or_start, save_run, write_json
 from engine.loader import (
@@ -181,11 +181,12 @@ def describe(settings: Settings, batches: TrainBatches, num_images: int, model, 
 class Evaluations:
     """When a run is evaluated, and what follows: the log, the pictures, best.pt."""
 
-    def __init__(self, model, val_data, settings: Settings, out: Path, log: RunLog, total: int):
+    def __init__(
+        self, model, val_data, truth, settings: Settings, out: Path, log: RunLog, total: int
+    ):
         self.model, self.data, self.settings = model, val_data, settings
-        self.out, self.log = out, log
+        self.truth, self.out, self.log = truth, out, log
         self.metrics: dict[str, Any] = {}
-        self.truth = val_data.coco() if val_data is not None and rank_and_world()[0] == 0 else None
         every, times = settings.run.eval_every, settings.run.eval_times
         self.steps = {round(total * i / times) for i in range(1, times)}
         if every:
@@ -211,15 +212,26 @@ class Evaluations:
             save(self.out / "best.pt")
 
 
-def check_data(model: nn.Module, settings: Settings, train_data, val_data) -> None:
-    """Raise BadInput if the data are not what training needs, or not of the model's classes."""
+def check_data(model: nn.Module, settings: Settings, train_data, val_data) -> dict | None:
+    """Raise BadInput if the data are not what training needs, or not of the model's classes.
+
+    Returns the ground truth of the validation data, in the first process alone.
+    """
+    truth = None
     check_dataset(train_data, "training", masks=settings.model.masks)
     if val_data is not None:
         check_dataset(val_data, "validation", scored=True)
+        names = [[c["name"] for c in data.categories] for data in (train_data, val_data)]
+        if names[0] != names[1]:
+            those = f"the validation data have the categories {names[1]}"
+            raise BadInput(f"{those}, the training data {names[0]}: not the same in the same order")
+        if rank_and_world()[0] == 0:
+            truth = checked_truth(val_data)
     num_classes = len(train_data.categories)
     if getattr(model, "num_classes", num_classes) != num_classes:
         made_for = f"the detector is made for {model.num_classes} classes"
         raise BadInput(f"{made_for}, the training data have {num_classes}")
+    return truth
 
 
 def length(run: Run, per_epoch: int) -> int:
@@ -245,7 +257,7 @@ def train(
     `data.DetectionDataset`; BadInput says what one lacks.
     """
     out, device, run = Path(out), next(model.parameters()).device, settings.run
-    check_data(model, settings, train_data, val_data)
+    truth = check_data(model, settings, train_data, val_data)
     rank, world = rank_and_world()
     batch = per_process_batch(run) * world
     batches = TrainBatches(train_data.sizes, batch // world, run.seed)
@@ -266,12 +278,16 @@ def train(
         write_json(out / "config.json", as_saved(derived))
     print_once(describe(settings, batches, len(train_data), model, device))
     images = TrainingImages(
-        train_data, settings.data.scales, settings.data.max_size, settings.data.flip, run.seed
+        CheckedItems(train_data, settings.model.masks),
+        settings.data.scales,
+        settings.data.max_size,
+        settings.data.flip,
+        run.seed,
     )
     loader = make_loader(images, run.workers, device, batch_sampler=batches)
     bar = progress(None, "training", batches.total)
     bar.update(batches.start)
-    evaluations = Evaluations(model, val_data, settings, out, log, batches.total)
+    evaluations = Evaluations(model, val_data, truth, settings, out, log, batches.total)
 
     def save(path: Path) -> None:
         watch.check()
@@ -283,7 +299,6 @@ def train(
     logged, clock = state.step, time.perf_counter()
     with signals_collected() as signals, contextlib.closing(bar), batches_of(loader) as iterator:
         for step, items in enumerate(iterator, batches.start + 1):
-            check_labels([target for _, target in items], len(train_data.categories))
             model.train()
             rate = learning_rate(run, step - 1, batches.total, step_images)
             losses, norm, image_ids = take_step(wrapped, optimizer, rate, items, run, device)

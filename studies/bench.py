@@ -16,7 +16,6 @@ import time
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -34,6 +33,7 @@ from common import BadInput, ResNetFPN, clip_boxes, make_norm
 from data import SyntheticDetection
 from engine.checkpoints import write_json
 from engine.deformable import make_deformable
+from engine.detector import build_detector
 from engine.loader import to_device
 from engine.processes import (
     autocast,
@@ -45,7 +45,14 @@ from engine.processes import (
     start_processes,
 )
 from engine.settings import Settings
-from studies.checkpoint import METHODS, read_options, reported, script_of, settings_of
+from studies.checkpoint import (
+    METHODS,
+    read_options,
+    reported,
+    results_folder,
+    script_of,
+    settings_of,
+)
 from studies.cost import flop_counter
 
 
@@ -188,11 +195,12 @@ def main(argv=None) -> list[dict]:
         options, flags = read_options("bench", BenchOptions, __doc__, argv)
         if options.repeat < 1:
             raise BadInput(f"--repeat {options.repeat}: at least 1")
+        out = results_folder(options.out or f"runs/{options.method}/studies")
         settings = settings_of(options.method, ["--preset", "paper", *flags])
         device = start_processes(settings.run.device)
         torch.manual_seed(settings.run.seed)
         script = script_of(options.method)
-        model = script.Detector(settings.model.without_download(), 80).to(device)
+        model = build_detector(script.Detector, settings.model.without_download(), 80).to(device)
         if settings.run.compile:
             model.compile_parts()
         rows = bench(model, settings, 80, device, options.repeat)
@@ -209,7 +217,6 @@ def main(argv=None) -> list[dict]:
             if r["waits"] is not None:
                 line += f"  waits: {r['waits']}"
             print_once(line)
-        out = Path(options.out or f"runs/{options.method}/studies")
         if rank_and_world()[0] == 0:
             write_json(out / "bench.json", {"where": where, "rows": rows})
         return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,8 +17,9 @@ from torch.utils.data import Dataset
 
 from common import BadInput
 from data.transforms import TestImages
-from engine.checkpoints import load_checkpoint, load_weights
+from engine.checkpoints import check_folder, load_checkpoint, load_weights
 from engine.command import load_data, parse
+from engine.detector import build_detector
 from engine.processes import end_processes, start_processes
 from engine.settings import Settings
 
@@ -30,6 +32,7 @@ BASELINES = {
     "dc_loss_clnms": ["--no-iac", "--no-dc-loss", "--nms", "plain"],
 }
 PAPERS = tuple(BASELINES)
+TRIAL = 2**20  # bytes; choice: about as much as a study writes
 METHODS = (*PAPERS, "faster_rcnn", "cascade_rcnn", "retinanet", "gfl")
 
 
@@ -81,6 +84,20 @@ def read_options(name: str, options_class, about: str, argv=None):
     )
 
 
+def results_folder(out: str | Path) -> Path:
+    """The folder, made if need be. Raises BadInput if results cannot be written there.
+
+    Every study calls this first: it may compute for minutes, and writes at the end.
+    """
+    check_folder(Path(out))
+    try:
+        with tempfile.TemporaryFile(dir=out) as file:  # an empty file fits on a full disk
+            file.write(bytes(TRIAL))
+    except OSError as e:
+        raise BadInput(f"--out {out}: cannot write there: {e.strerror}") from e
+    return Path(out)
+
+
 def open_model(options: Options, flags: list[str]) -> Study:
     """The detector in a checkpoint, under the flags given; no images yet."""
     script = script_of(options.method)
@@ -90,13 +107,12 @@ def open_model(options: Options, flags: list[str]) -> Study:
         raise BadInput("a study neither trains nor predicts: it looks at --weights")
     if not command.weights:
         raise BadInput(f"this needs --weights (there is no {settings.run.out}/last.pt)")
-    out = Path(options.out or Path(command.weights).parent / "studies")
-    if out.exists() and not out.is_dir():
-        raise BadInput(f"--out {out}: a file has that name")
+    out = results_folder(options.out or Path(command.weights).parent / "studies")
     device = start_processes(settings.run.device)
     torch.manual_seed(settings.run.seed)
     state = load_checkpoint(command.weights)
-    model = script.Detector(settings.model.without_download(), len(state["categories"]))
+    num_classes = len(state["categories"])
+    model = build_detector(script.Detector, settings.model.without_download(), num_classes)
     load_weights(model, state, command.weights)
     model = model.to(device).eval()
     return Study(model, settings, state["categories"], command.weights, out)
@@ -128,8 +144,9 @@ def reported():
     """End the program with one line for bad input, and leave torchrun's other processes."""
     try:
         yield
-    except (BadInput, FloatingPointError) as e:
-        print(f"error: {e}", file=sys.stderr)
+    except (BadInput, FloatingPointError, OSError) as e:
+        # a loader's worker puts its whole traceback into the message; the reason ends it
+        print(f"error: {str(e).rpartition('BadInput: ')[2].strip()}", file=sys.stderr)
         sys.exit(2)
     finally:
         end_processes()

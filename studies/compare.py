@@ -44,7 +44,14 @@ from engine.checkpoints import as_saved, write_json
 from engine.command import load_data
 from engine.metrics import coco_metrics
 from engine.settings import MAY_CHANGE_ON_RESUME, Settings, flag
-from studies.checkpoint import BASELINES, PAPERS, read_options, reported, settings_of
+from studies.checkpoint import (
+    BASELINES,
+    PAPERS,
+    read_options,
+    reported,
+    results_folder,
+    settings_of,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = ("AP", "AP50", "AP75", "AP90")
@@ -484,7 +491,7 @@ def main(argv=None) -> None:
         seeds = options.seeds or tuple(range(protocol.seeds))
         jobs = make_jobs(options.data, methods, seeds, root, flags)
         if jobs:
-            run_all(jobs, Path(options.out), results, options.jobs)
+            run_all(jobs, results_folder(options.out), results, options.jobs)
         if options.table:
             found = tables(read_results(results))
             for page in options.pages:

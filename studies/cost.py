@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -22,7 +21,16 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from common import BadInput
 from engine.checkpoints import write_json
-from studies.checkpoint import BASELINES, PAPERS, read_options, reported, script_of, settings_of
+from engine.detector import build_detector
+from studies.checkpoint import (
+    BASELINES,
+    PAPERS,
+    read_options,
+    reported,
+    results_folder,
+    script_of,
+    settings_of,
+)
 
 
 @dataclass
@@ -50,7 +58,7 @@ def cost(name: str, flags: list[str], size: tuple[int, int]) -> tuple[float, flo
     """Millions of parameters and 10^9 multiply-adds of a prediction, under these flags."""
     settings = settings_of(name, ["--preset", "paper", *flags])
     torch.manual_seed(0)
-    model = script_of(name).Detector(settings.model.without_download(), 80).eval()
+    model = build_detector(script_of(name).Detector, settings.model.without_download(), 80).eval()
     test = dataclasses.replace(settings.test, score_threshold=0.0)
     with torch.no_grad(), flop_counter() as counter:
         model.predict([torch.randint(0, 256, (3, *size), dtype=torch.uint8)], test)
@@ -63,6 +71,7 @@ def main(argv=None) -> dict[str, dict]:
         options, flags = read_options("cost", CostOptions, __doc__, argv)
         if min(options.image) < 32:
             raise BadInput(f"--image {options.image}: at least 32")
+        out = results_folder(options.out)
         costs = {}
         print("| | parameters, M | multiply-adds, G | over the baseline |")
         print("|---|---|---|---|")
@@ -73,7 +82,7 @@ def main(argv=None) -> dict[str, dict]:
             for label, numbers, extra in ((f"{name}, baseline", base, ""), (name, own, more)):
                 print(f"| {label} | {numbers[0]:.1f} | {numbers[1]:.0f} | {extra} |", flush=True)
                 costs[label] = dict(zip(("million_parameters", "giga_multiply_adds"), numbers))
-        write_json(Path(options.out) / "cost.json", costs)
+        write_json(out / "cost.json", costs)
         return costs
 
 

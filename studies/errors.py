@@ -105,6 +105,8 @@ def draw_errors(curves: dict[str, np.ndarray], path: Path) -> None:
 def main(argv=None) -> dict:
     with reported():
         options, flags = read_options("errors", Options, __doc__, argv)
+        if not options.show:
+            raise BadInput("--show: what? all, or names of classes")
         study = open_study(options, flags)
         truth, results = study.data.coco(), []
         names = {"all", *(c["name"] for c in truth["categories"])}

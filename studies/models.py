@@ -34,7 +34,14 @@ from engine.metrics import evaluate, show_table
 from engine.pictures import new_figure, percent
 from engine.processes import print_once, rank_and_world
 from studies import checkpoint
-from studies.checkpoint import METHODS, Study, open_study, read_options, reported
+from studies.checkpoint import (
+    METHODS,
+    Study,
+    open_study,
+    read_options,
+    reported,
+    results_folder,
+)
 from studies.sweep import draw_by_setting, metrics_under
 
 DRAWN = "AP AP50 AP60 AP70 AP75 AP80 AP90 AP_small AP_medium AP_large".split()
@@ -221,9 +228,7 @@ def main(argv=None) -> dict[str, dict]:
     with reported():
         options, flags = read_options("models", Options, __doc__, argv)
         files = name_models(options)
-        out = Path(options.out or next(iter(files.values())).parent / "studies")
-        if out.exists() and not out.is_dir():
-            raise BadInput(f"--out {out}: a file has that name")
+        out = results_folder(options.out or next(iter(files.values())).parent / "studies")
         draw = lines if options.what == "lines" else lambdas
         return draw(files, flags, out)
 

@@ -138,6 +138,24 @@ def test_what_enters_each_stage(monkeypatch):
     assert 0 < gts_in[0] <= 4 and gts_in[1] == len(gts)  # of the sampled ones; of those added
 
 
+def test_thousands_of_objects_do_not_all_enter_a_stage(monkeypatch):
+    seen, original = [], method.grid_targets
+    monkeypatch.setattr(
+        method, "grid_targets", lambda boxes, *rest: seen.append(boxes) or original(boxes, *rest)
+    )
+    model, (images, targets) = make(), batch(2)
+    corner = torch.rand(600, 2) * 60
+    many = dict(boxes=torch.cat([corner, corner + 20], 1), labels=torch.arange(600) % 10)
+    targets[0] = {**targets[0], **many, "ignore": torch.arange(600) < 50}
+    sum(model.loss(images, targets).values()).backward()
+    assert len(seen) == 3
+    entering = 2 * model.settings.grid_rois  # of the stage before
+    assert all(len(boxes) <= entering + 100 + len(targets[1]["boxes"]) for boxes in seen)
+    # the first hundred objects of the full image that are no crowd, and all of the other
+    expected = torch.cat([many["boxes"][50:150], targets[1]["boxes"]])
+    assert torch.equal(seen[2][-len(expected) :], expected)
+
+
 def test_a_batch_of_two_equals_two_singles():
     model, (images, _) = sure(make()).eval(), batch()
     for image, both in zip(images, model.predict(images)):
@@ -260,8 +278,6 @@ def test_an_image_that_is_all_crowd_trains():
 def test_impossible_stages_are_refused():
     with pytest.raises(common.BadInput, match="no ISM"):
         make(ism_use="replace", test_stage=1)
-    with pytest.raises(common.BadInput, match="--groups"):
-        make(point_channels=3, groups=36)
     for changes in (dict(num_stages=4), dict(num_stages=0), dict(num_stages=2, test_stage=3)):
         with pytest.raises(common.BadInput, match="stage"):
             make(**changes)

@@ -21,8 +21,8 @@ import engine
 import iou_aware_retinanet as method
 from common import BadInput
 from data import SyntheticDetection
-from data.checks import check_dataset
 from data.images import read_image
+from data.own import check_dataset
 from data.transforms import TrainingImages
 from engine.checkpoints import find_script, load_checkpoint, save_checkpoint
 from engine.metrics import coco_metrics
@@ -377,7 +377,7 @@ def test_a_label_that_is_wrong_later_stops_training_with_its_image(tmp_path):
             return image, {**target, "labels": target["labels"] + (10 if index > 3 else 0)}
 
     model, settings = small(10, steps=20, scales=(64,))
-    with pytest.raises(BadInput, match=r"image \d+: labels are 0\.\.9 for 10 categories"):
+    with pytest.raises(BadInput, match=r"item \d+ of Late.*: labels are 0\.\.9 for 10 categories"):
         engine.train(model, settings, Late(12, 64), None, tmp_path / "r")
 
 

@@ -23,6 +23,7 @@ from test_cli import ROOT, TINY_RUN
 import d2det
 import dc_loss_clnms
 import engine.command
+from common import BadInput
 from data import SyntheticDetection
 from data.transforms import as_transformed
 from engine.checkpoints import load_checkpoint
@@ -117,6 +118,27 @@ def stopped(rank: int, pid: int, *argv) -> None:
     module.take_step = original
 
 
+def data_read_once(rank: int, out: Path) -> None:
+    """The first process alone reads annotations. Both have the same set, or the same reason."""
+    photo = SyntheticDetection(1, 64)[0][0].permute(1, 2, 0).numpy()
+    reads, files, original = [], out / f"photos{rank}", engine.command.data.load
+    if rank == 0:  # of the other process it does not exist
+        files.mkdir()
+        Image.fromarray(photo).save(files / "1.png")
+        truth = dict(images=[dict(id=1, file_name="1.png")], categories=[dict(id=3, name="a")])
+        truth["annotations"] = [dict(image_id=1, category_id=3, bbox=[1, 2, 30, 40])]
+        (files / "a.json").write_text(json.dumps(truth))
+    engine.command.data.load = lambda *a, **k: reads.append(1) or original(*a, **k)
+    place = dict(val_json=f"{files}/a.json", val_images=f"{files}", check="none")
+    _, data = engine.command.load_data(d2det.Settings().replace(**place), train=False)
+    assert reads == [1] * (rank == 0)
+    assert data[0][1]["boxes"].tolist() == [[1, 2, 31, 42]] and data.categories[0]["id"] == 3
+    with pytest.raises(BadInput, match="photos0/nothing: no such folder"):
+        place["val_images"] += "/nothing"
+        engine.command.load_data(d2det.Settings().replace(**place), train=False)
+    engine.command.data.load = original
+
+
 def studied(weights: Path, out: Path) -> None:
     """A sweep, the alignment of two checkpoints, and the anchors that the IAC score adds."""
     argv = ["dc_loss_clnms", "--weights", f"{weights}/last.pt", "--out", f"{out}"]
@@ -131,6 +153,7 @@ def program(out: Path) -> None:
     start_processes("cpu")
     rank = torch.distributed.get_rank()
     gradients(rank, out)
+    data_read_once(rank, out)
     run = ["--steps", "8", "--out", f"{out}/r"]
     stopped(1, os.getpid(), *run)  # of one process: both end, with a checkpoint
     if rank == 0:

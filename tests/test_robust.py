@@ -1,6 +1,7 @@
 """What goes wrong outside of a laboratory: broken files, full disks, kills, odd flags. No hang, no
 traceback, nothing silent."""
 
+import importlib
 import io
 import json
 import os
@@ -409,6 +410,40 @@ def test_flags_out_of_range_are_refused_by_name(given, capsys):
     text = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert e.value.code == 2 and given.split()[0] in text, text
     assert any(word in text for word in ("at least", "at most", "finite")), text
+
+
+@pytest.mark.parametrize("name, given", [
+    ("d2det", "--groups 5"),
+    ("d2det", "--conv-channels 100"),
+    ("cpm_rcnn", "--groups 5"),
+    ("baselines.gfl", "--tower-groups 3"),
+    ("d2det", "--metric-sides 96 32 0"),
+    ("d2det", "--metric-detections 100 10"),
+    ("d2det", "--test-scales 1"),
+])  # fmt: skip
+def test_networks_and_tests_that_cannot_be_are_refused_by_name(name, given, tmp_path, capsys):
+    small = "--num-train 4 --num-val 2 --steps 1 --device cpu --workers 0".split()
+    with pytest.raises(SystemExit) as e:
+        importlib.import_module(name).main(
+            ["--train", "--out", f"{tmp_path}", *small, *given.split()]
+        )
+    text = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert e.value.code == 2 and given.split()[0] in text and "error" in text.lower(), text
+
+
+def test_the_checkpoint_of_another_script_is_refused(whole, tmp_path, capsys):
+    state = load_checkpoint(whole[0] / "last.pt")
+    for made_by, name in (("d2det", "double_head"), ("baselines.faster_rcnn", "d2det")):
+        save_checkpoint(tmp_path / "last.pt", {**state, "method": made_by})
+        for action in (["--eval"], ["--train", "--resume"]):
+            with pytest.raises(SystemExit) as e:
+                weights = ["--weights", f"{tmp_path}/last.pt"] if action == ["--eval"] else []
+                importlib.import_module(name).main([*action, *weights, "--out", f"{tmp_path}"])
+            text, made_by = capsys.readouterr().err, made_by.rpartition(".")[2]
+            assert e.value.code == 2
+            assert f"last.pt: a checkpoint of {made_by}, not of {name}" in text
+    save_checkpoint(tmp_path / "last.pt", {**state, "method": "of_somebody"})
+    run("--eval", "--weights", tmp_path / "last.pt", "--out", tmp_path / "r")
 
 
 def test_a_checkpoint_edited_by_hand_is_refused(whole, tmp_path, capsys):

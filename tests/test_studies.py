@@ -291,11 +291,18 @@ def test_help(name, capsys):
 @pytest.mark.parametrize("name, argv, message", [
     ("sweep", "cpm_rcnn --what alpha", "cpm_rcnn has gamma, scores"),
     ("sweep", "cpm_rcnn --weights nowhere.pt", "nowhere.pt: no such file"),
-    ("alignment", "d2det --weights IOU", "does not fit this model"),
+    ("alignment", "d2det --weights IOU", "a checkpoint of iou_aware_retinanet, not of d2det"),
     ("alignment", "iou_aware_retinanet --weights IOU --num-val 0", "--num-val 0: at least 1"),
     ("alignment", "iou_aware_retinanet --weights IOU --data nowhere", "nowhere"),
     ("alignment", "iou_aware_retinanet --weights IOU --train", "neither trains nor predicts"),
-    ("alignment", "iou_aware_retinanet --weights IOU --out IOU", "a file has that name"),
+    ("alignment", "iou_aware_retinanet --weights IOU --out IOU", "cannot write there: File exists"),
+    ("alignment", "iou_aware_retinanet --weights IOU --out IOU/below", "cannot write there"),
+    ("errors", "iou_aware_retinanet --weights IOU --show", "--show: what?"),
+    ("bench", "d2det --out IOU/below", "cannot write there: Not a directory"),
+    ("bench", "d2det --groups 5 --device cpu", "no network can be built with --fpn-channels 256"),
+    ("cost", "d2det --out IOU/below", "cannot write there: Not a directory"),
+    ("compare", "d2det --out IOU/below", "cannot write there: Not a directory"),
+    ("models", "--models IOU --out IOU/below", "cannot write there: Not a directory"),
     ("sections", "double_head --objects -1", "--objects -1: at least 0 (all)"),
     ("bench", "d2det --repeat 0", "--repeat 0: at least 1"),
     ("compare", "d2det --seeds 1 1", "--seeds: one of them is there twice"),
@@ -311,6 +318,19 @@ def test_bad_input_ends_with_a_reason(trained, name, argv, message, capsys):
         importlib.import_module(f"studies.{name}").main(argv.split())
     error = capsys.readouterr().err
     assert end.value.code == 2 and "error" in error.lower() and message in error
+
+
+def test_a_full_disk_is_noticed_before_the_work(tmp_path):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # larger files have no room
+    try:
+        with pytest.raises(common.BadInput, match="cannot write there: File too large"):
+            checkpoint.results_folder(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoint.results_folder(tmp_path / "new") == tmp_path / "new"
+    assert [*tmp_path.rglob("*")] == [tmp_path / "new"]  # nothing is left
 
 
 def test_errors_by_hand():
