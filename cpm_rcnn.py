@@ -191,7 +191,9 @@ def select_boxes(rois: TrainingRois, objects: tuple, threshold: float) -> Traini
 
 
 def fused_score(cls: Tensor, ism: Tensor, rsm: Tensor, gamma: float) -> Tensor:
-    """Eq. 4: (cls ism)^gamma rsm^(1 - gamma), of numbers in [0, 1]. Gamma 1 leaves out rsm.
+    """Eq. 4: the score that ranks a box, of numbers in [0, 1]. Gamma 1 leaves out rsm.
+
+        score = (cls ism)^gamma rsm^(1 - gamma)
 
     >>> fused_score(torch.tensor(0.5), torch.tensor(0.5), torch.tensor(0.25), 0.5)
     tensor(0.2500)
@@ -279,7 +281,7 @@ class FusedScoring(faster_rcnn.TwoStage):
     def scoring_losses(
         self, features: list[Tensor], sampled: TrainingRois, rois: TrainingRois, trunk: Tensor
     ) -> dict[str, Tensor]:
-        """Eq. 6: the losses `ism` and `rsm`, weighted.
+        """The terms of Eq. 6, alpha_2 L_ISM and alpha_1 L_RSM, as `ism` and `rsm`.
 
         sampled: the RoIs that train cls; rois: R RoIs of the last stage, with their trunk
         features [R, ...]. ISM and RSM learn from the positives among them, RSM also from
@@ -402,10 +404,7 @@ class GridDetector(FusedScoring):
 
     @torch.no_grad()
     def candidates(self, outputs: dict, test: Test) -> dict[str, Tensor]:
-        """NMS on the proposals, the stages on the best N of them, then the scores (3.4.3).
-
-        NMS comes first: stages are slow, and overlapping proposals lead to the same box.
-        """
+        """NMS (overlapping proposals lead to one box), stages for the best N, scores (3.4.3)."""
         stage = tested_stage(self.settings, test)
         features, sizes = outputs["features"], outputs["sizes"]
         roi, labels, cls = over_threshold(outputs["probs"], test.score_threshold)

@@ -177,10 +177,11 @@ def cell_boxes(proposals: Tensor, offsets: Tensor) -> Tensor:
 
 
 def decode(proposals: Tensor, offsets: Tensor, overlap_logits: Tensor) -> Tensor:
-    """The proposals' boxes [R, 4]: the mean of the boxes of the cells with overlap > 0.5 (3.1).
+    """3.1: the proposals' boxes [R, 4]. The readable form of a kernel; tests hold the two equal.
 
-    If there is no such cell, the mean is over all. This is the readable form. Testing runs
-    `kernels.decode_dense_offsets`, and tests hold the two equal; `--readable` runs this one.
+        box = mean of the boxes of the cells with overlap > 0.5, or of all if there is none
+
+    Testing runs `kernels.decode_dense_offsets`, or with `--readable` this function.
 
     >>> box = torch.tensor([[0., 0., 14., 14.]])
     >>> offsets, inside = dense_offset_targets(box, torch.tensor([[2., 1., 12., 14.]]))
@@ -197,8 +198,7 @@ def iou_loss(boxes: Tensor, gt_boxes: Tensor) -> Tensor:
     """-log IoU of boxes [R, 4, ...] with gt_boxes [R, 4, 1...] -> [R, ...], bounded (release).
 
     The paper names no box loss. Both releases take -log IoU, but -log(IoU + 0.1) where IoU <= 0.1:
-    boxes start almost empty, and 1 / IoU, the slope of the plain logarithm, makes wide heads
-    diverge. The loss lies between 0 and -log 0.1 and falls by log 2 where the IoU drops below 0.1.
+    boxes start almost empty, where 1 / IoU, the slope of -log IoU, makes wide heads diverge.
     """
     iou = common.aligned_iou(boxes.movedim(1, -1), gt_boxes.movedim(1, -1)).clamp(min=1e-6)
     return -torch.where(iou > 0.1, iou, iou + 0.1).log()
