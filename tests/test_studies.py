@@ -26,7 +26,6 @@ from studies import (
     boxes,
     calibration,
     checkpoint,
-    errors,
     sections,
     sweep,
 )
@@ -35,14 +34,10 @@ NAMES = (
     "sweep",
     "alignment",
     "assignment",
-    "errors",
     "sections",
     "bench",
     "compare",
     "cost",
-    "models",
-    "scores",
-    "sensitivity",
 )
 IMAGES = """--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 12 --num-val 4
  --batch 2 --steps 2 --workers 0 --fpn-channels 8 --norm gn --device cpu""".split()
@@ -56,7 +51,7 @@ OWN = {
     "faster_rcnn": TWO_STAGE,
     "cascade_rcnn": TWO_STAGE,
 }
-# but for one sweep of each kind and the errors; the other studies draw in their own tests
+# but for one sweep of each kind; the other studies draw in their own tests
 pytestmark = pytest.mark.usefixtures("unpainted")
 
 
@@ -311,43 +306,6 @@ def test_bad_input_ends_with_a_reason(trained, name, argv, message, capsys):
         importlib.import_module(f"studies.{name}").main(argv.split())
     error = capsys.readouterr().err
     assert end.value.code == 2 and "error" in error.lower() and message in error
-
-
-def test_errors_by_hand():
-    """Two objects of one class, one of them missed; boxes on a like class, another, and nothing."""
-    square = lambda x, side=50: [x, 0, side, 50]  # noqa: E731
-    kinds = ("animal", "animal", "thing")
-    categories = [dict(id=i, name="abc"[i], supercategory=k) for i, k in enumerate(kinds)]
-    objects = ((0, square(0)), (0, square(500)), (1, square(100)), (2, square(200)))
-    annotations = [dict(image_id=7, category_id=c, bbox=b) for c, b in objects]
-    truth = dict(images=[dict(id=7)], categories=categories, annotations=annotations)
-    found = ((0.9, square(100)), (0.85, square(100)), (0.8, square(200)), (0.7, square(300)))
-    found += ((0.6, square(0, 30)),)  # IoU 0.6 with its object
-    results = [dict(image_id=7, category_id=0, bbox=b, score=s) for s, b in found]
-    curves = errors.error_curves(truth, results)
-    half = 51 / 101  # the share of recalls up to 0.5
-    want = [0, half / 5, half / 5, half / 4, half / 3, half, 1]  # two boxes on b: one is excused
-    assert curves["a"].mean(1)[:, 0] == pytest.approx(want)
-    assert curves["a"].mean(1)[:, 2] == pytest.approx(want)  # 50 x 50 px is medium
-    assert curves["a"].mean(1)[:, 1].tolist() == [0] * 6 + [1]  # there is no small one
-    assert curves["b"].mean(1)[:, 0].tolist() == [0] * 6 + [1]
-    assert set(curves) == {"all", "super animal", "super thing", "a", "b", "c"}
-    assert curves["super animal"] == pytest.approx((curves["a"] + curves["b"]) / 2)
-    assert curves["all"].mean(1)[:, 0] == pytest.approx([w / 3 for w in want[:6]] + [1])
-
-
-def test_errors_of_a_checkpoint(trained, unpainted, monkeypatch, capsys):
-    folder, metrics = trained("iou_aware_retinanet")
-    monkeypatch.setattr(Figure, "savefig", unpainted)
-    argv = ["iou_aware_retinanet", "--weights", f"{folder}/last.pt"]
-    numbers = errors.main([*argv, "--show", "all", "star"])
-    assert read(folder, "studies", "errors.json") == numbers
-    assert (folder / "studies" / "errors.png").exists()
-    values = numbers["all"]["all"].values()
-    assert [*values] == sorted(values) and set(numbers["star"]) == set(errors.AREAS)
-    with pytest.raises(SystemExit):
-        errors.main([*argv, "--show", "cow"])
-    assert "--show cow: there are all, arrow" in capsys.readouterr().err
 
 
 def test_assignment_tells_what_the_iac_score_adds(trained, unpainted, monkeypatch):
