@@ -193,16 +193,6 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def frame(axis, box, colour: str) -> None:
-    """A box (x1, y1, x2, y2) on an image that `axis` shows, in its pixels; seen on any ground."""
-    from matplotlib.patches import Rectangle
-
-    x1, y1, x2, y2 = box
-    for width, ink in ((4, "black"), (2, colour)):  # imshow has pixels' centres at whole numbers
-        place = (x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1
-        axis.add_patch(Rectangle(*place, fill=False, edgecolor=ink, linewidth=width))
-
-
 def percent(value: float | None) -> float:
     """A metric for a figure: nan, which leaves a gap, where it is undefined."""
     return math.nan if value is None else 100 * value

@@ -1,17 +1,18 @@
 """What the papers measure and draw, and how we measure ourselves.
 
 One image: `explain` (the method's own tensors in it). A checkpoint of any method: `alignment` (does
-the score follow the IoU, and what does it cost that it does not?), `errors` (what keeps AP down),
-`sweep` (one forward pass, many settings), `sections` (Double-Head's Section 3), `scores` (CPM's
-Figures 5 and 6), `assignment` (DC loss's IAC score), `sensitivity` (DC loss's Figure 1). Several
-checkpoints: `models` (lines; a map of lambdas). The code: `compare` (methods and their baselines
-over seeds, and the tables), `cost` (parameters and multiply-adds), `bench` (time beside
-torchvision), `torchvision_rcnn` (torchvision's detector on the same data).
+the score follow the IoU, and what does it cost that it does not?), `sweep` (one forward pass, many
+settings), `sections` (Double-Head's Section 3), `assignment` (DC loss's IAC score). The code:
+`compare` (methods and their baselines over seeds, and the tables), `cost` (parameters and
+multiply-adds), `bench` (time beside torchvision).
+
+For readers: `question` (docs/question.png), `step` (docs/step.md), `pages` (each method file as a web
+page; `formulas` writes its formulas).
 
 `python -m studies.published FILE` makes a checkpoint of weights that a paper's authors published;
 `published_rules` has the names and orders of each kind of file.
 
 Each is run as `python -m studies.NAME METHOD`. The others are shared: `checkpoint` (what a study
-starts with), `boxes`, `calibration` (D-ECE and LRP error), `windows` (for `sections`), `seen` and
-`inside_*` (for `explain`).
+starts with), `calibration` (IoU with objects, D-ECE and LRP error), `seen` and `inside_*` (for
+`explain`).
 """

@@ -4,9 +4,8 @@
     python -m studies.alignment d2det --weights A --also d2det=B double_head=C   # side by side
     torchrun --nproc_per_node 2 -m studies.alignment retinanet --weights CKPT --data DIR
 
-Prints a table with one line a checkpoint, writes all numbers into OUT/alignment.json and draws them
-in OUT/alignment.png. Checkpoints of --also see the images of the first one, under their own
-settings.
+Prints a table with one line a checkpoint, writes OUT/alignment.json and draws OUT/alignment.png.
+Checkpoints of --also see the images of the first one, under their own settings.
 
     AP        under the detector's own ranking, by score.
     oracle    AP of the same boxes ranked by score * true IoU with the best object of any class. No
@@ -14,9 +13,8 @@ settings.
     cost      oracle's AP minus AP: what it costs that the score does not follow the IoU.
     Pearson   correlation of the score with the IoU of the best object of the box's own class, over
               the boxes before and after NMS: the matched ones (IoU of 0.5 or more), and all.
-              alignment.json also has Spearman's, of the ranks.
-    D-ECE     detection calibration error: the mean distance between a detection's score and the
-              share of such detections that lie on an object, over scores of 0.3 or more.
+    D-ECE     mean distance between a detection's score and the share of such detections that lie on
+              an object, over scores of 0.3 or more (studies/calibration.py).
     oLRP      LRP error, from 0 (perfect) to 100 %, each class at its best score threshold.
     Loc       there: what boxes on an object lack to IoU 1, on average.
     FP, FN    there: the share of boxes that lie on no object, and of objects without a box.
@@ -25,12 +23,13 @@ D2Det and CPM R-CNN run NMS on proposals, so their "before NMS" means their fina
 lowers the score of a second box on an object however well it fits, which weakens the correlation
 after it. IoU-aware RetinaNet's oracle puts the true IoU in the place of the predicted one in
 p^alpha IoU^(1 - alpha); its boxes are those whose class score alone passes the threshold, and it
-has one line before fusion and one after. D-ECE and LRP error, with sources: studies/calibration.py.
+has one line before fusion and one after.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,24 +38,25 @@ from torch import Tensor, nn
 
 from common import BadInput
 from engine.checkpoints import write_json
-from engine.metrics import coco_metrics, detect, to_coco
+from engine.detector import split_images
+from engine.metrics import detect, to_coco
 from engine.pictures import new_figure, percent
 from engine.processes import gather, print_once, rank_and_world
 from iou_aware_retinanet import detection_confidence
-from studies.boxes import BeforeNMS, objects_by_image, suppressed, with_iou
 from studies.calibration import (
     LOWEST,
+    LRP_KEYS,
     calibration_error,
     correlation,
     lrp_errors,
     match_detections,
+    objects_by_image,
+    with_iou,
 )
 from studies.checkpoint import METHODS, Study, open_model, open_study, read_options, reported
 from studies.checkpoint import Options as CheckpointOptions
 
 STAGES = ("before NMS", "after NMS")
-AP_KEYS = ("AP", *(f"AP{iou}" for iou in range(50, 100, 5)))
-LRP_KEYS = ("oLRP", "Loc", "FP", "FN")
 
 
 @dataclass
@@ -65,6 +65,17 @@ class Options(CheckpointOptions):
 
 
 # ------------------------------------------------------------------------------ measured
+
+
+class BeforeNMS(nn.Module):
+    """A detector whose detections are its candidates: the boxes as they enter the last NMS."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.outputs, self.candidates = model, model.outputs, model.candidates
+
+    def detections(self, candidates: dict[str, Tensor], num_images: int, test) -> list[dict]:
+        return split_images(candidates, candidates["image"], num_images)
 
 
 def scores_of(model: nn.Module, found: dict[str, Tensor], test) -> dict[str, Tensor]:
@@ -98,8 +109,10 @@ def measure(study: Study) -> tuple[dict, dict]:
 
     for target, found in detect(BeforeNMS(model), study.data, settings):
         found = with_iou(found, objects[target["image_id"]])
+        found["image"] = torch.zeros_like(found["labels"])  # each is the only one of its batch
+        found["index"] = torch.arange(len(found["labels"]))
         for name, scores in scores_of(model, found, test).items():
-            kept = suppressed(model, {**found, "scores": scores}, test)
+            (kept,) = model.detections({**found, "scores": scores}, 1, test)
             rows = to_coco(target["image_id"], kept, study.data.categories)
             results.setdefault(name, []).extend(rows)
             if name != "oracle":
@@ -113,12 +126,9 @@ def measure(study: Study) -> tuple[dict, dict]:
     return together, {k: [r for _, share in shares for r in share[k]] for k in shares[0][1]}
 
 
-def numbers_of(points: dict, results: dict, truth: dict, test) -> dict:
-    """What `measure` returns, as numbers by score; `test` says how AP counts."""
-    metrics = {
-        name: coco_metrics(truth, rows, test.metric_detections, test.metric_sides)
-        for name, rows in results.items()
-    }
+def numbers_of(points: dict, results: dict, study: Study) -> dict:
+    """What `measure` returns, as numbers by score; `study` has the truth and says how AP counts."""
+    metrics = {name: study.metrics(rows) for name, rows in results.items()}
     numbers: dict = {}
     for (name, stage), pairs in points.items():
         matched = pairs[pairs[:, 1] >= 0.5]
@@ -128,61 +138,47 @@ def numbers_of(points: dict, results: dict, truth: dict, test) -> dict:
             "matched": correlation(*matched.unbind(1)),
             "all": correlation(*pairs.unbind(1)),
         }
+    most = max(study.settings.test.metric_detections)
     for name in list(results)[:-1]:  # the oracle is the last
-        pairs = {k: (metrics["oracle"][k], metrics[name][k]) for k in AP_KEYS}
-        numbers[name]["cost"] = {k: None if None in v else v[0] - v[1] for k, v in pairs.items()}
-        matched = match_detections(truth, results[name], max(test.metric_detections))
+        pair = metrics["oracle"]["AP"], metrics[name]["AP"]
+        matched = match_detections(study.truth, results[name], most)
+        numbers[name]["cost"] = None if None in pair else pair[0] - pair[1]
         numbers[name] |= calibration_error(matched) | {"LRP": lrp_errors(matched)}
     return {**numbers, "metrics": metrics}
 
 
-@dataclass
-class Line:
-    """One score that a checkpoint ranks by, in the table and in the figure."""
-
-    numbers: dict
-    ap: dict  # metrics under this ranking
-    oracle: dict  # metrics under the oracle's
-
-
-def lines_of(found: dict[str, dict]) -> dict[str, Line]:
-    """A Line for each score of each checkpoint."""
+def lines_of(found: dict[str, dict]) -> dict[str, dict]:
+    """A line for each score of each checkpoint: its numbers, and its own and the oracle's AP."""
     lines = {}
     for name, numbers in found.items():
         metrics = numbers["metrics"]
-        for score in list(metrics)[:-1]:  # the oracle is the last
-            label = name if len(metrics) == 2 else f"{name}, {score}"
-            lines[label] = Line(numbers[score], metrics[score], metrics["oracle"])
+        scores = list(metrics)[:-1]  # the oracle is the last
+        for score in scores:
+            label = name if len(scores) == 1 else f"{name}, {score}"
+            lines[label] = {**numbers[score], "own": metrics[score], "oracle": metrics["oracle"]}
     return lines
 
 
-def show_lines(lines: dict[str, Line]) -> None:
-    """Print the table, in percent except for the correlations."""
-
-    def in_percent(value) -> str:
-        return "-" if value is None else f"{100 * value:.1f}"
-
+def show_lines(lines: dict[str, dict]) -> None:
+    """Print the table, in percent except for the correlations; nan: undefined."""
     titles = "AP AP50 AP75 AP90 oracle cost matched all matched all D-ECE oLRP Loc FP FN".split()
-    rows = {"": titles}
-    for label, line in lines.items():
-        own = line.numbers
-        pearson = [own[stage][part]["pearson"] for stage in STAGES for part in ("matched", "all")]
-        rows[label] = [
-            *(in_percent(line.ap[k]) for k in titles[:4]),
-            *(in_percent(v) for v in (line.oracle["AP"], own["cost"]["AP"])),
-            *("-" if v is None else f"{v:.2f}" for v in pearson),
-            *(in_percent(v) for v in (own["D-ECE"], *(own["LRP"][k] for k in LRP_KEYS))),
-        ]
-    width = max(map(len, rows))
+    width = max(map(len, lines))
     print_once(" " * width + f"{'Pearson before NMS':>64}{'after NMS':>16}")
-    for label, cells in rows.items():
-        print_once(f"{label:{width}}" + "".join(f"{cell:>8}" for cell in cells))
+    print_once(" " * width + "".join(f"{title:>8}" for title in titles))
+    for label, line in lines.items():
+        aps = [*(line["own"][key] for key in titles[:4]), line["oracle"]["AP"], line["cost"]]
+        pearson = [line[stage][part] for stage in STAGES for part in ("matched", "all")]
+        errors = [line["D-ECE"], *line["LRP"].values()]
+        cells = [f"{percent(v):8.1f}" for v in aps]
+        cells += [f"{math.nan if v is None else v:8.2f}" for v in pearson]
+        cells += [f"{percent(v):8.1f}" for v in errors]
+        print_once(f"{label:{width}}" + "".join(cells))
 
 
 # ------------------------------------------------------------------------------ drawn
 
 
-def draw_alignment(lines: dict[str, Line], points: dict[str, Tensor], path: Path) -> None:
+def draw_alignment(lines: dict[str, dict], points: dict[str, Tensor], path: Path) -> None:
     """AP by IoU threshold, the reliability diagram and LRP's parts; each line has a colour.
 
     To their left, each score of `points` [n, 2] against the IoU, over the matched boxes.
@@ -192,22 +188,21 @@ def draw_alignment(lines: dict[str, Line], points: dict[str, Tensor], path: Path
     for axis, (name, pairs) in zip(axes, points.items()):
         score, iou = pairs[pairs[:, 1] >= 0.5].unbind(1)
         axis.hexbin(score, iou, gridsize=30, bins="log", extent=(0, 1, 0.5, 1), mincnt=1)
-        pearson = correlation(score, iou)["pearson"]
-        axis.set(xlabel=f"{name} (Pearson {pearson})", ylabel="IoU with the matched object")
-        axis.set(title="matched boxes before NMS")
+        axis.set(xlabel=f"{name} (Pearson {correlation(score, iou)})")
+        axis.set(title="matched boxes before NMS", ylabel="IoU with the matched object")
     curves, diagram, bars = axes[-3:]
     diagram.plot((0, 1), (0, 1), "--", color="grey", lw=1)
     diagram.axvline(LOWEST, ls=":", color="grey", lw=1)
     for i, (label, line) in enumerate(lines.items()):
-        for metrics, style in ((line.ap, "o-"), (line.oracle, ":")):
-            values = [percent(metrics[k]) for k in AP_KEYS[1:]]
+        for ranking, style in (("own", "o-"), ("oracle", ":")):
+            values = [percent(line[ranking][f"AP{iou}"]) for iou in range(50, 100, 5)]
             curves.plot(range(50, 100, 5), values, style, color=f"C{i}", ms=4, label=label)
-        table = line.numbers["reliability"]
+        table = line["reliability"]
         bins = [pair for pair in zip(table["score"], table["precision"]) if None not in pair]
         if bins:
             diagram.plot(*zip(*bins), "o-", color=f"C{i}", ms=4)
         places = [place + 0.8 * (i + 0.5) / len(lines) - 0.4 for place in range(len(LRP_KEYS))]
-        heights = [percent(line.numbers["LRP"][k]) for k in LRP_KEYS]
+        heights = [percent(line["LRP"][k]) for k in LRP_KEYS]
         bars.bar(places, heights, 0.8 / len(lines), color=f"C{i}")
     title = "AP (dotted: the oracle's)"
     curves.set(xlabel="IoU threshold in %", ylabel="AP in %", title=title, ylim=0)
@@ -231,12 +226,10 @@ def alignment(studies: dict[str, Study]) -> dict[str, dict]:
     """
     first, found = next(iter(studies.values())), {}
     for name, study in studies.items():
-        if len(studies) > 1:
-            print_once(f"{name} ...")
+        print_once(f"{name} ...")
         points, results = measure(study)
         if rank_and_world()[0] == 0:
-            numbers = numbers_of(points, results, first.data.coco(), first.settings.test)
-            found[name] = {"weights": study.weights, **numbers}
+            found[name] = {"weights": study.weights, **numbers_of(points, results, first)}
     if rank_and_world()[0]:
         return {}
     lines = lines_of(found)
@@ -256,30 +249,9 @@ def open_beside(first: Study, entry: str) -> Study:
         raise BadInput(f"--also {entry}: METHOD=CKPT, where METHOD is one of {', '.join(METHODS)}")
     study = open_model(CheckpointOptions(method, weights), ["--device", str(first.device)])
     if study.categories != first.categories:
-        both = [*first.categories, *study.categories]
-        odd = [c for c in both if both.count(c) == 1][:5]
-        raise BadInput(f"--also {entry}: other categories than the images have: {odd}")
-    run = first.settings.run
-    shared = {k: getattr(run, k) for k in ("workers", "eval_batch", "batch")}
-    return dataclasses.replace(study, settings=study.settings.replace(**shared), data=first.data)
-
-
-def names_of(checkpoints: list[tuple[str, str]]) -> list[str]:
-    """A name for each (method, file): the method, and if others have it too the folder or path.
-
-    >>> names_of([("gfl", "runs/a/last.pt"), ("d2det", "b/last.pt"), ("d2det", "c/last.pt")])
-    ['gfl', 'd2det b', 'd2det c']
-    """
-    short = [method for method, _ in checkpoints]
-    by_folder = [f"{method} {Path(file).resolve().parent.name}" for method, file in checkpoints]
-    by_path = [f"{method} {file}" for method, file in checkpoints]
-    names = []
-    for i, longest in enumerate(by_path):
-        unique = [way[i] for way in (short, by_folder, by_path) if way.count(way[i]) == 1]
-        if not unique:
-            raise BadInput(f"--also: {longest} is there twice")
-        names.append(unique[0])
-    return names
+        raise BadInput(f"--also {entry}: other categories than the images have")
+    settings = dataclasses.replace(study.settings, run=first.settings.run)
+    return dataclasses.replace(study, settings=settings, data=first.data)
 
 
 def main(argv=None) -> dict[str, dict]:
@@ -288,7 +260,10 @@ def main(argv=None) -> dict[str, dict]:
         first = open_study(options, flags)
         studies = [first, *(open_beside(first, entry) for entry in options.also)]
         methods = [options.method, *(entry.partition("=")[0] for entry in options.also)]
-        names = names_of([(method, s.weights) for method, s in zip(methods, studies)])
+        long = [f"{method} {study.weights}" for method, study in zip(methods, studies)]
+        if len({*long}) < len(long):
+            raise BadInput("--also: a checkpoint is there twice")
+        names = [m if methods.count(m) == 1 else name for m, name in zip(methods, long)]
         return alignment(dict(zip(names, studies)))
 
 

@@ -1,4 +1,4 @@
-"""What AP does not say about detections: what their scores are worth, and what is wrong with them.
+"""How well boxes fit their objects, what their scores are worth, and what is wrong with detections.
 
 D-ECE (Küppers et al., "Multivariate Confidence Calibration for Object Detection", CVPRW 2020, with
 the score alone): is a detection of score 0.8 right in 80 % of cases? LRP error (Oksuz et al.,
@@ -15,7 +15,10 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.ops import box_iou
 
 from common import aligned_iou
 from data.coco import xywh_to_xyxy
@@ -23,43 +26,97 @@ from engine.metrics import coco_evaluation, complete_truth
 
 BINS = 20  # of the reliability diagram (release)
 LOWEST = 0.3  # lowest score that counts in D-ECE (release): nobody would show the many others
+TAU = 0.5  # a detection is right from this IoU with its object on
+LRP_KEYS = ("oLRP", "Loc", "FP", "FN")
 
 
-def correlation(x: Tensor, y: Tensor) -> dict[str, float | None]:
-    """Pearson's and Spearman's coefficient of x and y [n]; None where undefined.
+# ------------------------------------------------------------------------------ boxes and objects
 
-    >>> correlation(torch.tensor([1., 2., 3.]), torch.tensor([1., 4., 9.]))["spearman"]
+
+def annotations_by_image(data: Dataset) -> dict:
+    """image id -> the annotations of its objects in the data set's order, each with an area."""
+    truth = complete_truth(data.coco())
+    found: dict = {image["id"]: [] for image in truth["images"]}
+    for annotation in truth["annotations"]:
+        found[annotation["image_id"]].append(annotation)
+    return found
+
+
+def is_counted(annotation: dict) -> bool:
+    """Whether an object is to be found: crowds and difficult ones are not."""
+    return not (annotation.get("iscrowd", 0) or annotation.get("difficult", 0))
+
+
+def objects_by_image(data: Dataset) -> dict:
+    """image id -> boxes [G, 4] and labels [G] of the objects to be found, in the image's pixels."""
+    label = {c["id"]: i for i, c in enumerate(data.categories)}
+    found = {}
+    for image_id, all_of_it in annotations_by_image(data).items():
+        counted = [a for a in all_of_it if is_counted(a)]
+        labels = torch.tensor([label[a["category_id"]] for a in counted], dtype=torch.long)
+        found[image_id] = dict(boxes=xywh_to_xyxy([a["bbox"] for a in counted]), labels=labels)
+    return found
+
+
+def with_iou(found: dict[str, Tensor], objects: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The n boxes found in an image, with their IoU beside them.
+
+    `iou` [n] is with the best object of the box's own label, which is `gt` [n] among the objects;
+    `iou_any` [n] is with the best object of any label. Both are 0 if there is none.
+    """
+    ious = F.pad(box_iou(found["boxes"], objects["boxes"]), (0, 1))  # [n, G + 1], the last: none
+    own = found["labels"][:, None] == F.pad(objects["labels"], (0, 1), value=-1)
+    iou, gt = (ious * own).max(1)
+    return {**found, "iou": iou, "gt": gt, "iou_any": ious.amax(1)}
+
+
+# ------------------------------------------------------------------------------ scores
+
+
+def correlation(x: Tensor, y: Tensor) -> float | None:
+    """Pearson's coefficient of x and y [n]; None where undefined.
+
+    >>> correlation(torch.tensor([1., 2., 3.]), torch.tensor([2., 4., 6.]))
     1.0
     """
-    found: dict[str, float | None] = dict(pearson=None, spearman=None)
+    value = torch.corrcoef(torch.stack([x, y]).double())[0, 1].item() if len(x) > 1 else math.nan
+    return None if math.isnan(value) else round(value, 4)
 
-    def ranks(v: Tensor) -> Tensor:  # equal values share their mean rank
-        _, place, count = v.unique(return_inverse=True, return_counts=True)
-        return (count.cumsum(0) - (count - 1) / 2)[place]
 
-    for name, pair in zip(found, ((x, y), (ranks(x), ranks(y)))):
-        value = torch.corrcoef(torch.stack(pair).double())[0, 1].item() if len(x) > 1 else math.nan
-        found[name] = round(value, 4) if value == value else None
-    return found
+def in_bins(x: Tensor, *values: Tensor, bins: int = BINS) -> list[Tensor]:
+    """How many of x [n], in [0, 1], lie in each of equal bins, and the means of `values` [n] there.
+
+    A mean is nan where the bin is empty.
+
+    >>> in_bins(torch.tensor([.25, .75, 1.]), torch.tensor([True, True, False]), bins=2)
+    [tensor([1, 2]), tensor([1.0000, 0.5000], dtype=torch.float64)]
+    """
+    place = (x * bins).long().clamp(max=bins - 1)
+    count = torch.bincount(place, minlength=bins)
+    return [count, *(torch.bincount(place, v.double(), bins) / count for v in values)]
+
+
+def listed(values: Tensor) -> list[float | None]:
+    """Numbers for a JSON file, None for nan."""
+    return [None if math.isnan(v) else round(v, 6) for v in values.tolist()]
 
 
 class Matched(NamedTuple):
     """Final detections and their objects; those on crowds and difficult objects are left out."""
 
     scores: Tensor  # [D]
-    classes: Tensor  # [D], positions in `names`
+    classes: Tensor  # [D]
     iou: Tensor  # [D] with its object; 0: it has none, a false positive
     objects: Tensor  # [K]: how many objects each class has
-    names: list[str]  # of the K classes
 
 
-def match_detections(truth: dict, results: list[dict], most: int = 100, tau=0.5) -> Matched:
+def match_detections(truth: dict, results: list[dict], most: int = 100) -> Matched:
     """COCO's own matching: in each image and class, best score first, each takes a free object.
 
-    Truth and results are those of `engine.metrics.coco_metrics`. An object is taken at IoU >= tau,
+    Truth and results are those of `engine.metrics.coco_metrics`. An object is taken at IoU >= TAU,
     by one of the `most` best detections of an image and class.
     """
-    found = coco_evaluation(complete_truth(truth), results, (most,), sides=(), ious=(tau,))
+    found = coco_evaluation(complete_truth(truth), results, (most,), sides=(), ious=(TAU,))
     place = {category: i for i, category in enumerate(found.params.catIds)}
     scores, classes, boxes, own = [], [], [], []
     objects = torch.zeros(len(place), dtype=torch.long)
@@ -73,91 +130,68 @@ def match_detections(truth: dict, results: list[dict], most: int = 100, tau=0.5)
                 classes.append(label)
                 boxes.append(found.cocoDt.anns[number]["bbox"])
                 own.append(found.cocoGt.anns[int(match)]["bbox"] if match else [0, 0, 0, 0])
-    iou = aligned_iou(xywh_to_xyxy(boxes), xywh_to_xyxy(own))  # 0 with the empty box
+    iou = aligned_iou(xywh_to_xyxy(boxes), xywh_to_xyxy(own)).double()  # 0 with the empty box
     scores = torch.tensor(scores, dtype=torch.double)
-    name_of = {c["id"]: c["name"] for c in truth["categories"]}
-    names = [name_of[category] for category in place]
-    return Matched(scores, torch.tensor(classes, dtype=torch.long), iou.double(), objects, names)
+    return Matched(scores, torch.tensor(classes, dtype=torch.long), iou, objects)
 
 
-def reliability(scores: Tensor, hits: Tensor, bins: int = BINS) -> dict[str, list]:
-    """Detections [D] in equal bins of [0, 1] by score: how many, their mean score and precision.
-
-    `hits` [D]: whether each lies on an object. An empty bin has None as score and precision.
-
-    >>> reliability(torch.tensor([.25, .75, 1.]), torch.tensor([True, True, False]), bins=2)
-    {'count': [1, 2], 'score': [0.25, 0.875], 'precision': [1.0, 0.5]}
-    """
-    place = (scores * bins).long().clamp(max=bins - 1)
-    count = torch.bincount(place, minlength=bins)
-    table: dict[str, list] = {"count": count.tolist()}
-    for name, values in (("score", scores), ("precision", hits)):
-        means = (torch.bincount(place, values.double(), bins) / count).tolist()
-        table[name] = [None if math.isnan(v) else round(v, 6) for v in means]
-    return table
-
-
-def calibration_error(found: Matched, bins: int = BINS, lowest: float = LOWEST) -> dict:
+def calibration_error(found: Matched) -> dict:
     """D-ECE: the distance between mean score and precision of a bin, averaged over detections.
 
     Returns D-ECE, in [0, 1] or None where no detection counts, and `reliability`, of all scores.
     """
     # choice: all classes in one diagram, and every bin counts. The release has one a class and
     # leaves out bins of fewer than 8 detections: on a few hundred images that would be most bins.
-    hits, shown = found.iou > 0, found.scores >= lowest
-    count, score, precision = reliability(found.scores[shown], hits[shown], bins).values()
-    total = sum(count)
-    gaps = (n * abs(s - p) for n, s, p in zip(count, score, precision) if n)
-    error = round(sum(gaps) / total, 4) if total else None
-    return {"D-ECE": error, "reliability": reliability(found.scores, hits, bins)}
+    count, score, precision = in_bins(found.scores, found.scores, found.iou > 0)
+    shown = (torch.arange(BINS) >= round(LOWEST * BINS)) & (count > 0)
+    total = int(count[shown].sum())
+    gaps = (count * (score - precision).abs())[shown].sum().item()
+    table = {"count": count.tolist(), "score": listed(score), "precision": listed(precision)}
+    return {"D-ECE": round(gaps / total, 4) if total else None, "reliability": table}
 
 
-def optimal_lrp(scores: Tensor, iou: Tensor, num_objects: int, tau: float = 0.5) -> dict | None:
+def optimal_lrp(scores: Tensor, iou: Tensor, num_objects: int) -> dict[str, float | None]:
     """One class's LRP error at the score threshold where it is least, and its parts, all in [0, 1].
 
         LRP = (sum over TP of (1 - IoU) / (1 - tau) + FP + FN) / (TP + FP + FN)
         Loc = mean of 1 - IoU over TP,  FP = 1 - precision,  FN = 1 - recall
 
-    scores, iou [D] as in `Matched`. None without objects. If no threshold finds an object, LRP and
-    FN are 1 and the other parts None (release).
+    scores, iou [D] as in `Matched`. {} without objects. If no threshold finds an object, oLRP and
+    FN are 1 and there are no other parts (release).
 
     >>> optimal_lrp(torch.tensor([.9, .8]), torch.tensor([.75, 0.]), num_objects=1)
-    {'LRP': 0.5, 'Loc': 0.25, 'FP': 0.0, 'FN': 0.0, 'score': 0.9}
+    {'oLRP': 0.5, 'Loc': 0.25, 'FP': 0.0, 'FN': 0.0}
     """
     hits = iou > 0
     if not num_objects:
-        return None
+        return {}
     if not hits.any():
-        return {"LRP": 1.0, "Loc": None, "FP": None, "FN": 1.0, "score": None}
+        return {"oLRP": 1.0, "FN": 1.0}
     order = scores.argsort(descending=True, stable=True)
     scores, iou, hits = scores[order].double(), iou[order].double(), hits[order]
     # [D] each, over the boxes that a threshold at this box's score leaves
     tp, fp, error = hits.cumsum(0), (~hits).cumsum(0), torch.where(hits, 1 - iou, 0).cumsum(0)
-    lrp = (error / (1 - tau) + fp + num_objects - tp) / (num_objects + fp)
+    lrp = (error / (1 - TAU) + fp + num_objects - tp) / (num_objects + fp)
     # choice: a threshold takes all boxes of equal score; the release looks between them too
     last = torch.cat([scores[1:] < scores[:-1], torch.tensor([True])])
     lrp = torch.where(last & (tp > 0), lrp, math.inf)  # without a TP there is no Loc
     best = int(lrp.argmin())
     parts = {
-        "LRP": lrp[best],
+        "oLRP": lrp[best],
         "Loc": error[best] / tp[best],
         "FP": fp[best] / (tp[best] + fp[best]),
         "FN": 1 - tp[best] / num_objects,
-        "score": scores[best],
     }
     return {name: round(float(value), 4) for name, value in parts.items()}
 
 
-def lrp_errors(found: Matched, tau: float = 0.5) -> dict:
-    """oLRP and its parts, means over classes, and `per_class`: `optimal_lrp` of each.
-
-    A mean is None where no class has a value.
-    """
+def lrp_errors(found: Matched) -> dict[str, float | None]:
+    """oLRP and its parts, each the mean over the classes that have it; None if none has."""
     rows, means = [], {}
     for label, count in enumerate(found.objects.tolist()):
         mine = found.classes == label
-        rows.append(optimal_lrp(found.scores[mine], found.iou[mine], count, tau))
-    for name, part in (("oLRP", "LRP"), ("Loc", "Loc"), ("FP", "FP"), ("FN", "FN")):
-        values = [row[part] for row in rows if row and row[part] is not None]
+        rows.append(optimal_lrp(found.scores[mine], found.iou[mine], count))
+    for name in LRP_KEYS:
+        values = [row[name] for row in rows if name in row]
         means[name] = round(sum(values) / len(values), 4) if values else None
-    return {**means, "per_class": dict(zip(found.names, rows))}
+    return means

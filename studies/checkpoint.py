@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from data.transforms import TestImages
 from engine.checkpoints import check_folder, load_checkpoint, load_weights
 from engine.command import load_data, parse
 from engine.detector import build_detector
+from engine.metrics import coco_metrics
 from engine.processes import end_processes, start_processes
 from engine.settings import Settings
 
@@ -59,6 +61,15 @@ class Study:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @functools.cached_property
+    def truth(self) -> dict:
+        return self.data.coco()
+
+    def metrics(self, results: list[dict]) -> dict:
+        """COCO's metrics of results on the study's images."""
+        test = self.settings.test
+        return coco_metrics(self.truth, results, test.metric_detections, test.metric_sides)
 
 
 def script_of(name: str):
@@ -126,17 +137,9 @@ def open_study(options: Options, flags: list[str]) -> Study:
 
 
 def network_images(study: Study, data: Dataset | None = None) -> TestImages:
-    """Images as the network gets them, at the first test scale; items are [(image, target)].
-
-    They are the study's own unless `data` is given.
-    """
-    settings = study.settings
-    return TestImages(
-        study.data if data is None else data,
-        settings.test.test_scales[:1],
-        settings.data.max_size,
-        settings.data.scales,
-    )
+    """The study's images, or `data`, at the first test scale: items are [(image, target)]."""
+    settings, scales = study.settings, study.settings.test.test_scales[:1]
+    return TestImages(data or study.data, scales, settings.data.max_size, settings.data.scales)
 
 
 @contextlib.contextmanager

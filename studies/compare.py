@@ -131,23 +131,15 @@ class Job:
 
 def make_jobs(data: str, methods, seeds, root: str, flags: list[str]) -> list[Job]:
     """The runs of these methods and of their baselines under the protocol of `data`."""
-    kinds = [
-        (method, baseline, *contender(data, method, baseline, root, flags))
-        for method in methods
-        for baseline in (False, True)
-    ]
-    return [
-        Job(
-            data,
-            method,
-            baseline,
-            seed,
-            [*own, "--seed", str(seed)],
-            settings_that_matter(settings.replace(seed=seed), data),
-        )
-        for seed in seeds
-        for method, baseline, own, settings in kinds
-    ]
+    jobs = []
+    for method in methods:
+        for baseline in (False, True):
+            own, settings = contender(data, method, baseline, root, flags)
+            for seed in seeds:
+                matter = settings_that_matter(settings.replace(seed=seed), data)
+                own_flags = [*own, "--seed", str(seed)]
+                jobs.append(Job(data, method, baseline, seed, own_flags, matter))
+    return sorted(jobs, key=lambda job: seeds.index(job.seed))  # all methods of a seed first
 
 
 def contender(
@@ -281,9 +273,9 @@ def summary_of(alignment: dict) -> dict:
     before = numbers["before NMS"]
     return {
         "oracle": alignment["metrics"][oracle]["AP"],
-        "cost": numbers["cost"]["AP"],
-        "matched": before["matched"]["pearson"],
-        "all": before["all"]["pearson"],
+        "cost": numbers["cost"],
+        "matched": before["matched"],
+        "all": before["all"],
     }
 
 

@@ -1,6 +1,6 @@
 """What `studies.explain` draws of the two-stage methods.
 
-METHOD_panels(seen, pick) returns the columns of a detection's row and adds the numbers in them to
+METHOD_panels(seen) returns the columns of a detection's row and adds the numbers in them to
 `seen.numbers`. A head that the detector ran on many RoIs runs here on the detection's RoI alone.
 """
 
@@ -16,107 +16,93 @@ import kernels
 from baselines import grid_branch
 from baselines.faster_rcnn import RCNN_STDS, Rois
 from common import BadInput, aligned_iou, decode_boxes
-from studies.seen import (
-    ENTERING,
-    FOUND,
-    TRUTH,
-    Panel,
-    Seen,
-    heat,
-    numbers_of,
-    outline,
-    outlines,
-    recorded,
-    scale,
-    show,
-)
+from studies.seen import ENTERING, FOUND, TRUTH, Panel, Seen, heat, numbers_of, outline, scale
+
+
+def proposal_of(seen: Seen) -> Rois:
+    """The proposal that a detection was made from, as the only RoI."""
+    return seen.outputs["rois"][seen.candidates["roi"][seen.row, None]]
+
 
 # ------------------------------------------------------------------------------ D2Det
 
 
-def d2det_panels(seen: Seen, pick: int) -> list[Panel]:
-    settings = seen.model.settings
+@torch.no_grad()
+def d2det_panels(seen: Seen) -> list[Panel]:
+    settings, roi, panels = seen.model.settings, proposal_of(seen), []
     if not (settings.dlr or settings.drp):
         raise BadInput("this checkpoint has neither DLR nor DRP: it is the baseline")
-    at = seen.candidates["roi"][seen.row(pick)]
-    roi = seen.outputs["rois"][at[None]]
     seen.numbers["proposal"] = roi.boxes[0].tolist()
-    panels = []
     if settings.dlr:
-        panels += dlr(seen, roi, pick)
+        panels += dlr(seen, roi)
     if settings.drp:
-        title = "where DRP samples, and how\nmuch a sample weighs"
-        panels.append((title, drp(seen, roi, seen.truth(pick))))
+        panels.append(drp(seen, roi))
     if settings.masks:
-        panels += mask_panels(seen, pick)
+        mask = seen.detection["masks"]
+        coarse = F.adaptive_max_pool2d(mask[None], 7)[0]  # as the overlap prediction
+        for title, values in (("its mask,\npooled to 7x7", coarse), ("its mask, 28x28", mask)):
+            area = [seen.box, seen.truth]
+            panels.append(seen.map_panel(title, values, seen.box, area, alpha="value"))
     return panels
 
 
-@torch.no_grad()
-def dlr(seen: Seen, roi: Rois, pick: int) -> list[Panel]:
+def dlr(seen: Seen, roi: Rois) -> list[Panel]:
     """The boxes of the cells of a detection's proposal, and which of them are averaged."""
     model, proposal = seen.model, roi.boxes[0]
     offsets, overlap_logits = model.regress(model.pool(seen.outputs["features"], roi, 14))
-    overlap = overlap_logits[0].float().sigmoid()  # [1, S, S]
+    overlap = overlap_logits[0, 0].float().sigmoid()  # [S, S]
     cells = d2det.cell_boxes(roi.boxes, offsets.float())[0].flatten(1).T  # [S*S, 4]
     used = overlap.flatten() > 0.5
     if not model.settings.overlap:
         used = torch.ones_like(used)
-    truth, found = seen.truth(pick), seen.box(pick)
-    area = [proposal, found, truth]
+    area = [proposal, seen.box, seen.truth]
     seen.numbers |= dict(overlap=numbers_of(overlap), used=int(used.sum()))
     seen.numbers["cells"] = [numbers_of(c) for c in cells]
 
-    def draw_cells(axis):
-        show(axis, seen, area)
+    def draw(axis):
+        seen.show(axis, area)
         for box, on in zip(cells, used):
             outline(axis, box, FOUND if on else "0.35", width=0.7 if on else 0.4, alpha=0.7)
-        outlines(axis, truth, found, proposal)
+        seen.outlines(axis, proposal)
 
-    def draw_overlap(axis):
-        show(axis, seen, area, grey=True)
-        heat(axis, overlap[0], proposal, limits=(0, 1))
-        outlines(axis, truth, found, proposal)
-
-    title = f"each cell's box; {int(used.sum())} cells of {len(cells)}\nare averaged"
-    panels = [(title, draw_cells)]
+    panels = [(f"each cell's box; {int(used.sum())} cells of {len(cells)}\nare averaged", draw)]
     if model.settings.overlap:
-        panels.append(("is the cell on the object?\n(overlap prediction)", draw_overlap))
+        title = "is the cell on the object?\n(overlap prediction)"
+        panels.append(seen.map_panel(title, overlap, proposal, area, proposal))
     return panels
 
 
-@torch.no_grad()
-def drp(seen: Seen, roi: Rois, truth: Tensor | None):
-    """A drawing of the samples that classify a proposal."""
+def drp(seen: Seen, roi: Rois) -> Panel:
+    """The samples that classify a proposal."""
     model, proposal = seen.model, roi.boxes[0]
     level = 0
     if model.settings.drp_per_level:
         level = int(kernels.roi_level(roi.flat(), model.strides))
     module = model.drp[level]
-    modules = dict(offsets=module.fc)
+    offsets, norms = [], []  # what these layers return, as hooks get it
+    hooks = [module.fc.register_forward_hook(lambda *call: offsets.append(call[-1]))]
     if model.settings.weighting:
-        modules["norm"] = module.pool.norm
-    with recorded(**modules) as results:
-        model.class_features(seen.outputs["features"], roi)
+        hooks.append(module.pool.norm.register_forward_hook(lambda *call: norms.append(call[-1])))
+    model.class_features(seen.outputs["features"], roi)
+    for hook in hooks:
+        hook.remove()
     size = module.size
-    offsets = results["offsets"][0].float().view(2, size, size)
+    moves = offsets[0][0].float().view(2, size, size)
     step = module.gamma * (proposal[2:] - proposal[:2])[:, None, None]
-    bins = d2det.cell_centres(roi.boxes, size)[0] + step * offsets  # [2, S, S]
-    offsets = offsets.repeat_interleave(2, 1).repeat_interleave(2, 2)  # [2, 2S, 2S]
-    points = d2det.cell_centres(roi.boxes, 2 * size)[0] + step * offsets
-    weight = torch.ones(2 * size, 2 * size)
-    if "norm" in results:
-        weight = relative_weight(results["norm"][0])
+    bins = d2det.cell_centres(roi.boxes, size)[0] + step * moves  # [2, S, S]
+    moves = moves.repeat_interleave(2, 1).repeat_interleave(2, 2)  # [2, 2S, 2S]
+    points = d2det.cell_centres(roi.boxes, 2 * size)[0] + step * moves
+    weight = relative_weight(norms[0][0]) if norms else torch.ones(2 * size, 2 * size)
     seen.numbers |= dict(bins=[numbers_of(p) for p in bins], weights=numbers_of(weight))
 
     def draw(axis):
-        show(axis, seen, [proposal, truth], margin=0.25)
-        outline(axis, truth, TRUTH)
+        seen.show(axis, [proposal, seen.truth], margin=0.25)
+        outline(axis, seen.truth, TRUTH)
         outline(axis, proposal, ENTERING, "--")
         x, y = points.flatten(1).cpu()
         scale(axis, axis.scatter(x, y, s=12, c=weight.flatten().cpu(), cmap="plasma", lw=0))
 
-    return draw
+    return "where DRP samples, and how\nmuch a sample weighs", draw
 
 
 def relative_weight(norm: Tensor) -> Tensor:
@@ -137,32 +123,16 @@ def relative_weight(norm: Tensor) -> Tensor:
     return (share(weight) / share(torch.ones_like(weight)))[0].mean(0)
 
 
-def mask_panels(seen: Seen, pick: int) -> list[Panel]:
-    """The detection's mask, and the same as coarse as the overlap prediction."""
-    fine, box, truth = seen.detections["masks"][pick], seen.box(pick), seen.truth(pick)
-    coarse = F.adaptive_max_pool2d(fine[None], 7)[0]
-    panels = []
-    for title, mask in (("its mask,\npooled to 7x7", coarse), ("its mask, 28x28", fine)):
-
-        def draw(axis, mask=mask):
-            show(axis, seen, [box, truth], grey=True)
-            heat(axis, mask, box, alpha="value", limits=(0, 1))
-            outline(axis, box, FOUND)
-
-        panels.append((title, draw))
-    return panels
-
-
 # ------------------------------------------------------------------------------ CPM R-CNN
 
 
-def cpm_panels(seen: Seen, pick: int) -> list[Panel]:
+@torch.no_grad()
+def cpm_panels(seen: Seen) -> list[Panel]:
     if not hasattr(seen.model, "grids"):
         raise BadInput("--base cascade has no heat maps to show")
-    truth, row = seen.truth(pick), seen.row(pick)
-    scores = {k: seen.candidates[k][row].item() for k in ("cls", "ism", "rsm", "scores")}
-    if truth is not None:
-        scores["IoU with object"] = aligned_iou(seen.box(pick), truth).item()
+    scores = {k: seen.candidates[k][seen.row].item() for k in ("cls", "ism", "rsm", "scores")}
+    if seen.truth is not None:
+        scores["IoU with object"] = aligned_iou(seen.box, seen.truth).item()
     seen.numbers |= scores
 
     def bars(axis):
@@ -173,50 +143,54 @@ def cpm_panels(seen: Seen, pick: int) -> list[Panel]:
         axis.set(xlim=(0, 1.2))
         axis.invert_yaxis()
 
-    return [*stage_panels(seen, row, truth), ("scores of the box", bars)]
-
-
-@torch.no_grad()
-def stage_panels(seen: Seen, row: int, truth: Tensor | None) -> list[Panel]:
-    """One panel a stage: the nine heat maps of a candidate's box, and the box that they draw."""
-    model, outputs = seen.model, seen.outputs
+    model, roi, panels = seen.model, proposal_of(seen), []
+    area = [grid_of(roi, model.settings.ratios[0]), seen.truth]  # the first is the largest
     stages = seen.test.test_stage or model.settings.num_stages
-    at = seen.candidates["roi"][row]
-    roi, panels = outputs["rois"][at[None]], []
-    corner, wh = (v[0, 0] for v in grid_branch.grid_frame(roi.boxes, model.settings.ratios[0]))
-    area = [torch.cat([corner, corner + wh]), truth]  # the first stage's, which is the largest
     seen.numbers["stages"] = []
-    for stage, (head, ratio) in enumerate(zip(model.grids[:stages], model.settings.ratios), 1):
-        logits, _ = head(model.pool(outputs["features"], roi, 14))
-        drawn = roi.moved(grid_branch.decode_grid(roi.boxes, logits, ratio, outputs["sizes"]))
-        box, decoded, probs = roi.boxes[0], drawn.boxes[0], logits[0].float().sigmoid()
-        corner, wh = (v[0, 0] for v in grid_branch.grid_frame(roi.boxes, ratio))
-        grid = torch.cat([corner, corner + wh])
-        canvas = whole_grid(probs / probs.amax((1, 2), keepdim=True))  # best cells are bright
-        S, cell = probs.shape[-1], probs.flatten(1).argmax(1)
-        windows = grid_branch.unit_points(probs.device) * S
-        cells = torch.stack([cell % S, cell // S], 1) + windows + 0.5  # [9, 2] on the 2S grid
-        points = corner + wh * cells / (2 * S)
-        numbers = dict(enters=numbers_of(box), box=numbers_of(decoded))
-        numbers |= dict(points=[numbers_of(p) for p in points])
-        numbers |= dict(probs=numbers_of(probs.flatten(1).amax(1)))
-        title = f"stage {stage}: nine maps on the box\nenlarged {ratio:g} times"
-        if truth is not None:
-            before, after = aligned_iou(torch.stack([box, decoded]), truth).tolist()
-            title += f"; IoU {before:.2f} to {after:.2f}"
-            numbers |= dict(iou_before=before, iou_after=after)
-        seen.numbers["stages"].append(numbers)
+    for stage in range(stages):
+        panel, roi = stage_panel(seen, stage, roi, area)
+        panels.append(panel)
+    return [*panels, ("scores of the box", bars)]
 
-        def draw(axis, box=box, decoded=decoded, grid=grid, canvas=canvas, points=points):
-            show(axis, seen, area, margin=0.03, grey=True)
-            heat(axis, canvas, grid, "inferno", "value", (0, 1), "share of the map's best cell")
-            axis.plot(*points.T.cpu(), "+", color="lime", ms=7, mew=1.2)
-            outline(axis, grid, "yellow", ":", 1.2)
-            outlines(axis, truth, decoded, box)
 
-        panels.append((title, draw))
-        roi = drawn
-    return panels
+def grid_of(roi: Rois, ratio: float) -> Tensor:
+    """The box [4] that the heat maps of a RoI cover."""
+    corner, wh = grid_branch.grid_frame(roi.boxes, ratio)
+    return torch.cat([corner, corner + wh], -1)[0, 0]
+
+
+def stage_panel(seen: Seen, stage: int, roi: Rois, area: list) -> tuple[Panel, Rois]:
+    """The nine heat maps of a stage, and the box that they draw, which enters the next one."""
+    model, outputs, ratio = seen.model, seen.outputs, seen.model.settings.ratios[stage]
+    logits, _ = model.grids[stage](model.pool(outputs["features"], roi, 14))
+    drawn = roi.moved(grid_branch.decode_grid(roi.boxes, logits, ratio, outputs["sizes"]))
+    box, decoded, probs = roi.boxes[0], drawn.boxes[0], logits[0].float().sigmoid()
+    grid = grid_of(roi, ratio)
+    canvas = whole_grid(probs / probs.amax((1, 2), keepdim=True))  # best cells are bright
+    S, cell = probs.shape[-1], probs.flatten(1).argmax(1)
+    windows = grid_branch.unit_points(probs.device) * S
+    cells = torch.stack([cell % S, cell // S], 1) + windows + 0.5  # [9, 2] on the 2S grid
+    points = grid[:2] + (grid[2:] - grid[:2]) * cells / (2 * S)
+    numbers = dict(enters=numbers_of(box), box=numbers_of(decoded))
+    numbers |= dict(points=[numbers_of(p) for p in points])
+    numbers |= dict(probs=numbers_of(probs.flatten(1).amax(1)))
+    title = f"stage {stage + 1}: nine maps on the box\nenlarged {ratio:g} times"
+    if seen.truth is not None:
+        before, after = aligned_iou(torch.stack([box, decoded]), seen.truth).tolist()
+        title += f"; IoU {before:.2f} to {after:.2f}"
+        numbers |= dict(iou_before=before, iou_after=after)
+    seen.numbers["stages"].append(numbers)
+
+    def draw(axis):
+        seen.show(axis, area, margin=0.03, grey=True)
+        heat(axis, canvas, grid, "inferno", "value", label="share of the map's best cell")
+        axis.plot(*points.T.cpu(), "+", color="lime", ms=7, mew=1.2)
+        outline(axis, grid, "yellow", ":", 1.2)
+        outline(axis, seen.truth, TRUTH)
+        outline(axis, box, ENTERING, "--")
+        outline(axis, decoded, FOUND)
+
+    return (title, draw), drawn
 
 
 def whole_grid(probs: Tensor) -> Tensor:
@@ -232,32 +206,25 @@ def whole_grid(probs: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------ Double-Head
 
 
-def double_head_panels(seen: Seen, pick: int) -> list[Panel]:
-    model, truth, found, label = seen.model, seen.truth(pick), seen.box(pick), seen.label(pick)
-    at = seen.candidates["roi"][seen.row(pick)]
-    roi = seen.outputs["rois"][at[None]]
-    scores = {k: v[at, label].item() for k, v in seen.outputs["probs"].items()}
+@torch.no_grad()
+def double_head_panels(seen: Seen) -> list[Panel]:
+    model, roi, panels = seen.model, proposal_of(seen), []
+    at = seen.candidates["roi"][seen.row]
+    scores = {k: v[at, seen.label].item() for k, v in seen.outputs["probs"].items()}
     seen.numbers |= dict(proposal=roi.boxes[0].tolist(), class_score=scores)
     pooled = model.pool_for_heads(seen.outputs["features"], roi)
-    panels = []
     for name in model.cls:
-        cells = cell_evidence(model, name, pooled[name], label)
+        cells = cell_evidence(model, name, pooled[name], seen.label)
         seen.numbers[f"{name}_cells"] = numbers_of(cells)
         size = model.settings.conv_scale if name.startswith("conv") else 1.0
-        area = double_head.enlarge_rois(roi.flat(), size)[0, 1:]
-
-        def draw(axis, cells=cells, area=area):
-            show(axis, seen, [area, truth], grey=True)
-            most = float(cells.abs().max())
-            heat(axis, cells, area, "coolwarm", limits=(-most, most))
-            outlines(axis, truth, found, roi.boxes[0])
-
+        box = double_head.enlarge_rois(roi.flat(), size)[0, 1:]
         title = f"what each cell adds to the\n{name}-head's class, score {scores[name]:.2f}"
-        panels.append((title, draw))
-    return panels + slide(seen, found if truth is None else truth, label)
+        most, area = float(cells.abs().max()), [box, seen.truth]
+        how = dict(colours="coolwarm", limits=(-most, most))
+        panels.append(seen.map_panel(title, cells, box, area, roi.boxes[0], **how))
+    return panels + slide(seen)
 
 
-@torch.no_grad()
 def cell_evidence(model, name: str, pooled: Tensor, label: int) -> Tensor:
     """What each cell of one RoI, pooled [1, C, S, S], adds to a head's logit of a class: [S, S].
 
@@ -276,20 +243,20 @@ def cell_evidence(model, name: str, pooled: Tensor, label: int) -> Tensor:
     return torch.einsum("dyx,d->yx", maps, slope)
 
 
-@torch.no_grad()
-def slide(seen: Seen, box: Tensor, label: int, steps: int = 33) -> list[Panel]:
+def slide(seen: Seen, steps: int = 33) -> list[Panel]:
     """Both heads' scores and boxes as a proposal slides off the object (cf. 3.1, Figures 2, 7)."""
     model = seen.model
+    box = seen.box if seen.truth is None else seen.truth
     shift = torch.linspace(-1, 1, steps, device=box.device)
     moved = box.repeat(steps, 1)
     moved[:, 0::2] += shift[:, None] * (box[2] - box[0])
     image = torch.zeros(steps, dtype=torch.long, device=box.device)
     found = model.predictions(seen.outputs["features"], Rois(image, moved))
-    scores = {name: probs[:, label] for name, probs in found["probs"].items()}
+    scores = {name: probs[:, seen.label] for name, probs in found["probs"].items()}
     if len(scores) > 1:
         scores["fused"] = double_head.fuse_scores(*scores.values(), seen.test.fusion)
     regressed = {
-        name: aligned_iou(decode_boxes(moved, deltas[:, label], RCNN_STDS), box)
+        name: aligned_iou(decode_boxes(moved, deltas[:, seen.label], RCNN_STDS), box)
         for name, deltas in found["deltas"].items()
     }
     seen.numbers["slide"] = {

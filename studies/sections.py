@@ -1,22 +1,21 @@
 """Double-Head R-CNN's Section 3 on a checkpoint: which head's score and box follow the IoU?
 
     python -m studies.sections double_head --weights CKPT
-    python -m studies.sections double_head --weights B/last.pt --compare A/studies/sections.json
 
 Windows are slid around each object (3.1) and judged by every head, and so are the detector's own
-proposals and final boxes. Cells of the heads' maps and weights are correlated (3.4, Appendix A).
-The paper looks at two models with one head each; an Ext model has both in one, and --compare draws
-other runs beside this one. Writes OUT/sections.json and, as sections_*.png, Figures 2 and 7 (bins),
-3 (pearson), 4 (weights) and 8 (features).
+proposals and each head's own final boxes. The paper looks at two models with one head each; an Ext
+model has both in one. Writes OUT/sections.json and, as sections_*.png, Figures 2 and 7 (bins) and
+Figure 4 (weights).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -27,14 +26,21 @@ from torchvision.ops import box_area, box_iou
 
 from baselines.faster_rcnn import RCNN_STDS, Rois
 from common import BadInput, aligned_iou, clip_boxes, decode_boxes
-from data.files import read_json
 from double_head import Detector, FCHead
 from engine.checkpoints import write_json
 from engine.loader import to_device
-from engine.metrics import coco_metrics, to_coco
+from engine.metrics import evaluate
 from engine.pictures import new_figure
 from engine.processes import autocast, print_once, progress, rank_and_world
-from studies.boxes import annotations_by_image
+from studies.calibration import (
+    BINS,
+    annotations_by_image,
+    correlation,
+    in_bins,
+    is_counted,
+    listed,
+    with_iou,
+)
 from studies.checkpoint import (
     Options,
     Study,
@@ -43,293 +49,239 @@ from studies.checkpoint import (
     read_options,
     reported,
 )
-from studies.windows import (
-    BINS,
-    CLASSES,
-    SIZES,
-    cell_correlation,
-    choose_objects,
-    groups_of_classes,
-    size_group,
-    sliding_windows,
-    statistics,
-    tally,
-)
 
+SIZES = ("small objects", "medium objects", "large objects")
+CLASSES = ("easy classes", "medium classes", "hard classes")
+GROUPS = ("all objects", *SIZES, *CLASSES)
 CHUNK = 1024  # windows that go through the heads at once: bounds memory
 
 
-@dataclass
-class Judged:
-    """N boxes, each with the object that it is judged by."""
-
-    boxes: Tensor  # [N, 4]
-    gt_boxes: Tensor  # [N, 4]
-    labels: Tensor  # [N] of the objects
-    sizes: Tensor  # [N] groups of size of the objects
-
-    def __getitem__(self, index) -> Judged:
-        return Judged(*(getattr(self, f.name)[index] for f in dataclasses.fields(self)))
+# ------------------------------------------------------------------------------ windows and objects
 
 
-class Analysis:
-    """The sums that Section 3 needs, over images that are added one by one."""
+def sliding_windows(gt_boxes: Tensor, steps: int = 11) -> Tensor:
+    """Windows around each gt (3.1): [G, 4] -> [G, steps^4, 4]; steps^4 is 14,641 for 11.
 
-    def __init__(self, model: Detector, test, categories: list[dict]):
-        self.model, self.categories = model, categories
-        self.tests = {name: dataclasses.replace(test, alone=name) for name in model.cls}
-        if len(model.cls) + len(model.box) > 2:  # the whole model is more than one head alone
-            self.tests["model"] = test
-        shape = (model.num_classes, 3, BINS, 8)
-        self.windows, self.proposals, self.final = (
-            {name: torch.zeros(shape, dtype=torch.double) for name in names}
-            for names in (model.heads, model.heads, self.tests)
-        )
-        self.cells: dict[str, Tensor] = {}
-        self.results: list[dict] = []
-        self.objects = self.num_windows = 0
+    Every combination of shifts in x and y (up to one side of the gt) with widths and heights (half
+    to double). The gt is the middle window. choice: the steps widen quadratically from it, because
+    even steps would leave the bins next to IoU 1 empty.
 
-    def add_image(self, outputs: dict, target: dict, sizes: Tensor, chosen: list[int]) -> None:
-        """One image: its proposals, final boxes, and windows around the chosen objects.
-
-        sizes [G]: the objects' groups of size.
-        """
-        rois, limit = outputs["rois"], outputs["sizes"]
-        best, gt = F.pad(box_iou(rois.boxes, target["boxes"]), (0, 1)).max(1)
-        # choice: a proposal is judged by the object that it overlaps most. One that overlaps none
-        # has no class whose score could be looked at.
-        real = (best > 0) & ~F.pad(target["ignore"], (0, 1))[gt]
-        gt = gt[real]
-        judged = Judged(rois.boxes[real], target["boxes"][gt], target["labels"][gt], sizes[gt])
-        found = {k: {n: v[real] for n, v in outputs[k].items()} for k in ("probs", "deltas")}
-        self.add_boxes(self.proposals, found, judged, limit)
-        self.add_final(outputs, target, sizes)
-        if chosen:
-            boxes, labels = target["boxes"][chosen], target["labels"][chosen]
-            self.add_windows(outputs["features"], boxes, labels, sizes[chosen], limit)
-
-    def add_boxes(self, sums: dict, found: dict, judged: Judged, limit: Tensor) -> None:
-        """Boxes and what `Detector.predictions` found in them, into each head's sums."""
-        iou = aligned_iou(judged.boxes, judged.gt_boxes)
-        rows = torch.arange(len(iou), device=iou.device)
-        for name, moments in sums.items():
-            score = regressed = torch.zeros_like(iou)
-            if name in found["probs"]:
-                score = found["probs"][name][rows, judged.labels]
-            if name in found["deltas"]:
-                deltas = found["deltas"][name][rows, judged.labels]
-                moved = clip_boxes(decode_boxes(judged.boxes, deltas, RCNN_STDS), limit)
-                regressed = aligned_iou(moved, judged.gt_boxes)
-            tally(moments, judged.labels, judged.sizes, iou, score, regressed)
-
-    def add_windows(self, features, gt_boxes, labels, sizes, limit) -> None:
-        """Windows around objects, gt_boxes [G, 4], and the heads' maps of the objects."""
-        windows = clip_boxes(sliding_windows(gt_boxes), limit)  # [G, W, 4]
-        owner = torch.arange(len(gt_boxes), device=windows.device)
-        owner = owner.repeat_interleave(windows.shape[1])
-        windows = windows.flatten(0, 1)
-        judged = Judged(windows, gt_boxes[owner], labels[owner], sizes[owner])
-        judged = judged[(windows[:, 2:] > windows[:, :2]).all(1)]
-        for start in range(0, len(judged.boxes), CHUNK):
-            part = judged[start : start + CHUNK]
-            found = self.model.predictions(features, in_first_image(part.boxes))
-            self.add_boxes(self.windows, found, part, limit)
-        self.objects += len(labels)
-        self.num_windows += len(owner)
-        pooled = self.model.pool_for_heads(features, in_first_image(gt_boxes))
-        maps = {f"{name} input": m for name, m in pooled.items()}
-        maps |= {name: self.model.heads[name].maps(m.float()) for name, m in pooled.items()}
-        for name, m in maps.items():
-            total = cell_correlation(m.flatten(2).transpose(1, 2)).sum(0).cpu()
-            self.cells[name] = self.cells.get(name, 0) + total
-
-    def add_final(self, outputs: dict, target: dict, sizes: Tensor) -> None:
-        """Final boxes, judged by the best object of their own class; without one, by their size."""
-        scale = torch.tensor(target["size"], device=sizes.device) / outputs["sizes"][0]  # (h, w)
-        for name, test in self.tests.items():
-            (found,) = self.model.detections(self.model.candidates(outputs, test), 1, test)
-            iou = F.pad(box_iou(found["boxes"], target["boxes"]), (0, 1))  # [D, G + 1]
-            own = found["labels"][:, None] == F.pad(target["labels"], (0, 1), value=-1)
-            best, gt = (iou * own).max(1)
-            area = box_area(found["boxes"]) * scale.prod()
-            size = torch.where(best > 0, F.pad(sizes, (0, 1))[gt], size_group(area))
-            real = ~(F.pad(target["ignore"], (0, 1))[gt] & (best > 0))
-            values = (found["labels"], size, best, found["scores"], best)
-            tally(self.final[name], *(v[real] for v in values))
-        found["boxes"] = found["boxes"] * scale.flip(0).repeat(2)  # the last: of the whole model
-        self.results += to_coco(target["image_id"], found, self.categories)
+    >>> sliding_windows(torch.tensor([[0., 0., 10., 20.]]))[0, 14641 // 2]
+    tensor([ 0.,  0., 10., 20.])
+    """
+    step = torch.linspace(-1, 1, steps, device=gt_boxes.device)
+    shift = step * step.abs()
+    growth = shift * math.log(2)  # of the logarithm of width and height
+    return decode_boxes(gt_boxes[:, None], torch.cartesian_prod(shift, shift, growth, growth))
 
 
-def in_first_image(boxes: Tensor) -> Rois:
-    """Boxes [N, 4] of the only image of a batch."""
-    return Rois(torch.zeros(len(boxes), dtype=torch.long, device=boxes.device), boxes)
+def choose_objects(annotations: dict[Any, list[dict]], most: int) -> dict[Any, list[int]]:
+    """image id -> which of its objects get windows: `most` in all, evenly spread (0: all).
+
+    annotations: those of `annotations_by_image`. Crowds are never chosen.
+    """
+    eligible = [
+        (image_id, i)
+        for image_id, objects in annotations.items()
+        for i, annotation in enumerate(objects)
+        if is_counted(annotation)
+    ]
+    count = min(most or len(eligible), len(eligible))
+    chosen: dict[Any, list[int]] = {image_id: [] for image_id in annotations}
+    for i in range(count):
+        image_id, position = eligible[i * len(eligible) // count]
+        chosen[image_id].append(position)
+    return chosen
+
+
+def size_group(areas: Tensor) -> Tensor:
+    """COCO's small, medium, large: 0, 1, 2 of areas [N] in the original image's pixels."""
+    return (areas > 32**2).long() + (areas > 96**2)
+
+
+def groups_of_classes(per_class: dict[str, float | None]) -> dict[str, list[str]]:
+    """Thirds of the classes by falling AP (3.1), without the classes that have no AP."""
+    known = sorted((k for k, v in per_class.items() if v is not None), key=lambda k: -per_class[k])
+    edges = [round(i * len(known) / 3) for i in range(4)]
+    return {name: known[a:b] for name, a, b in zip(CLASSES, edges, edges[1:])}
+
+
+# ------------------------------------------------------------------------------ measured
+
+# A table [N, 5] holds N boxes that a head has judged, each by an object: label and group of size of
+# the object, IoU of the box with it, score of its class, and IoU of the regressed box. Where a head
+# does not have the task there is nan. Targets also have `sizes` [G], the objects' groups of size.
+
+
+def judged(found: dict, boxes: Tensor, target: dict, gt: Tensor, limit: Tensor) -> dict:
+    """The table of each head for boxes [N, 4], judged by the objects gt [N].
+
+    found: what `Detector.predictions` found in the boxes.
+    """
+    labels, gt_boxes = target["labels"][gt], target["boxes"][gt]
+    iou, rows = aligned_iou(boxes, gt_boxes), torch.arange(len(gt), device=gt.device)
+    tables = {}
+    for name in found["probs"] | found["deltas"]:
+        score = regressed = torch.full_like(iou, math.nan)
+        if name in found["probs"]:
+            score = found["probs"][name][rows, labels]
+        if name in found["deltas"]:
+            moved = decode_boxes(boxes, found["deltas"][name][rows, labels], RCNN_STDS)
+            regressed = aligned_iou(clip_boxes(moved, limit), gt_boxes)
+        tables[name] = torch.stack([labels, target["sizes"][gt], iou, score, regressed], 1)
+    return tables
+
+
+def proposals(outputs: dict, target: dict) -> dict[str, Tensor]:
+    """Each head's table of an image's proposals."""
+    # choice: a proposal is judged by the object that it overlaps most. One that overlaps none has
+    # no class whose score could be looked at.
+    boxes = outputs["rois"].boxes
+    best, gt = F.pad(box_iou(boxes, target["boxes"]), (0, 1)).max(1)
+    real = (best > 0) & ~F.pad(target["ignore"], (0, 1))[gt]
+    found = {k: {n: v[real] for n, v in outputs[k].items()} for k in ("probs", "deltas")}
+    return judged(found, boxes[real], target, gt[real], outputs["sizes"])
+
+
+def windows(model: Detector, outputs: dict, target: dict, chosen: list[int]) -> Iterator[dict]:
+    """Each head's tables of windows around the chosen objects of an image."""
+    if not chosen:
+        return
+    limit = outputs["sizes"]
+    boxes = clip_boxes(sliding_windows(target["boxes"][chosen]), limit)  # [G, W, 4]
+    gt = torch.tensor(chosen, device=boxes.device).repeat_interleave(boxes.shape[1])
+    boxes = boxes.flatten(0, 1)
+    real = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    for part, own in zip(boxes[real].split(CHUNK), gt[real].split(CHUNK)):
+        found = model.predictions(outputs["features"], Rois(torch.zeros_like(own), part))
+        yield judged(found, part, target, own, limit)
+
+
+def final_boxes(model: Detector, outputs: dict, target: dict, test) -> dict[str, Tensor]:
+    """Each head's table of what it detects alone, nothing regressed.
+
+    A box is judged by the best object of its own class; without one, by its own size.
+    """
+    scale = torch.tensor(target["size"], device=outputs["sizes"].device) / outputs["sizes"][0]
+    tables = {}
+    for name in model.cls:
+        alone = dataclasses.replace(test, alone=name)
+        (found,) = model.detections(model.candidates(outputs, alone), 1, alone)
+        found = with_iou(found, target)
+        iou, gt = found["iou"], found["gt"]
+        area = box_area(found["boxes"]) * scale.prod()  # in pixels of the image on disk
+        size = torch.where(iou > 0, F.pad(target["sizes"], (0, 1))[gt], size_group(area))
+        values = [found["labels"], size, iou, found["scores"], torch.full_like(iou, math.nan)]
+        ignored = F.pad(target["ignore"], (0, 1))[gt] & (iou > 0)
+        tables[name] = torch.stack(values, 1)[~ignored]
+    return tables
+
+
+def statistics(table: Tensor) -> dict:
+    """A table as numbers: Pearson of score and IoU, and count, means and deviations by IoU."""
+    _, _, iou, score, regressed = table.double().unbind(1)
+    count, s, ss, r, rr = in_bins(iou, score, score**2, regressed, regressed**2)
+    return {
+        "count": count.tolist(),
+        "pearson": correlation(score, iou),
+        "score_mean": listed(s),
+        "score_std": listed((ss - s**2).clamp(min=0).sqrt()),
+        "iou_mean": listed(r),
+        "iou_std": listed((rr - r**2).clamp(min=0).sqrt()),
+    }
+
+
+def by_group(table: Tensor, classes: list[list[int]]) -> dict[str, dict]:
+    """`statistics` of each of GROUPS; classes: the labels of easy, medium and hard classes."""
+    label, size = table[:, 0], table[:, 1]
+    parts = [torch.ones_like(label).bool(), *(size == i for i in range(3))]
+    parts += [torch.isin(label, torch.tensor(members)) for members in classes]
+    return {group: statistics(table[part]) for group, part in zip(GROUPS, parts)}
+
+
+def weight_correlation(head: FCHead) -> list[list[float]]:
+    """Pearson's between the weights of all pairs of cells: [S*S, S*S] (3.4)."""
+    weights = head.cell_weights().flatten(0, 1).flatten(1)  # [S*S, C * channels]
+    return torch.corrcoef(weights.double()).round(decimals=4).tolist()
+
+
+# ------------------------------------------------------------------------------ study
 
 
 @torch.no_grad()
-def sections(study: Study, compare=(), objects: int = 0) -> dict:
-    """Section 3 on one model; `compare`: other runs' sections.json, `objects`: 0 for all.
-
-    For each head that has the task: class score and regressed IoU over a proposal's IoU.
-    """
-    model, settings, data = study.model, study.settings, study.data
-    names = [c["name"] for c in data.categories]
-    others = {str(Path(file).parent): read_analysis(file, names) for file in compare}
-    annotations = annotations_by_image(data)
-    chosen = choose_objects(annotations, objects)
-    analysis = Analysis(model, settings.test, data.categories)
-    images, device, test = network_images(study), study.device, settings.test
+def sections(study: Study, objects: int = 0) -> dict:
+    """Section 3 on one model; windows are slid around that many `objects` (0: all)."""
+    model, settings, device = study.model, study.settings, study.device
+    metrics = evaluate(model, study.data, settings)
+    if rank_and_world()[0]:
+        return {}  # the first process does the rest
+    annotations = annotations_by_image(study.data)
+    chosen, images = choose_objects(annotations, objects), network_images(study)
+    tables: dict[str, dict] = {"windows": {}, "proposals": {}, "final": {}}
     for i in progress(range(len(images)), "analysing", len(images)):
         image, (target,) = to_device(images[i], device)
-        image_id = target["image_id"]
-        areas = torch.tensor([a["area"] for a in annotations[image_id]], device=device)
+        areas = [a["area"] for a in annotations[target["image_id"]]]
+        target["sizes"] = size_group(torch.tensor(areas, device=device))
         with autocast(settings.run.amp, device):
             outputs = model.outputs(image)
-            analysis.add_image(outputs, target, size_group(areas), chosen.get(image_id, []))
-    metrics = coco_metrics(data.coco(), analysis.results, test.metric_detections, test.metric_sides)
-    per_class = next(iter(others.values()))["per_class"] if others else metrics["per_class"]
-    summary = summarise(analysis, names, per_class) | {"metrics": metrics}
-    for file, other in others.items():
-        odd = [k for k in ("classes", "objects", "windows_made") if other[k] != summary[k]]
-        if odd:
-            remedy = "use the same first --compare and --objects"
-            raise BadInput(f"--compare {file}: made with other {', '.join(odd)}; {remedy}")
+            parts = [("proposals", proposals(outputs, target))]
+            parts.append(("final", final_boxes(model, outputs, target, settings.test)))
+            around = windows(model, outputs, target, chosen[target["image_id"]])
+            parts += [("windows", part) for part in around]
+        for where, part in parts:
+            for name, table in part.items():
+                tables[where].setdefault(name, []).append(table.cpu())
+    names = [c["name"] for c in study.data.categories]
+    classes = groups_of_classes(metrics["per_class"])
+    members = [[names.index(name) for name in group] for group in classes.values()]
+    summary = {
+        "objects": sum(map(len, chosen.values())),
+        "classes": classes,
+        "metrics": metrics,
+        "weight_correlation": {
+            name: weight_correlation(head)
+            for name, head in model.heads.items()
+            if isinstance(head, FCHead)
+        },
+    }
+    for where, found in tables.items():
+        summary[where] = {k: by_group(torch.cat(v), members) for k, v in found.items()}
+        for name, groups in summary[where].items():
+            print_once(f"{where:9} {name:6} Pearson {groups['all objects']['pearson']}")
     write_json(study.out / "sections.json", summary)
-    runs = {"": summary, **others}
-    draw_bins(runs, study.out / "sections_bins.png")
-    draw_pearson(runs, study.out / "sections_pearson.png")
-    for kind in ("weight", "feature"):
-        if summary[f"{kind}_correlation"]:
-            draw_cells(kind, summary, study.out / f"sections_{kind}s.png")
-    for where in ("windows", "proposals", "final"):
-        for name, found in summary[where].items():
-            if name in model.cls or name == "model":
-                print_once(f"{where:9} {name:6} Pearson {found['all objects']['pearson']}")
+    draw_bins(summary["windows"], study.out / "sections_bins.png")
+    if summary["weight_correlation"]:
+        draw_weights(summary["weight_correlation"], study.out / "sections_weights.png")
     print_once(f"results: {study.out}/sections.json, sections_*.png")
     return summary
 
 
-def read_analysis(file: str, names: list[str]) -> dict:
-    """Another run's sections.json; raises BadInput if it is none, or is about other classes."""
-    found = read_json(Path(file))
-    needed = {"windows", "proposals", "final", "classes", "objects", "windows_made", "per_class"}
-    whole = isinstance(found, dict) and needed <= set(found)
-    if not whole or set(found["per_class"]) != set(names):
-        raise BadInput(f"--compare {file}: not an analysis of these classes")
-    return found
-
-
-def summarise(analysis: Analysis, names: list[str], per_class: dict) -> dict:
-    """Sums -> the numbers behind the figures, by head and by group of objects."""
-    model, groups = analysis.model, groups_of_classes(per_class)
-    members = {k: [names.index(n) for n in v] for k, v in groups.items()}
-
-    def by_group(moments: Tensor) -> dict:
-        found = {"all objects": moments.sum((0, 1))}
-        found |= {name: moments[:, i].sum(0) for i, name in enumerate(SIZES)}
-        found |= {name: moments[rows].sum((0, 1)) for name, rows in members.items()}
-        return {name: statistics(m) for name, m in found.items()}
-
-    def with_its_tasks(name: str, found: dict) -> dict:
-        """Without the numbers of a task that this head does not have."""
-        absent = []
-        if name not in model.cls:
-            absent += ["score", "pearson"]
-        if name not in model.box:
-            absent += ["iou"]
-        return {
-            group: {k: v for k, v in values.items() if k.split("_")[0] not in absent}
-            for group, values in found.items()
-        }
-
-    absent = [f"{n} cls" for n in model.heads if n not in model.cls]
-    absent += [f"{n} reg" for n in model.heads if n not in model.box]
-    summary = {
-        "objects": analysis.objects,
-        "windows_made": analysis.num_windows,
-        "per_class": per_class,
-        "classes": groups,
-        "absent": absent,
-    }
-    for where in ("windows", "proposals"):
-        moments = getattr(analysis, where)
-        summary[where] = {k: with_its_tasks(k, by_group(m)) for k, m in moments.items()}
-    summary["final"] = {
-        k: {g: dict(count=sum(v["count"]), pearson=v["pearson"]) for g, v in by_group(m).items()}
-        for k, m in analysis.final.items()
-    }
-    total = max(1, analysis.objects)
-    summary["feature_correlation"] = {k: rounded(m / total) for k, m in analysis.cells.items()}
-    summary["weight_correlation"] = {}
-    for name, head in model.heads.items():
-        if isinstance(head, FCHead):
-            cells = head.cell_weights().flatten(0, 1).flatten(1).cpu()  # [S*S, C * channels]
-            cells = cells - cells.mean(1, keepdim=True)  # centred: the cosine is Pearson's
-            summary["weight_correlation"][name] = rounded(cell_correlation(cells))
-    return summary
-
-
-def rounded(matrix: Tensor) -> list[list[float]]:
-    return [[round(v, 4) for v in row] for row in matrix.tolist()]
-
-
-# ------------------------------------------------------------------------------ drawn
-
-GROUPS = ("all objects", *SIZES, *CLASSES)
-
-
-def draw_bins(runs: dict[str, dict], path: Path) -> None:
-    """Figures 2 and 7: score and regressed IoU over a proposal's IoU. `runs`: summaries by name."""
+def draw_bins(windows: dict[str, dict], path: Path) -> None:
+    """Figures 2 and 7: each head's score and regressed IoU over a proposal's IoU."""
     figure, axes = new_figure(22, 6, 2, 7, sharex=True, sharey="row")
     centres = (np.arange(BINS) + 0.5) / BINS
     for row, what, title in zip(axes, ("score", "iou"), ("class score", "regressed box's IoU")):
         for axis, group in zip(row, GROUPS):
-            for run, summary in runs.items():
-                for head, by_group in summary["windows"].items():
-                    found = by_group[group]
-                    if f"{what}_mean" not in found:
-                        continue
-                    # None, an empty bin, becomes nan
-                    mean = np.array(found[f"{what}_mean"], dtype=float)
-                    std = np.array(found[f"{what}_std"], dtype=float)
-                    (line,) = axis.plot(centres, mean, ".-", label=f"{run} {head}".strip())
-                    colour = line.get_color()
-                    axis.fill_between(centres, mean - std, mean + std, color=colour, alpha=0.1)
+            for head, by_group in windows.items():
+                # None, an empty bin, becomes nan
+                mean = np.array(by_group[group][f"{what}_mean"], dtype=float)
+                std = np.array(by_group[group][f"{what}_std"], dtype=float)
+                axis.plot(centres, mean, ".-", label=head)
+                axis.fill_between(centres, mean - std, mean + std, alpha=0.1)
             axis.set(title=group, xlabel="proposal's IoU")
         row[0].set_ylabel(title)
         row[0].legend()
     figure.savefig(path, dpi=80)
 
 
-def draw_pearson(runs: dict[str, dict], path: Path) -> None:
-    """Figure 3: the correlation of class score and IoU, by group of objects."""
-    figure, axes = new_figure(18, 4, 1, 3, sharey=True)
-    for axis, where in zip(axes[0], ("windows", "proposals", "final")):
-        bars = {
-            f"{run} {head}".strip(): found
-            for run, summary in runs.items()
-            for head, found in summary[where].items()
-            if "pearson" in found["all objects"]
-        }
-        for i, (label, found) in enumerate(bars.items()):
-            at = [g + 0.8 * (i + 0.5) / len(bars) - 0.4 for g in range(len(GROUPS))]
-            values = [found[group]["pearson"] for group in GROUPS]
-            values = [math.nan if v is None else v for v in values]
-            axis.bar(at, values, 0.8 / len(bars), label=label)
-        axis.set_xticks(range(len(GROUPS)), GROUPS, rotation=30, ha="right")
-        axis.set(title=f"{where}: Pearson of class score and IoU")
-        axis.legend()
-    figure.savefig(path, dpi=80)
-
-
-def draw_cells(kind: str, summary: dict, path: Path) -> None:
-    """Figures 4 (kind "weight") and 8 ("feature"): each cell's correlation with all cells."""
-    maps = summary[f"{kind}_correlation"]
+def draw_weights(maps: dict[str, list], path: Path) -> None:
+    """Figure 4: the correlation of each cell's weights with those of all cells."""
     figure, axes = new_figure(5 * len(maps), 4.5, 1, len(maps))
-    for axis, (title, matrix) in zip(axes[0], maps.items()):
+    for axis, (name, matrix) in zip(axes[0], maps.items()):
         size = round(len(matrix) ** 0.5)
         tiles = np.array(matrix).reshape(size, size, size, size).swapaxes(1, 2)
         shown = axis.imshow(tiles.reshape(size**2, size**2), vmin=0, vmax=1, cmap="jet")
-        axis.set(title=f"{title}: {kind} correlation of cells")
+        axis.set(title=f"{name}: weight correlation of cells")
         axis.set_xticks([i * size - 0.5 for i in range(1, size)], [])
         axis.set_yticks([i * size - 0.5 for i in range(1, size)], [])
         axis.grid(color="white")
@@ -340,7 +292,6 @@ def draw_cells(kind: str, summary: dict, path: Path) -> None:
 @dataclass
 class SectionsOptions(Options):
     method: Annotated[Literal["double_head"], tyro.conf.Positional] = "double_head"  # the only one
-    compare: tuple[str, ...] = ()  # other runs' sections.json, drawn beside this one
     # slide windows around this many objects, evenly spread (seconds each on a CPU); 0: all
     objects: int = 200
 
@@ -350,10 +301,7 @@ def main(argv=None) -> dict:
         options, flags = read_options("sections", SectionsOptions, __doc__, argv)
         if options.objects < 0:
             raise BadInput(f"--objects {options.objects}: at least 0 (all)")
-        study = open_study(options, flags)
-        if rank_and_world()[0]:
-            return {}  # the first process does all
-        return sections(study, options.compare, options.objects)
+        return sections(open_study(options, flags), options.objects)
 
 
 if __name__ == "__main__":

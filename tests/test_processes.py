@@ -192,7 +192,7 @@ def test_two_processes(tmp_path, unpainted):
     check_gradients(tmp_path)
     check_run(tmp_path, text)
     studied(weights, tmp_path / "one")
-    for name in ("sweep_nms.json", "alignment.json", "assignment.json"):
+    for name in ("sweep.json", "alignment.json", "assignment.json"):
         one, two = (json.loads((tmp_path / k / name).read_text()) for k in ("one", "two"))
         assert one == two, name
 
