@@ -6,8 +6,8 @@ settings), `sections` (Double-Head's Section 3), `assignment` (DC loss's IAC sco
 `compare` (methods and their baselines over seeds, and the tables), `cost` (parameters and
 multiply-adds), `bench` (time beside torchvision).
 
-For readers: `question` (docs/question.png), `step` (docs/step.md), `pages` (each method file as a web
-page; `formulas` writes its formulas).
+For readers: `question` (docs/question.png), `step` (docs/step.md), `pages` (each method file as a
+web page; `formulas` writes its formulas).
 
 `python -m studies.published FILE` makes a checkpoint of weights that a paper's authors published;
 `published_rules` has the names and orders of each kind of file.

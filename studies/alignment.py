@@ -72,7 +72,8 @@ class BeforeNMS(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model, self.outputs, self.candidates = model, model.outputs, model.candidates
+        self.model, self.settings = model, model.settings
+        self.outputs, self.candidates = model.outputs, model.candidates
 
     def detections(self, candidates: dict[str, Tensor], num_images: int, test) -> list[dict]:
         return split_images(candidates, candidates["image"], num_images)
