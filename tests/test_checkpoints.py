@@ -1,5 +1,6 @@
 """Checkpoints that a disk has damaged or somebody has edited are refused by name."""
 
+import copy
 import functools
 import random
 import re
@@ -142,7 +143,7 @@ def test_every_optimiser_goes_on_where_it_was(flat):
     step(layer, optimizer)
     other, resumed = made()
     other.load_state_dict(layer.state_dict())
-    load_optimizer(resumed, optimizer.state_dict(), "last.pt")
+    load_optimizer(resumed, copy.deepcopy(optimizer.state_dict()), "last.pt")
     for pair in ((layer, optimizer), (other, resumed)):
         step(*pair)
     assert torch.equal(layer.weight, other.weight)
