@@ -77,9 +77,11 @@ def read_image(path: str | Path, upright: bool = False, max_pixels: int = MAX_PI
 
 
 def rgb_tensor(image: Image.Image) -> Tensor:
-    """uint8 RGB [3, h, w] of a PIL image of 8 bits per channel."""
+    """uint8 RGB [3, h, w] of a PIL image of 8 bits per channel; what is transparent is white."""
     if image.mode[0] in "IF":  # PIL would clip these to black and white
         raise ValueError(f"its pixels ({image.mode}) are not of 8 bits, convert it first")
+    if image.has_transparency_data:  # choice: on white, as browsers and labelling tools show it
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 

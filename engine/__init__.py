@@ -5,6 +5,9 @@
     command.py      `run`, the command line of every script
     train.py        the training loop
     checkpoints.py  files of a run: checkpoints, the log, resuming
+    entries.py      what a checkpoint may hold
+    folders.py      files written whole, and a folder for one run at a time
+    signals.py      Ctrl-C and the like
     loader.py       a data set shared out among processes and batched
     metrics.py      `detect` over a data set, `evaluate` the detections
     predict.py      `load(...).detect(...)` in Python, and --predict

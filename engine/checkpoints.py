@@ -9,9 +9,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 from types import ModuleType
 
@@ -20,6 +18,15 @@ from torch import Tensor, nn
 
 from common import BadInput
 from data.coco import read_json
+from engine.entries import (
+    check_bits,
+    check_entries,
+    check_run_entries,
+    check_saved_settings,
+    fill,
+    load_optimizer,
+)
+from engine.folders import cannot_write, whole_file
 from engine.pictures import draw_curves, drawing
 from engine.processes import gather, print_once, rank_and_world
 from engine.settings import MAY_CHANGE_ON_RESUME, Settings, flag
@@ -29,27 +36,16 @@ from engine.settings import MAY_CHANGE_ON_RESUME, Settings, flag
 
 def save_checkpoint(path: Path, state: dict) -> None:
     """Write so that a crash at any moment leaves the old file or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch's writer has its own error for a full disk
-        temporary.unlink(missing_ok=True)
-        raise BadInput(f"{path}: cannot write it: {str(e).splitlines()[0]}") from e
-    if os.name == "posix":  # elsewhere folders cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the rename itself
-        os.close(folder)
+    with whole_file(path) as file:
+        torch.save(state, file)
 
 
 def load_checkpoint(path: str | Path) -> dict:
     """A checkpoint of `train`; its `settings` are grouped as `Settings.to_dict` groups them.
 
-    Raises BadInput for a file that is no checkpoint, or that holds more than weights.
+    Raises BadInput for a file that is no checkpoint, was damaged, or holds more than weights.
     """
+    check_bits(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -60,29 +56,19 @@ def load_checkpoint(path: str | Path) -> dict:
         raise BadInput(f"{path}: not a checkpoint that is safe to load: {why}") from e
     if isinstance(state, dict) and "config" in state:  # before settings had four objects
         state["settings"] = state.pop("config")
-    if not isinstance(state, dict) or not {"model", "categories", "settings"} <= state.keys():
-        raise BadInput(
-            f"{path}: not a checkpoint of this project (no model, categories and settings)"
-        )
+    check_entries(state, path)
     return state
 
 
 def load_weights(model: nn.Module, state: dict, path, categories: list[dict] | None = None) -> None:
     """Fill the model; raise BadInput if classes or shapes differ or a weight is not finite."""
-    odd = [k for k, v in state["model"].items() if not torch.as_tensor(v).isfinite().all()]
+    odd = [k for k, v in state["model"].items() if not v.isfinite().all()]
     if odd:
         raise BadInput(f"{path}: {len(odd)} of its tensors are not finite, {odd[0]} first")
     if categories is not None and len(categories) != len(state["categories"]):
         have, want = len(state["categories"]), len(categories)
         raise BadInput(f"{path}: made for {have} classes, the data has {want}")
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as e:
-        first = str(e).splitlines()[1].strip()[:200]
-        raise BadInput(
-            f"{path}: does not fit this model. Was it made by another script, or with other flags? "
-            f"{first}"
-        ) from e
+    fill(model, state["model"], path)
 
 
 def class_rows(num_classes: int, per_class: int, by_anchor: bool) -> Tensor:
@@ -178,31 +164,9 @@ def find_script(state: dict, path, method: str | ModuleType | None = None) -> Mo
 def write_json(path: Path, value) -> None:
     """Write a list on one line or a dict indented; makes the folder. Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=None if isinstance(value, list) else 2) + "\n")
-    os.replace(temporary, path)
-
-
-def set_aside(folder: Path, file: str = "last.pt") -> None:
-    """Rename the folder of an earlier run, which `file` marks, so that nothing is overwritten."""
-    if rank_and_world()[0] == 0 and (folder / file).exists():
-        number = 1
-        while folder.with_name(f"{folder.name}-{number}").exists():
-            number += 1
-        older = folder.with_name(f"{folder.name}-{number}")
-        folder.rename(older)
-        print_once(f"moved the earlier run to {older}")
-
-
-def check_folder(out: Path) -> None:
-    """Raise BadInput if results cannot be written there, before hours are spent on making them."""
-    try:
-        if Path.cwd().is_relative_to(out.resolve()):
-            raise BadInput(f"--out {out}: the folder that you are in is no place for results")
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except (OSError, RuntimeError) as e:  # RuntimeError: links in a circle
-        raise BadInput(f"--out {out}: cannot write there: {getattr(e, 'strerror', e)}") from e
+    text = json.dumps(value, indent=None if isinstance(value, list) else 2)
+    with whole_file(path) as file:
+        file.write(f"{text}\n".encode())
 
 
 class RunLog:
@@ -224,15 +188,17 @@ class RunLog:
                     line = json.loads(text)
                     if line["step"] <= start:
                         self.lines.append(line)
-        whole = self.path.with_name(".log.tmp")
-        whole.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        os.replace(whole, self.path)
+        with whole_file(self.path) as file:
+            file.write("".join(json.dumps(line) + "\n" for line in self.lines).encode())
 
     def write(self, line: dict) -> None:
         if not self.silent:
             self.lines.append(line)
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as e:
+                raise cannot_write(self.path, e) from e
 
     def has_metrics(self, step: int) -> bool:
         return any("AP" in line and line["step"] == step for line in self.lines)
@@ -277,6 +243,7 @@ def save_run(path: Path, model: nn.Module, optimizer, run: RunState) -> None:
                 "step": run.step,
                 "rng": rng,
                 "window": torch.stack(run.window) if run.window else [],
+                "threads": torch.get_num_threads(),
             },
         )
 
@@ -284,6 +251,13 @@ def save_run(path: Path, model: nn.Module, optimizer, run: RunState) -> None:
 def as_saved(settings: Settings) -> dict:
     """Settings as plain values, tuples as lists, as JSON and checkpoints have them."""
     return json.loads(json.dumps(settings.to_dict()))
+
+
+def read_settings(path: Path, settings_class: type[Settings]) -> Settings:
+    """The settings in a config.json."""
+    saved = read_json(path)
+    check_saved_settings(saved, path)
+    return settings_class.from_dict(saved)
 
 
 def check_settings(path: Path, settings: Settings, saved: Settings) -> None:
@@ -300,7 +274,7 @@ def check_settings(path: Path, settings: Settings, saved: Settings) -> None:
 
 
 def resume_or_start(out: Path, resume: bool, model: nn.Module, optimizer, run: RunState) -> None:
-    """Continue the run in `out` where it was saved, or make room for a new one.
+    """Continue the run in `out` where it was saved, if that is asked for and there is one.
 
     Fills model, optimiser, random numbers, and `run`'s step and window.
     """
@@ -308,28 +282,34 @@ def resume_or_start(out: Path, resume: bool, model: nn.Module, optimizer, run: R
     settings_class = type(run.settings)
     if not (resume and last.exists()):
         if resume and config.exists():
-            check_settings(config, run.settings, settings_class.from_dict(read_json(config)))
+            check_settings(config, run.settings, read_settings(config, settings_class))
             print_once(f"{out} has no checkpoint yet: its run starts anew")
-            return
-        if resume:
+        elif resume:
             print_once(f"nothing to resume in {out}: starting anew")
-        set_aside(out)
         return
     state = load_checkpoint(last)
+    check_run_entries(state, last, model)
     check_settings(last, run.settings, settings_class.from_dict(state["settings"]))
     if state["categories"] != run.categories:
         raise BadInput(f"{last}: cannot resume, the data's categories are others now")
     if state.get("data", run.fingerprint) != run.fingerprint:  # older checkpoints have none
         raise BadInput(f"{last}: cannot resume, the training images or boxes are others now")
     load_weights(model, state, last)
-    optimizer.load_state_dict(state["optimizer"])
+    load_optimizer(optimizer, state["optimizer"], last)
     rank, world = rank_and_world()
     if len(state["rng"]) == world:
         main, *cuda = state["rng"][rank]
-        torch.set_rng_state(main)
-        if cuda and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])
+        try:
+            torch.set_rng_state(main)
+            if cuda and torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])
+        except RuntimeError as e:
+            raise BadInput(f"{last}: cannot resume: its rng is no random state: {e}") from e
     else:
         print_once(f"{len(state['rng'])} processes before, {world} now: sampling starts anew")
+    threads = state.get("threads", torch.get_num_threads())  # older checkpoints do not say
+    if threads != torch.get_num_threads():
+        now = torch.get_num_threads()
+        print_once(f"{threads} threads before, {now} now: sums are rounded otherwise from here on")
     print_once(f"resumed at step {state['step']}")
     run.step, run.window = state["step"], list(state.get("window", []))

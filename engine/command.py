@@ -18,19 +18,21 @@ import tyro
 import data
 from common import BadInput
 from data.checks import check_images
-from data.coco import read_json
-from data.files import counted
+from data.files import counted, read_json
 from data.settings import Data
 from engine.checkpoints import (
     as_saved,
-    check_folder,
     load_checkpoint,
     load_weights,
+    read_settings,
     script_name,
     start_from,
 )
 from engine.detector import build_detector
+from engine.entries import check_size
 from engine.export import export_file
+from engine.folders import check_folder, sole_writer
+from engine.loader import worker_problem
 from engine.metrics import evaluate, show_metrics, show_per_class
 from engine.predict import predict_files
 from engine.processes import (
@@ -44,6 +46,7 @@ from engine.processes import (
     warn_of_busy_cores,
 )
 from engine.settings import MAY_CHANGE_ON_RESUME, TINY_PHOTOS, Run, Settings, choices, flag
+from engine.signals import Signals, signals_answered
 from engine.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -222,7 +225,7 @@ def saved_settings(
     tested or trained further as another method than the one that made them.
     """
     if str(source).endswith(".json"):  # of a run that was killed before its first checkpoint
-        saved = settings_class.from_dict(read_json(source))
+        saved = read_settings(Path(source), settings_class)
     else:
         state = load_checkpoint(source)
         made_by = str(state.get("method", name)).rpartition(".")[2]  # older ones do not say
@@ -253,18 +256,23 @@ def run(name: str, settings_class: type[Settings], detector, argv: list[str] | N
     try:
         if hasattr(signal, "SIGPIPE") and "--help" in (sys.argv if argv is None else argv):
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` is no error
-        command, settings = parse(name, settings_class, argv)
-        if command.rows:
-            return show_rows(name)
-        device = start_processes(settings.run.device)
-        if device.type == "cpu":
-            keep_memory()
-        warn_of_busy_cores(device)
-        torch.manual_seed(settings.run.seed)
-        return execute(command, settings, detector, device)
-    except (BadInput, FloatingPointError, OSError) as e:
+        untouched = "nothing was changed; the same command starts again"
+        with signals_answered(untouched, own_process=argv is None) as signals:
+            command, settings = parse(name, settings_class, argv)
+            if command.rows:
+                return show_rows(name)
+            device = start_processes(settings.run.device)
+            if device.type == "cpu":
+                keep_memory()
+            warn_of_busy_cores(device)
+            torch.manual_seed(settings.run.seed)
+            return execute(command, settings, detector, device, signals)
+    except (BadInput, FloatingPointError, OSError, RuntimeError) as e:
+        problem = worker_problem(e) if isinstance(e, RuntimeError) else str(e)
+        if isinstance(e, RuntimeError) and not problem:
+            raise
         # a loader's worker puts its whole traceback into the message; the reason ends it
-        print(f"error: {str(e).rpartition('BadInput: ')[2].strip()}", file=sys.stderr)
+        print(f"error: {problem.rpartition('BadInput: ')[2].strip()}", file=sys.stderr)
         sys.exit(2)
     finally:
         end_processes()
@@ -338,7 +346,7 @@ def beside_baseline(name: str, settings: Settings) -> str:
     return f"\nits baseline, trained as long: {show_metrics(mean)} (docs/results, {seeds})"
 
 
-def execute(command: Command, settings: Settings, detector, device: torch.device):
+def execute(command: Command, settings: Settings, detector, device: torch.device, signals: Signals):
     """Do what is asked: train, evaluate, predict, export."""
     out, needs_data = Path(settings.run.out), command.train or command.eval
     if not (needs_data or command.predict or command.export):
@@ -352,14 +360,22 @@ def execute(command: Command, settings: Settings, detector, device: torch.device
         if not Path(path).exists():
             raise BadInput(f"--predict {path}: no such file or folder")
     check_folder(out)
+    if command.train:
+        with sole_writer(out):  # `train` asks as well, but only once the images are checked
+            pass
     train_data = val_data = None
     if needs_data:
         known = None if command.train else state["categories"]
         train_data, val_data = load_data(settings, command.train, known)
     categories = val_data.categories if val_data is not None else state["categories"]
     model_settings = settings.model
-    if state or (command.resume and (out / "last.pt").exists()):
+    resumed = command.resume and (out / "last.pt").exists()
+    if state or resumed:
         model_settings = model_settings.without_download()
+    if command.train and resumed:
+        check_size(detector, model_settings, load_checkpoint(out / "last.pt"), out / "last.pt")
+    elif state and not command.train:
+        check_size(detector, model_settings, state, command.weights)
     model = build_detector(detector, model_settings, len(categories)).to(device)
     if state and command.train:
         start_from(model, state, command.weights, categories, detector)
@@ -379,8 +395,12 @@ def execute(command: Command, settings: Settings, detector, device: torch.device
             f"look at {out}/detections.png (found, false and missed objects) and {out}/curves.png\n"
             f"next: {script} --predict PHOTO.jpg --weights {out}/best.pt"
         )
+    signals.outcome = "its results are not complete; the same command starts again"
+    if command.train:
+        signals.outcome = f"training has ended, with {out / 'last.pt'}; what follows is incomplete"
     elif command.eval:
-        metrics = evaluate(model, val_data, settings, out / "eval")
+        with sole_writer(out / "eval"):
+            metrics = evaluate(model, val_data, settings, out / "eval")
         print_once(f"{show_metrics(metrics)}\nresults: {out}/eval/")
     if command.predict:
         folder = out / "predict"

@@ -123,6 +123,12 @@ def candidates_by_size(model, images: list[Tensor], tests: list[Test]) -> list[d
     An image padded to the size of a larger one would not be detected as it is alone: the padding
     counts in GroupNorm's statistics, and behind the first convolution it is no longer zero.
     """
+    odd = {p.dtype for p in model.parameters()} - {torch.float32}
+    if odd:
+        raise BadInput(
+            f"the model's weights are {odd.pop()}, detecting takes torch.float32: model.float(), "
+            "or for bf16 arithmetic the setting amp"
+        )
     groups: dict[tuple, list[int]] = {}
     for i, image in enumerate(images):
         groups.setdefault(padded_size(image), []).append(i)

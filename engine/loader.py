@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
 
 from common import BadInput
+from engine.folders import leave_locks
 from engine.processes import rank_and_world
 from engine.settings import Run
+from engine.signals import NUMBERS
 
 
 def per_process_batch(run: Run) -> int:
@@ -73,10 +75,52 @@ class TrainBatches:
                 step += 1
 
 
-def _ignore_signals(_) -> None:
-    """Ctrl-C and SIGTERM reach the whole process group; the parent shuts its workers down."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+WAIT = 600  # seconds for a batch until its processes count as hanging
+
+
+def _begin_worker(_) -> None:
+    """Signals reach the whole process group; the parent shuts its workers down."""
+    for number in NUMBERS:
+        signal.signal(number, signal.SIG_IGN)
+    leave_locks()
+
+
+def _collate(items: list) -> list:
+    """The list of items. In a worker their tensors are put into the memory that it shares.
+
+    torch would do that later, in a thread whose errors nobody hears: the parent would wait for ever
+    where /dev/shm is small, as it is in containers.
+    """
+    if get_worker_info() is None:
+        return items
+    try:
+        for item in items:
+            views = [item] if torch.is_tensor(item[0]) else item  # of `TestImages`: a list
+            for image, target in views:
+                for value in (image, *target.values()):
+                    if torch.is_tensor(value) and value.numel():
+                        value.share_memory_()
+    except (OSError, RuntimeError) as e:
+        raise BadInput(f"images cannot be passed on: {e}; {_shared_memory()}") from e
+    return items
+
+
+def _shared_memory() -> str:
+    """What to do about a failing worker."""
+    advice = "--workers 0 reads images without further processes"
+    with contextlib.suppress(OSError, AttributeError):
+        shm = os.statvfs("/dev/shm")
+        total, free = (n * shm.f_frsize >> 20 for n in (shm.f_blocks, shm.f_bavail))
+        return f"/dev/shm has {total} MiB, {free} of them free; {advice}"
+    return advice
+
+
+def worker_problem(error: RuntimeError) -> str:
+    """What happened, if this is torch's error for a worker that was killed or hangs; else ""."""
+    first = str(error).splitlines()[0] if str(error) else ""
+    if not first.startswith("DataLoader"):
+        return ""
+    return f"a process that reads images has died or hangs ({first.strip()}): {_shared_memory()}"
 
 
 def make_loader(data: Dataset, workers: int, device: torch.device, **sampling) -> DataLoader:
@@ -87,9 +131,10 @@ def make_loader(data: Dataset, workers: int, device: torch.device, **sampling) -
         data,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        collate_fn=list,
+        collate_fn=_collate,
         generator=torch.Generator(),  # a loader must not draw from the training's generator
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_begin_worker,
+        timeout=WAIT if workers else 0,
         **sampling,
     )
 

@@ -23,14 +23,10 @@ from data.checks import broken_images, refuse_images
 from data.contract import make_target
 from data.images import FORMATS, IMAGE_ENDINGS, MAX_PIXELS, read_image, rgb_tensor
 from data.masks import decode_mask, paste_mask
-from engine.checkpoints import (
-    find_script,
-    load_checkpoint,
-    load_weights,
-    set_aside,
-    write_json,
-)
+from engine.checkpoints import find_script, load_checkpoint, load_weights, write_json
 from engine.detector import build_detector
+from engine.entries import check_size
+from engine.folders import sole_writer
 from engine.metrics import detect, to_coco
 from engine.pictures import draw, drawing
 from engine.processes import find_device, gather, print_once, progress, rank_and_world
@@ -118,9 +114,12 @@ def predict_files(
     Returns the COCO results, in pixels of the upright image; each also names its file and category.
     """
     data = Files(paths, categories, settings.data.max_pixels)
-    names = [c["name"] for c in categories]
-    set_aside(out, "pictures")
-    gather(None)  # the others wait until the first process has done it
+    with sole_writer(out, set_aside_if="pictures"):
+        return _detect_in_files(model, data, settings, out)
+
+
+def _detect_in_files(model: nn.Module, data: Files, settings: Settings, out: Path) -> list[dict]:
+    categories, names = data.categories, [c["name"] for c in data.categories]
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     results, to_draw = [], []
     for target, found in detect(model, data, settings):
@@ -221,6 +220,7 @@ def load(path: str | Path, device: str = "auto", method=None, **changes) -> Load
     except BadInput as e:
         raise BadInput(f"{path}: {e}") from e
     settings = dataclasses.replace(settings, model=settings.model.without_download())
+    check_size(script.Detector, settings.model, state, path)
     model = build_detector(script.Detector, settings.model, len(state["categories"]))
     load_weights(model, state, path)
     return LoadedDetector(model.to(where), settings, state["categories"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import sys
 import time
@@ -140,7 +141,11 @@ def progress(iterable, what: str, total: int):
 def print_once(text: str, bar=None) -> None:
     """Print on the first process, above a progress bar if one is shown."""
     if rank_and_world()[0] == 0:
-        tqdm.write(text) if bar is not None and not bar.disable else print(text, flush=True)
+        try:
+            tqdm.write(text) if bar is not None and not bar.disable else print(text, flush=True)
+        except OSError as e:
+            if e.errno != errno.EIO:  # the terminal was closed: a run that ends must still be saved
+                raise
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from common import BadInput
 from data.own import CheckedItems, check_dataset, checked_truth
 from data.transforms import TrainingImages
 from engine.checkpoints import RunLog, RunState, as_saved, resume_or_start, save_run, write_json
+from engine.folders import sole_writer
 from engine.loader import (
     TrainBatches,
     batches_of,
@@ -38,6 +36,7 @@ from engine.processes import (
     share_buffers,
 )
 from engine.settings import Run, Settings
+from engine.signals import Signals, signals_answered
 
 
 def learning_rate(run: Run, step: int, total: int, batch: int) -> float:
@@ -92,30 +91,6 @@ def take_step(wrapped, optimizer, rate: float, items: list, run: Run, device):
     return losses, norm, [t["image_id"] for t in targets]
 
 
-@contextlib.contextmanager
-def signals_collected() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT in a list instead of dying; the third signal interrupts.
-
-    Outside the main thread, where Python allows no handlers, nothing is changed.
-    """
-    collected: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield collected
-        return
-
-    def collect(number, _):
-        collected.append(number)
-        if len(collected) == 3:  # somebody insists: the step hangs, and torchrun has sent its own
-            raise KeyboardInterrupt
-
-    before = {s: signal.signal(s, collect) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield collected
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-
 class LossWatch:
     """The losses since the log's last line; each travels to the host during the next step."""
 
@@ -131,6 +106,9 @@ class LossWatch:
         values = values.to("cpu", non_blocking=True)
         if copied:
             copied.record()
+        if self.window and self.window[-1].shape != values.shape:
+            had = list(self.window[-1].shape)
+            raise BadInput(f"last.pt: its window has {had} losses a step, here are {len(values)}")
         self.window.append(values)
         self.pending = step, image_ids, list(losses), values, copied
 
@@ -203,13 +181,13 @@ class Evaluations:
         share_buffers(self.model)
         earlier = [line["AP"] or 0 for line in self.log.lines if "AP" in line]
         self.metrics = evaluate(self.model, self.data, self.settings, self.out, self.truth)
-        if not self.log.has_metrics(step):
-            self.log.write({"step": step, **self.metrics})
-        self.log.draw()
-        print_once(f"step {step}: {show_metrics(self.metrics)}", bar)
         best = gather((self.metrics["AP"] or 0) >= max(earlier, default=0))[0]
         if best and self.metrics["AP"] is not None:
             save(self.out / "best.pt")
+        if not self.log.has_metrics(step):  # from here on it is not made up for on resuming
+            self.log.write({"step": step, **self.metrics})
+        self.log.draw()
+        print_once(f"step {step}: {show_metrics(self.metrics)}", bar)
 
 
 def check_data(model: nn.Module, settings: Settings, train_data, val_data) -> dict | None:
@@ -253,11 +231,36 @@ def train(
     """Train to the end of the schedule, or to SIGTERM; returns the last metrics ({} without data).
 
     OUT receives config.json, log.jsonl, last.pt, best.pt, curves.png and what `evaluate` writes.
-    With `resume` it continues exactly where last.pt was written. The data sets keep
-    `data.DetectionDataset`; BadInput says what one lacks.
+    With `resume` it continues where last.pt was written: on a CPU, with as many threads, exactly.
+    The data sets keep `data.DetectionDataset`; BadInput says what one lacks.
     """
-    out, device, run = Path(out), next(model.parameters()).device, settings.run
+    out = Path(out)
     truth = check_data(model, settings, train_data, val_data)
+    alone = sole_writer(out, set_aside_if="" if resume else "last.pt")
+    nothing = "nothing was saved; the same command starts again"
+    with alone, signals_answered(nothing) as signals:
+        try:
+            return _train(model, settings, train_data, val_data, truth, out, resume, signals)
+        except Exception as e:
+            if signals.seen and isinstance(e, RuntimeError) and rank_and_world()[1] > 1:
+                signals.end(signals.seen[0])  # the error is that another process ended first
+            if signals.outcome != nothing:
+                print_once(signals.outcome)
+            raise
+
+
+def _train(
+    model: nn.Module,
+    settings: Settings,
+    train_data,
+    val_data,
+    truth: dict | None,
+    out: Path,
+    resume: bool,
+    signals: Signals,
+) -> dict:
+    """`train` on data that were checked, in a folder where nobody else writes."""
+    device, run = next(model.parameters()).device, settings.run
     rank, world = rank_and_world()
     batch = per_process_batch(run) * world
     batches = TrainBatches(train_data.sizes, batch // world, run.seed)
@@ -273,6 +276,13 @@ def train(
     state = RunState(derived, train_data.categories, fingerprint(train_data))
     resume_or_start(out, resume, model, optimizer, state)
     batches.start = state.step
+    last = out / "last.pt"
+
+    def tell_saved() -> None:
+        signals.outcome = f"{last} holds step {state.step} of {batches.total}; --resume goes on"
+
+    if last.exists():
+        tell_saved()
     log, watch = RunLog(out, state.step), LossWatch(state.window)
     if rank == 0:
         write_json(out / "config.json", as_saved(derived))
@@ -292,12 +302,14 @@ def train(
     def save(path: Path) -> None:
         watch.check()
         save_run(path, model, optimizer, state)
+        if path == last:
+            tell_saved()
 
     # a run may have been killed during an evaluation
     if evaluations.due(state.step) and not gather(log.has_metrics(state.step))[0]:
         evaluations.run(state.step, save)
     logged, clock = state.step, time.perf_counter()
-    with signals_collected() as signals, contextlib.closing(bar), batches_of(loader) as iterator:
+    with contextlib.closing(bar), batches_of(loader) as iterator, signals.held():
         for step, items in enumerate(iterator, batches.start + 1):
             model.train()
             rate = learning_rate(run, step - 1, batches.total, step_images)
@@ -305,22 +317,23 @@ def train(
             watch.add(step, image_ids, losses, norm)
             state.step, state.window = step, watch.window
             bar.update()
-            stop = max(gather(signals[0] if signals else 0))
+            stop = max(gather(signals.seen[0] if signals.seen else 0))
             if step == batches.total or step % run.log_every == 0:
                 speed = (step - logged) * step_images / (time.perf_counter() - clock)
                 line, text = report(step, batches, rate, watch.means(), speed, device)
                 log.write(line)
                 print_once(text, bar)
                 logged, clock = step, time.perf_counter()
-            if stop or step == batches.total or step % run.save_every == 0:
-                save(out / "last.pt")
+            evaluated = evaluations.due(step)  # saved before, so that a kill loses little
+            if stop or evaluated or step == batches.total or step % run.save_every == 0:
+                save(last)
             if stop:
                 log.draw()
-                print_once(f"stopped by signal {stop} after step {step}; --resume goes on", bar)
-                sys.exit(128 + stop)
-            if evaluations.due(step):
+                signals.end(stop)
+            if evaluated:
                 paused = time.perf_counter()
-                evaluations.run(step, save, bar)
+                with signals.released():
+                    evaluations.run(step, save, bar)
                 clock += time.perf_counter() - paused
     if val_data is not None:  # also where a run is resumed that had only this left to do
         evaluations.run(batches.total, save)

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import signal
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,6 @@ from data.settings import Checked
 from engine.checkpoints import load_checkpoint, load_weights, save_checkpoint, write_json
 from engine.command import Command, read_rows
 from engine.settings import OBJECTS, Settings
-from engine.train import signals_collected
 from studies.checkpoint import PAPERS
 
 pytestmark = pytest.mark.usefixtures("unpainted")
@@ -157,13 +155,6 @@ def test_resume_refuses_other_classes(finished, tmp_path, capsys):
     assert "categories are others" in capsys.readouterr().err
 
 
-def test_who_sends_a_third_signal_is_heard_at_once():
-    with pytest.raises(KeyboardInterrupt), signals_collected() as caught:
-        for i in range(3):
-            assert len(caught) == i
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 def test_an_earlier_run_is_moved_aside(tmp_path):
     for _ in range(2):
         run("--train", "--out", tmp_path / "r", "--steps", "1", "--num-val", "1")
@@ -173,7 +164,8 @@ def test_an_earlier_run_is_moved_aside(tmp_path):
 @pytest.mark.parametrize("where", ["save", "replace"])
 def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch, where):
     path = tmp_path / "last.pt"
-    good = {"model": {"w": torch.ones(3)}, "categories": [], "settings": {}}
+    good = {"model": {"w": torch.ones(3)}, "settings": {}}
+    good["categories"] = [{"id": 1, "name": "cat"}]
     save_checkpoint(path, good)
 
     def crash(*args):
@@ -183,7 +175,7 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch, w
 
     monkeypatch.setattr(torch if where == "save" else os, where, crash)
     with pytest.raises(common.BadInput, match="cannot write it: power cut"):
-        save_checkpoint(path, {"model": {"w": torch.zeros(3)}, "categories": [], "settings": {}})
+        save_checkpoint(path, {**good, "model": {"w": torch.zeros(3)}})
     monkeypatch.undo()
     assert same(load_checkpoint(path)["model"], good["model"])
 

@@ -187,7 +187,8 @@ def test_what_an_older_checkpoint_does_not_name_is_as_in_the_defaults(tmp_path, 
     network = saved if layout == "flat" else saved["model"]
     del network["pool_norm"], network["class_std"]
     state = {"config" if layout == "flat" else "settings": saved}
-    torch.save(dict(model={}, categories=[], **state), tmp_path / "last.pt")
+    needed = dict(model={"w": torch.ones(1)}, categories=[{"id": 1, "name": "cat"}])
+    torch.save({**needed, **state}, tmp_path / "last.pt")
     argv = [action, "--preset", "tiny", "--out", str(tmp_path)]
     if action == "--resume":
         argv.append("--train")

@@ -116,12 +116,12 @@ def test_an_image_that_breaks_during_training_ends_it(tmp_path):
         f"import sys, pathlib; sys.path.insert(0, {str(ROOT)!r})\n"
         "import d2det\n"
         "module = sys.modules['engine.train']\n"
-        "begin = module.signals_collected\n"
-        "def break_and_begin():\n"
+        "begin = module.describe\n"
+        "def break_and_begin(*args):\n"
         f"    for f in pathlib.Path({str(folder)!r}, 'train2017').iterdir():\n"
         "        f.write_bytes(b'gone')\n"
-        "    return begin()\n"
-        "module.signals_collected = break_and_begin\n"
+        "    return begin(*args)\n"
+        "module.describe = break_and_begin\n"
         "d2det.main()\n"
     )
     flags = ["--train", "--data", folder, "--workers", "2", "--out", tmp_path / "r", *NO_DOWNLOAD]
@@ -262,8 +262,8 @@ def test_interrupted_run_resumes_bit_for_bit(whole, tmp_path):
     )  # fmt: skip
     text = done.stdout + done.stderr
     assert done.returncode == -signal.SIGKILL, text
-    assert "stopped by signal 15 after step 4;" in text and "ended with 143" in text, text
-    assert "resumed at step 4" in text
+    assert "r/last.pt holds step 3 of 9; --resume" in text and "ended with 143" in text, text
+    assert "resumed at step 3" in text
     state = load_checkpoint(tmp_path / "r" / "last.pt")
     assert state["step"] == 8 and state["method"] == "d2det"
     with open(tmp_path / "r" / "log.jsonl", "a") as file:

@@ -1,0 +1,154 @@
+"""Where results are written: whole files, and a folder for one run at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, BinaryIO
+
+from common import BadInput
+from engine.processes import gather, print_once, rank_and_world
+
+try:
+    import fcntl
+except ImportError:  # Windows: runs are not kept apart there
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into. A crash at any moment leaves the old file or the new one, whole.
+
+    Raises BadInput with the reason if it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(e, (OSError, RuntimeError)):
+            raise cannot_write(path, e) from e
+        raise
+    if os.name == "posix":  # elsewhere folders cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the rename itself
+        os.close(folder)
+
+
+def cannot_write(path: Path, error: BaseException) -> BadInput:
+    """The error to raise. torch's writer hides the system's reason behind an error of its own."""
+    reason: BaseException | None = error
+    while reason is not None and not isinstance(reason, OSError):
+        reason = reason.__context__
+    why = getattr(reason, "strerror", None) or str(reason or error).splitlines()[0]
+    return BadInput(f"{path}: cannot write it: {why}")
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename the folder of an earlier run, so that nothing is overwritten; its new name."""
+    number = 1
+    while folder.with_name(f"{folder.name}-{number}").exists():
+        number += 1
+    older = folder.with_name(f"{folder.name}-{number}")
+    folder.rename(older)
+    print_once(f"moved the earlier run to {older}")
+    return older
+
+
+def check_folder(out: Path) -> None:
+    """Raise BadInput if results cannot be written there, before hours are spent on making them."""
+    try:
+        if Path.cwd().is_relative_to(out.resolve()):
+            raise BadInput(f"--out {out}: the folder that you are in is no place for results")
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except (OSError, RuntimeError) as e:  # RuntimeError: links in a circle
+        raise BadInput(f"--out {out}: cannot write there: {getattr(e, 'strerror', e)}") from e
+
+
+# ------------------------------------------------------------------------------ one run at a time
+
+
+_locks: list[IO[str]] = []  # those that this process holds
+
+
+def lock(folder: Path) -> IO[str]:
+    """The folder's lock, held until `unlock`; BadInput if another run holds it.
+
+    The system drops it when this process dies, however it dies.
+    """
+    path = folder / ".lock"
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            who = file.read().strip()
+            file.close()
+            raise BadInput(
+                f"--out {folder}: another run (process {who}) writes there; wait until it has "
+                "ended, or choose another --out"
+            ) from None
+        except OSError:
+            pass  # a file system that has no locks
+        with contextlib.suppress(OSError):  # its owner may have removed or moved it meanwhile
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+        file.close()
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    _locks.append(file)
+    return file
+
+
+def unlock(file: IO[str], folder: Path) -> None:
+    (folder / ".lock").unlink(missing_ok=True)
+    _locks.remove(file)
+    file.close()
+
+
+def leave_locks() -> None:
+    """For a forked process, which would hold its parent's locks beyond the parent's death."""
+    for file in _locks:
+        file.close()
+    _locks.clear()
+
+
+@contextlib.contextmanager
+def sole_writer(out: Path, set_aside_if: str = "") -> Iterator[None]:
+    """While the block runs, no other run may write into this folder, on pain of BadInput.
+
+    `set_aside_if`: the folder of an earlier run, which has a file of that name, is renamed first.
+    """
+    problem, file = "", None
+    if rank_and_world()[0] == 0:
+        try:
+            file = lock(out)
+            if set_aside_if and (out / set_aside_if).exists():
+                older = set_aside(out)
+                unlock(file, older)
+                file = lock(out)
+        except BadInput as e:
+            problem = str(e)
+        except OSError as e:
+            problem = f"--out {out}: cannot write there: {e.strerror}"
+    problem = gather(problem)[0]  # the other processes wait for the first one
+    if problem:
+        raise BadInput(problem)
+    try:
+        yield
+    finally:
+        if file:
+            unlock(file, out)

@@ -1,0 +1,109 @@
+"""What ends a run from outside: Ctrl-C, `kill`, a scheduler, a terminal that is closed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+from engine.processes import print_once, rank_and_world
+
+NUMBERS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+
+
+class Stopped(SystemExit):
+    """A signal ends the program. Its exit code is 128 + the signal's number, as in shells."""
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)
+        self.number = number
+        self.told = False  # whether the user knows
+
+
+class Signals:
+    """Answers the signals: they end the program at once, by raising `Stopped`.
+
+    While `hold` is true, a training step is under way, which must not be torn. Signals are then
+    only collected in `seen`, and the loop raises `Stopped` after the step. The third signal raises
+    even so: somebody insists, because the step hangs.
+    `outcome` says what was saved and how to go on. It is told to the user at the end.
+    """
+
+    def __init__(self, outcome: str):
+        self.outcome = outcome
+        self.hold = self.ending = False
+        self.seen: list[int] = []
+
+    def answer(self, number: int, _=None) -> None:
+        self.seen.append(number)
+        if len(self.seen) > 5:  # ending hangs as well
+            os._exit(128 + number)
+        if self.hold and len(self.seen) < 3:
+            if rank_and_world()[0] == 0:  # not print: the signal may have come amid another one
+                with contextlib.suppress(OSError):
+                    os.write(2, b"signal %d: stopping when this step is done\n" % number)
+        elif not self.ending:
+            self.end(number)
+
+    def end(self, number: int) -> None:
+        self.ending = True
+        raise Stopped(number)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Steps are taken in this block. A signal that is left over at its end acts then."""
+        self.hold = True
+        try:
+            yield
+        finally:
+            self.hold = False
+        if self.seen:
+            self.end(self.seen[0])
+
+    @contextlib.contextmanager
+    def released(self) -> Iterator[None]:
+        """Between two steps, while nothing can be torn: signals end the program at once."""
+        self.hold = False
+        if self.seen:
+            self.end(self.seen[0])
+        try:
+            yield
+        finally:
+            self.hold = True
+
+
+@contextlib.contextmanager
+def signals_answered(outcome: str, own_process: bool = False) -> Iterator[Signals]:
+    """`Signals` as the handler of SIGINT, SIGTERM and SIGHUP; prints one line if one stops us.
+
+    `own_process`: nothing follows, so a second Ctrl-C cannot interrupt the exit with a traceback.
+    Outside the main thread, where Python allows no handlers, nothing is changed.
+    """
+    signals = Signals(outcome)
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+    before = {number: signal.getsignal(number) for number in NUMBERS}
+    for number, handler in before.items():
+        # `nohup` ignores SIGHUP; shells also ignore SIGINT in the background, where `kill` sends it
+        if handler != signal.SIG_IGN or number == signal.SIGINT:
+            signal.signal(number, signals.answer)
+    try:
+        yield signals
+    except Stopped as e:
+        if not e.told:
+            print_once(f"stopped by signal {e.number}: {signals.outcome}")
+        e.told = True
+        for handler in before.values():  # of an outer block, which ends as well
+            if isinstance(outer := getattr(handler, "__self__", None), Signals):
+                outer.ending = True
+        if own_process:
+            before = {}  # the handlers stay, and only count from here on
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
