@@ -244,7 +244,7 @@ def test_bad_input_is_named(checkpoints, tmp_path, capsys):
         ("nothing", "--also nothing: METHOD=CKPT, where METHOD is one of d2det,"),
         (f"yolo={a}", f"--also yolo={a}: METHOD=CKPT"),
         ("retinanet=nowhere.pt", "nowhere.pt: no such file"),
-        (f"retinanet={b}", "does not fit this model"),
+        (f"retinanet={b}", "a checkpoint of iou_aware_retinanet, not of retinanet"),
         (f"retinanet={a}", "is there twice"),
         (f"retinanet={tmp_path}/cow.pt", "cow.pt: other categories than the images have"),
     ):
