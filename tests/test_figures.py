@@ -294,12 +294,12 @@ def test_sensitivity_of_a_checkpoint(untrained):
     (models, "--models CPM --what lambdas", "models with both heads"),
     (models, "--models JSON --what lambdas", "this figure needs checkpoints"),
     (models, "--models JSON", "not a run's metrics.json"),
-    (models, "--models CPM --out CPM", "a file has that name"),
+    (models, "--models CPM --out CPM", "cannot write there: File exists"),
     (models, "--models CPM OTHER", "are not those of"),
     (scores, "cpm_rcnn --weights CPM --examples 0", "--examples 0: at least 1"),
     (scores, "cpm_rcnn --weights CPM --no-ism", "does not fit this model"),
     (scores, "cpm_rcnn --weights CPM --score-threshold 1", "no box has a score over"),
-    (sensitivity, "retinanet --weights CPM", "does not fit this model"),
+    (sensitivity, "retinanet --weights CPM", "a checkpoint of cpm_rcnn, not of retinanet"),
     (sensitivity, "dc_loss_clnms --objects 0", "at least 1"),
 ])  # fmt: skip
 def test_bad_input_ends_with_a_reason(untrained, tmp_path, module, argv, message, capsys):
