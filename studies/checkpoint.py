@@ -18,9 +18,11 @@ from torch.utils.data import Dataset
 
 from common import BadInput
 from data.transforms import TestImages
-from engine.checkpoints import check_folder, load_checkpoint, load_weights
+from engine.checkpoints import load_checkpoint, load_weights
 from engine.command import load_data, parse
 from engine.detector import build_detector
+from engine.entries import check_size
+from engine.folders import check_folder
 from engine.metrics import coco_metrics
 from engine.processes import end_processes, start_processes
 from engine.settings import Settings
@@ -123,7 +125,9 @@ def open_model(options: Options, flags: list[str]) -> Study:
     torch.manual_seed(settings.run.seed)
     state = load_checkpoint(command.weights)
     num_classes = len(state["categories"])
-    model = build_detector(script.Detector, settings.model.without_download(), num_classes)
+    model_settings = settings.model.without_download()
+    check_size(script.Detector, model_settings, state, command.weights)
+    model = build_detector(script.Detector, model_settings, num_classes)
     load_weights(model, state, command.weights)
     model = model.to(device).eval()
     return Study(model, settings, state["categories"], command.weights, out)
