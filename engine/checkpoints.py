@@ -92,7 +92,7 @@ def start_from(model: nn.Module, state: dict, path, categories: list[dict], dete
     builds the model, which tells the layers that depend on the classes.
     """
     needed = state["settings"].get("model", {}).get("legacy", [])
-    if list(needed) != list(getattr(model.settings, "legacy", ())):
+    if sorted(needed) != sorted(getattr(model.settings, "legacy", ())):
         raise BadInput(f"{path}: its weights need --legacy {' '.join(needed) or '(nothing)'}")
     old_names = [c["name"] for c in state["categories"]]
     new_names = [c["name"] for c in categories]

@@ -159,8 +159,11 @@ def convert(tensors: dict[str, Tensor], path="", method: str = "", mmdet: int = 
     if unknown:
         raise BadInput(f"{path}: {source.name}? It has no {some(unknown)}")
     changes = {**read_sizes(state, path), **source.changes, "mmdet": mmdet}
-    source.finish(state, changes)
-    script = importlib.import_module(method or source.method)
+    try:
+        source.finish(state, changes)
+    except KeyError as e:
+        raise BadInput(f"{path}: {source.name}, but without {e.args[0]}") from e
+    script = importlib.import_module(method or changes.get("method", source.method))
     settings = script.Settings()
     if hasattr(settings.model, "iou_head"):
         changes["iou_head"] = "head.iou_logits.weight" in state

@@ -276,6 +276,8 @@ def finish_double_head(state: dict, changes: dict) -> None:
 
 
 def finish_retinanet(state: dict, changes: dict) -> None:
+    if "head.iou_logits.weight" in state:
+        changes["method"] = "iou_aware_retinanet"
     if changes["mmdet"] >= 2:
         scales = [4 * 2 ** (octave / 3) for octave in range(3)]
         move_anchors(state, "head.box_deltas", scales)

@@ -345,7 +345,7 @@ def test_settings_are_saved_and_read():
     assert cpm_rcnn.Settings.from_dict(settings.to_dict()) == settings
     old = dict(base="cascade", nms_iou=0.3, merge_iou=0.4, num_stages=1, grid_weight=15.0)
     read = cpm_rcnn.Settings.from_dict(old)  # one flat dict, in which merge_iou was the NMS's
-    assert read == cpm_rcnn.Settings(**CPM).replace(nms_iou=0.4, num_stages=1)
+    assert read == cpm_rcnn.Settings(**CPM).replace(nms_iou=0.4, num_stages=1, rpn_floor=0.3)
 
 
 def test_rows_of_table_3():

@@ -298,7 +298,7 @@ CHANGED = dict(
     ism_weight=2.0, rsm_weight=2.0, grid_rois=1, roi_samples=8, roi_positive=0.25, anchor_scale=3.0,
     rpn_samples=4, proposals_train=20, proposals_test=10, score_threshold=0.2, nms_iou=0.1,
     grid_test=5, soft_nms=True, merge_iou=0.1, soft_nms_score=0.3, max_detections=3,
-    pool_norm=False,
+    pool_norm=False, rpn_floor=1.0,
 )  # fmt: skip
 GIVEN = {"merge_iou": dict(soft_nms=True), "soft_nms_score": dict(soft_nms=True)}
 

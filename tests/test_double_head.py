@@ -20,6 +20,7 @@ from methods import (
 import common
 import double_head as method
 import engine
+import kernels
 from baselines.faster_rcnn import Rois
 from double_head import ConvHead, FCHead, Settings, Test
 from engine.command import read_rows
@@ -213,15 +214,15 @@ def test_conv_heads_alone_see_enlarged_rois_on_their_first_level(heads, monkeypa
         x = (torch.arange(512 // stride) + 0.5) * stride + 1000.0 * i
         maps.append(x.expand(1, 16, len(x), len(x)).contiguous())
     rois = rois_of((150, 150, 250, 250), (200, 200, 300, 300))  # 130 px are P3's
-    seen, pools, roi_align = {}, [], method.kernels.roi_align
+    seen, pools, roi_align = {}, [], kernels.roi_align
     for name, head in model.heads.items():
         head.register_forward_pre_hook(lambda _, x, name=name: seen.update({name: x[0]}))
 
-    def count(features, *rest):
+    def count(features, *rest, **options):
         pools.append(len(features))
-        return roi_align(features, *rest)
+        return roi_align(features, *rest, **options)
 
-    monkeypatch.setattr(method.kernels, "roi_align", count)
+    monkeypatch.setattr(kernels, "roi_align", count)
     logits, deltas = model.head_outputs(maps, rois)
     kinds = {name[:2] for name in model.heads}
     assert pools == [4] * ("fc" in kinds) + [1, 1, 1, 1] * ("co" in kinds)  # once for heads alike
@@ -384,7 +385,7 @@ CHANGED = dict(
     alone="fc", fc_channels=16, conv_channels=16, num_blocks=3, non_local=False, conv_scale=1.0,
     non_local_softmax=True, roi_samples=8, roi_positive=0.1, anchor_scale=2.0, rpn_samples=4,
     proposals_train=10, proposals_test=5, pool_norm=False, score_threshold=0.9, nms_iou=0.2,
-    max_detections=3,
+    max_detections=3, rpn_floor=1.0,
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ order and convention is broken once, and the comparison must notice.
 """
 
 import copy
+import dataclasses
 import importlib
 from functools import partial
 
@@ -16,8 +17,8 @@ import released_heads as heads
 import torch
 
 import common
-import d2det
 import engine
+from baselines import gfl
 from common import BadInput
 from engine.checkpoints import start_from
 from engine.metrics import in_original_pixels
@@ -148,8 +149,7 @@ CASES = {
 def test_the_network_computes_what_the_source_does(name, float64):
     file, compute, breaks = CASES[name]
     source = file()
-    method = "iou_aware_retinanet" if "iou" in name else ""
-    whole = convert(dict(source), method=method, mmdet=2 if "mmdet 2" in name else 1)
+    whole = convert(dict(source), mmdet=2 if "mmdet 2" in name else 1)
 
     def errors(broken=()):
         checkpoint = {**whole, "model": dict(whole["model"])}
@@ -198,6 +198,10 @@ def test_every_name_at_the_published_widths(file, millions, unused):
         (lambda s: s.pop("D2Det_head.convs.3.gn.bias"), r"without regress\.trunk\.10\.bias"),
         (lambda s: s.update({"mask_head.x.weight": torch.ones(1)}), r"has no mask_head\.x\.weight"),
         (lambda s: s.pop("D2Det_head.D2Det_reg.weight"), "without regress.offsets.weight"),
+        (
+            lambda s: s.pop("bbox_roi_extractor.roi_layers.2.offset_fc.4.bias"),
+            r"without drp\.2\.fc\.5\.bias",
+        ),
         (lambda s: s.update({"bbox_head.fc_cls.bias": torch.ones(21)}), r"80 classes.*\[21\]"),
         (lambda s: s.pop("backbone.layer3.5.conv1.weight"), "backbone is none of resnet50"),
         (
@@ -211,6 +215,12 @@ def test_a_file_that_differs_is_refused_by_name(edit, says):
     edit(source)
     with pytest.raises(BadInput, match=f"x.pth: .*{says}"):
         convert(source, "x.pth")
+
+
+def test_a_baseline_becomes_a_checkpoint_of_the_method():
+    state = convert(dict(files.retinanet(wide=True)), method="iou_aware_retinanet")
+    assert state["method"] == "iou_aware_retinanet" and not state["settings"]["model"]["iou_head"]
+    assert convert(dict(files.retinanet(wide=True)))["method"] == "baselines.retinanet"
 
 
 def test_a_gfl_of_mmdetection_2_is_refused():
@@ -252,11 +262,16 @@ def test_files_that_are_no_weights_are_refused(tmp_path, capsys):
 
 
 def test_training_from_such_weights_asks_for_their_conventions():
-    state = convert(dict(files.d2det(wide=True)))
-    with torch.device("meta"):
-        model = d2det.Detector(d2det.Model(backbone_weights="random"), 80)
-    with pytest.raises(BadInput, match="--legacy rounded_corners last_pixel unaligned"):
-        start_from(model, state, "x.pt", state["categories"], d2det.Detector)
+    state = convert(dict(files.gfl()))
+    settings = gfl.Settings.from_dict(state["settings"])
+    model = gfl.Detector(settings.model.without_download(), 80)
+    arguments = state, "x.pt", state["categories"], gfl.Detector
+    model.settings = dataclasses.replace(model.settings, legacy=())
+    with pytest.raises(BadInput, match="x.pt: its weights need --legacy pixel_centres last_pixel"):
+        start_from(model, *arguments)
+    model.settings = dataclasses.replace(model.settings, legacy=("last_pixel", "pixel_centres"))
+    start_from(model, *arguments)
+    torch.testing.assert_close(model.head.scales, state["model"]["head.scales"])
 
 
 def test_last_pixel_undoes_how_ground_truth_was_resized():
