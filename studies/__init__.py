@@ -8,7 +8,8 @@ checkpoints: `models` (lines; a map of lambdas). The code: `compare` (methods an
 over seeds, and the tables), `cost` (parameters and multiply-adds), `bench` (time beside
 torchvision), `torchvision_rcnn` (torchvision's detector on the same data).
 
-Each is run as `python -m studies.NAME METHOD`. The others are shared: `checkpoint` (what a study
-starts with), `boxes`, `calibration` (D-ECE and LRP error), `windows` (for `sections`), `seen` and
-`inside_*` (for `explain`).
+Each is run as `python -m studies.NAME METHOD`. Three write for readers: `question` (which of ten
+boxes each method keeps), `step` (docs/step.md) and `pages` (each method file as a page, with
+`formulas`). The others are shared: `checkpoint` (what a study starts with), `boxes`, `calibration`
+(D-ECE and LRP error), `windows` (for `sections`), `seen` and `inside_*` (for `explain`).
 """
