@@ -89,7 +89,7 @@ def look(studies: dict[str, Study], image_number: int, object_number: int):
     boxes, p = found["boxes"], found["cls_probs"]
     fused = detection_confidence(p, found["iou_probs"], study.settings.test.alpha)
     chosen = {
-        ("plain NMS", "the best class score"): 0,
+        ("plain NMS", "keeps the best\nclass score"): 0,
         ("IoU-aware", "the best class score\nand predicted IoU"): int(fused.argmax()),
         ("CL-NMS", "class score and near-\nness to the centre"): int(
             cl_nms_of_one_class(boxes, p)[0]
@@ -131,7 +131,7 @@ def draw(path: Path, image: Tensor, gt: Tensor, found: dict, kept: list[Kept]) -
     bars, middle = axes["list"], dict(va="center", fontsize=8)
     bars.set(xlim=(-0.15, 1.35), ylim=(len(boxes) - 0.4, -1.6))
     bars.axis("off")
-    bars.text(0, -1.1, "score of its class", fontsize=8.5, color="0.3")
+    bars.text(0, -1.1, "class score", fontsize=8.5, color="0.3")
     bars.text(1.35, -1.1, "fit (IoU)", fontsize=8.5, color="0.3", ha="right")
     photo(axes["all"])
     axes["all"].set_xlabel("white: the object     colour: how well a box fits it", fontsize=8.5)
@@ -152,7 +152,9 @@ def draw(path: Path, image: Tensor, gt: Tensor, found: dict, kept: list[Kept]) -
         iou = float(aligned_iou(box, gt))
         outline(axes[i], boxes[number], "0.3", ":", 1.0)
         outline(axes[i], box, scale.to_rgba(iou), width=2.4)
-        axes[i].set_title(f"{method}: box {number + 1}", loc="left", weight="bold", pad=28)
+        axes[i].set_title(
+            f"{method}: box {number + 1}", loc="left", fontsize=11, weight="bold", pad=28
+        )
         axes[i].text(0, 1.04, how, fontsize=8, color="0.3", transform=axes[i].transAxes)
         badge = dict(fc=scale.to_rgba(iou), ec="none", pad=2.5)
         axes[i].set_xlabel(f"IoU {iou:.2f}", fontsize=10.5, weight="bold", bbox=badge)
