@@ -7,10 +7,9 @@ All of it comes from these small networks (runs/METHOD/last.pt; the last three m
 ten boxes are candidates of IoU-aware RetinaNet: those with the best class scores among boxes with
 the object's label, none within IoU 0.85 of a better one. Plain NMS, the fused score and CL-NMS
 choose among the ten. A two-stage network gets the ten as its only proposals, and does with them
-what it does in testing. The case is picked to show the question: of 2,000 images, 32 objects had a
-box with IoU below 0.85 on top and were clearly helped by one choice and harmed by none. What the
-methods gain on average is in docs/results.md. The picture in docs/ was made without the second and
-the third network.
+what it does in testing. The case was picked from 2,000 images because every choice helps in it.
+Such cases are rare; what the methods gain on average is in docs/results.md. The picture in docs/
+was made without the second and the third network.
 """
 
 from __future__ import annotations
