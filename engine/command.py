@@ -236,6 +236,10 @@ def run(name: str, settings_class: type[Settings], detector, argv: list[str] | N
         warn_of_busy_cores(device)
         torch.manual_seed(settings.run.seed)
         return execute(command, settings, detector, device)
+    except torch.OutOfMemoryError:
+        less = "--batch, --scales or --roi-samples, in testing --eval-batch or --test-scales"
+        print(f"error: out of memory on the GPU; smaller: {less}", file=sys.stderr)
+        sys.exit(2)
     except (BadInput, FloatingPointError, OSError) as e:
         # a loader's worker puts its whole traceback into the message; the reason ends it
         print(f"error: {str(e).rpartition('BadInput: ')[2].strip()}", file=sys.stderr)
