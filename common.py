@@ -38,7 +38,6 @@ class BadInput(ValueError):
 
 # ------------------------------------------------------------------------------ boxes
 
-
 DELTA_CLAMP = math.log(1000 / 16)  # largest |dw|, |dh| before exp
 
 
@@ -253,11 +252,9 @@ def make_anchors(shapes, strides, scales, ratios, device=None) -> Tensor:
     base = torch.stack([-w, -h, w, h], 1)
     levels = []
     for (H, W), stride in zip(shapes, strides):
-        y, x = torch.meshgrid(
-            torch.arange(H, device=device) + 0.5,
-            torch.arange(W, device=device) + 0.5,
-            indexing="ij",
-        )
+        rows = torch.arange(H, device=device) + 0.5
+        columns = torch.arange(W, device=device) + 0.5
+        y, x = torch.meshgrid(rows, columns, indexing="ij")
         centre = torch.stack([x, y, x, y], -1)  # [H, W, 4]
         levels.append(((centre[:, :, None] + base) * stride).reshape(-1, 4))
     return torch.cat(levels)
@@ -276,7 +273,6 @@ def inside_image(anchors: Tensor, sizes: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------ batches
-
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's weights ask
 
@@ -348,13 +344,19 @@ class ConvP6P7(ExtraFPNBlock):
         return results + [p6, self.p7(p6)], names + ["p6", "p7"]
 
 
+class FrozenNorm(FrozenBatchNorm2d):  # in one operator, which leaves bf16 maps in bf16
+    def forward(self, x: Tensor) -> Tensor:
+        state = self.running_mean, self.running_var, self.weight, self.bias
+        return F.batch_norm(x, *state, eps=self.eps)
+
+
 def make_norm(kind: str):
     """A constructor channels -> normalisation layer: frozen_bn, bn or gn (32 groups at most)."""
 
     def group_norm(channels: int) -> nn.GroupNorm:
         return nn.GroupNorm(math.gcd(32, channels), channels)
 
-    return {"frozen_bn": FrozenBatchNorm2d, "bn": nn.BatchNorm2d, "gn": group_norm}[kind]
+    return {"frozen_bn": FrozenNorm, "bn": nn.BatchNorm2d, "gn": group_norm}[kind]
 
 
 def make_resnet(name: str, weights: str | None, norm_layer) -> ResNet:
@@ -421,11 +423,9 @@ class ResNetFPN(nn.Module):
         channels = [net.fc.in_features // 2**i for i in (3, 2, 1, 0)]
         self.first = 0 if extra == "pool" else 1
         self.strides = tuple(2 ** (i + 2 + self.first) for i in range(5))
-        last = (
-            ConvP6P7(channels[-1], out_channels, extra == "conv_p5")
-            if self.first
-            else LastLevelMaxPool()
-        )
+        last: nn.Module = LastLevelMaxPool()
+        if self.first:
+            last = ConvP6P7(channels[-1], out_channels, extra == "conv_p5")
         self.fpn = FeaturePyramidNetwork(
             channels[self.first :], out_channels, last, make_norm(norm) if scratch else None
         )

@@ -66,8 +66,8 @@ def simplify(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, DeformableConv):
             child.conv_offset.register_forward_hook(lambda *call: call[-1].contiguous())
-        if isinstance(child, nn.BatchNorm2d):
-            frozen = FrozenBatchNorm2d(child.num_features, child.eps)
+        if isinstance(child, nn.BatchNorm2d | FrozenBatchNorm2d):
+            frozen = FrozenBatchNorm2d(len(child.weight), child.eps)
             frozen.load_state_dict(child.state_dict())
             setattr(module, name, frozen.to(child.weight.device))
         simplify(child)

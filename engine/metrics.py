@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common import constant
 from data import DetectionDataset
 from data.masks import encode_mask, paste_mask
 from data.transforms import TestImages
@@ -89,8 +90,8 @@ def in_original_pixels(
 ) -> dict[str, Tensor]:
     """Candidates of resized, perhaps mirrored images, in pixels of the images on disk."""
     boxes, index = candidates["boxes"], candidates["image"]
-    inner = torch.tensor([i.shape[1:] for i in images], device=boxes.device)
-    outer = torch.tensor([t["size"] for t in targets], device=boxes.device)
+    inner = constant([i.shape[1:] for i in images], boxes.device)
+    outer = constant([t["size"] for t in targets], boxes.device)
     if flip:
         if "masks" in candidates:
             candidates["masks"] = candidates["masks"].flip(-1)
