@@ -239,10 +239,10 @@ class SampledRois(TrainingRois):
         The host has counted them before, so it need not wait for the GPU.
         """
         parts = torch.arange(len(self)).split([num for num, _ in self.counts])
-        positives = [p[:num][:most] for p, (_, num) in zip(parts, self.counts)]
-        negatives = [p[num:] for p, (_, num) in zip(parts, self.counts)]
+        positives = torch.cat([p[:num][:most] for p, (_, num) in zip(parts, self.counts)])
+        negatives = torch.cat([p[num:] for p, (_, num) in zip(parts, self.counts)])
         device = self.boxes.device
-        return tuple(torch.cat(p).to(device, non_blocking=True) for p in (positives, negatives))
+        return positives.to(device, non_blocking=True), negatives.to(device, non_blocking=True)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 # How often the host waits for the GPU in a training step and in a prediction, at most.
 WAITS = {
     "faster_rcnn": (1, 3),
-    "cascade_rcnn": (3, 3),
+    "cascade_rcnn": (2, 3),
     "retinanet": (1, 2),
     "gfl": (1, 2),
     "d2det": (2, 5),
@@ -32,8 +32,21 @@ WAITS = {
     "iou_aware_retinanet": (1, 2),
     "dc_loss_clnms": (1, 3),
 }
-# Where large tensors of two layouts meet: behind a GroupNorm, whose result is never channels_last.
-MIXED: set[str] = set()
+# Where large tensors of two dtypes or layouts meet today, and why; a new place is to be mended.
+MIXED = {
+    "dtype aten::add common.py:forward",  # autocast makes the pyramid's upsampling float32
+    "layout aten::add double_head.py:forward",  # GroupNorms give contiguous maps, also below
+    "layout aten::native_group_norm_backward backward",
+    "layout aten::threshold_backward backward",
+    "layout aten::index_put backward",
+    # heat maps of transposed convolutions
+    "layout aten::binary_cross_entropy_with_logits baselines/grid_branch.py:grid_loss",
+    "layout aten::sub backward",
+    # the gradient of pooled features that are flattened is contiguous
+    "layout aten::avg_pool2d_backward backward",
+    "layout aten::mul backward",
+    "layout aten::div backward",
+}
 
 
 def pretended(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

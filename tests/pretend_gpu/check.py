@@ -1,7 +1,8 @@
 """Detectors on the pretended GPU beside the CPU: `run.py check.py CASE...` prints JSON lines.
 
 A case is one of tests/test_contract.py. Compared are a step in float32 (losses, gradients) and its
-predictions, and losses under bf16. Counted are waits of the host and mixed operators, by place.
+predictions, and losses under bf16, on the RoIs of the step in float32: a last bit may decide which
+are drawn. Counted are waits of the host and mixed operators, by place.
 """
 
 import copy
@@ -9,6 +10,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -17,6 +19,7 @@ from methods import batch  # noqa: E402
 from mode import on_cpu  # noqa: E402
 from test_contract import made  # noqa: E402
 
+from baselines import faster_rcnn  # noqa: E402
 from engine.loader import to_device  # noqa: E402
 from engine.processes import autocast  # noqa: E402
 
@@ -68,7 +71,14 @@ def check(mode, case: str) -> dict:
     images, targets = batch(2, 64)
     items = [*zip(images, targets)]
     wanted, wanted_grads = step(model, items, "off", mode)
-    losses, grads = step(gpu, items, "off", mode)
+    drawn, draw = [], faster_rcnn.sample_rois
+
+    def record(*args, **options):
+        drawn.append(draw(*args, **options))
+        return drawn[-1]
+
+    with mock.patch.object(faster_rcnn, "sample_rois", record):
+        losses, grads = step(gpu, items, "off", mode)
     result = dict(
         case=case,
         losses=max(abs(losses[k] - wanted[k]) / abs(wanted[k] or 1) for k in wanted),
@@ -80,7 +90,8 @@ def check(mode, case: str) -> dict:
     result["predict_waits"] = dict(mode.waits)
     result["found"] = sum(len(one["boxes"]) for one in want)
     result["predictions"] = max(difference(*pair) for pair in zip(want, found))
-    bf16, _ = step(gpu, items, "bf16", mode)
+    with mock.patch.object(faster_rcnn, "sample_rois", lambda *_, **__: drawn.pop(0)):
+        bf16, _ = step(gpu, items, "bf16", mode)
     result["mixed"] = dict(mode.mixed)
     result["bf16"] = abs(sum(bf16.values()) / sum(wanted.values()) - 1)
     result["seconds"] = round(time.perf_counter() - start, 1)
