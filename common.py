@@ -249,7 +249,8 @@ def make_anchors(shapes, strides, scales, ratios, device=None) -> Tensor:
     base = torch.stack([-w, -h, w, h], 1)
     levels = []
     for (H, W), stride in zip(shapes, strides):
-        rows, columns = torch.arange(H, device=device) + 0.5, torch.arange(W, device=device) + 0.5
+        rows = torch.arange(H, device=device) + 0.5
+        columns = torch.arange(W, device=device) + 0.5
         y, x = torch.meshgrid(rows, columns, indexing="ij")
         centre = torch.stack([x, y, x, y], -1)  # [H, W, 4]
         levels.append(((centre[:, :, None] + base) * stride).reshape(-1, 4))
@@ -288,10 +289,7 @@ def check_image(image) -> None:
 
 
 def pad_images(images: list[Tensor], divisor: int = 32) -> tuple[Tensor, Tensor]:
-    """uint8 [3, h, w] images -> normalised, zero-padded batch [B, 3, H, W] and sizes [B, 2].
-
-    Raises BadInput for any other image.
-    """
+    """uint8 [3, h, w] images -> normalised, zero-padded batch [B, 3, H, W] and sizes [B, 2]."""
     for image in images:
         check_image(image)
     H, W = map(max, zip(*(padded_size(i, divisor) for i in images)))

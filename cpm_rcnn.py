@@ -63,11 +63,11 @@ import common
 import engine
 import kernels
 from baselines import cascade_rcnn, faster_rcnn
-from baselines.faster_rcnn import Rois, TrainingRois
+from baselines.faster_rcnn import Rois, SampledRois, TrainingRois
 from baselines.grid_branch import GridHead, decode_grid, grid_loss, grid_targets
 from common import BadInput
 from engine import Amount, Natural, Share, Whole
-from engine.detector import first_per_image, over_threshold
+from engine.detector import over_threshold
 
 # B images, R RoIs, P positive RoIs, N candidates, K classes, C channels
 # labels 0..K-1, background K; stages count from 1
@@ -176,15 +176,15 @@ def tested_stage(model, test) -> int:
 def select_boxes(rois: TrainingRois, objects: tuple, threshold: float) -> TrainingRois:
     """S_j in Eq. 1: the RoIs whose IoU with an object of their image reaches the threshold.
 
-    objects: those of `common.pad_targets`. Each RoI is matched anew, to the object that it
-    overlaps most (release): boxes have moved since an earlier stage matched them.
+    objects: those of `common.pad_targets`. Each RoI that has an area is matched anew, to the
+    object that it overlaps most (release): boxes have moved since an earlier stage.
     """
     gt_boxes, gt_labels, gt_valid, _ = objects
     own_gts, own_valid = gt_boxes[rois.image], gt_valid[rois.image]  # [R, G, 4], [R, G]
-    positive, gt, _ = common.match(
-        rois.boxes[:, None], own_gts, threshold, threshold, own_valid
-    )  # [R, 1]
-    keep = (positive[:, 0] == 1).nonzero()[:, 0]
+    boxes = rois.boxes[:, None]  # [R, 1, 4]
+    positive, gt, _ = common.match(boxes, own_gts, threshold, threshold, own_valid)  # [R, 1]
+    has_area = (rois.boxes[:, 2:] > rois.boxes[:, :2]).all(1)
+    keep = (has_area & (positive[:, 0] == 1)).nonzero()[:, 0]  # the host waits here
     rois, gt = rois[keep], gt[keep, 0]
     labels, boxes = gt_labels[rois.image, gt], gt_boxes[rois.image, gt]
     return dataclasses.replace(rois, labels=labels, gt=gt, gt_boxes=boxes)
@@ -255,13 +255,17 @@ def join(first: TrainingRois, second: TrainingRois) -> TrainingRois:
 
 
 def perfect_rois(objects: tuple[Tensor, ...], most: int = 100) -> TrainingRois:
-    """RoIs on the first `most` objects of each image. objects: those of `common.pad_targets`."""
-    gt_boxes, gt_labels, gt_valid, _ = objects
-    gt_valid = gt_valid & (gt_valid.cumsum(1) <= most)  # choice: the release sets no limit
-    image, gt = gt_valid.nonzero(as_tuple=True)
-    boxes, labels = gt_boxes[image, gt], gt_labels[image, gt]
+    """RoIs on the first `most` objects of each image: [B * G], padding and crowds without area.
+
+    objects: those of `common.pad_targets`. choice: the release sets no limit.
+    """
+    gt_boxes, gt_labels, gt_valid = (values[:, :most] for values in objects[:3])
+    B, G = gt_labels.shape
+    boxes = (gt_boxes * gt_valid[..., None]).flatten(0, 1)
+    image = torch.arange(B, device=boxes.device).repeat_interleave(G)
+    gt = torch.arange(G, device=boxes.device).repeat(B)
     is_gt = torch.ones_like(gt, dtype=torch.bool)
-    return TrainingRois(image, boxes, labels, gt, gt_boxes=boxes, is_gt=is_gt)
+    return TrainingRois(image, boxes, gt_labels.flatten(), gt, gt_boxes=boxes, is_gt=is_gt)
 
 
 class FusedScoring(faster_rcnn.TwoStage):
@@ -279,26 +283,23 @@ class FusedScoring(faster_rcnn.TwoStage):
             self.rsm = faster_rcnn.two_fc(pooled, hidden, outputs, model.class_std)
 
     def scoring_losses(
-        self, features: list[Tensor], sampled: TrainingRois, rois: TrainingRois, trunk: Tensor
+        self, features: list[Tensor], sampled: SampledRois, rois: TrainingRois, trunk: Tensor
     ) -> dict[str, Tensor]:
         """The terms of Eq. 6, alpha_2 L_ISM and alpha_1 L_RSM, as `ism` and `rsm`.
 
-        sampled: the RoIs that train cls; rois: R RoIs of the last stage, with their trunk
-        features [R, ...]. ISM and RSM learn from the positives among them, RSM also from
-        cls's negatives.
+        sampled: the RoIs that train cls; rois: P positives of the last stage, with their trunk
+        features [P, ...]. ISM and RSM learn from these, RSM also from cls's negatives.
         """
         model = self.settings
         losses: dict[str, Tensor] = {}
-        positive = (rois.labels < self.num_classes).nonzero()[:, 0]
-        rois, trunk = rois[positive], trunk[positive]
         if model.ism:
             ious = common.aligned_iou(rois.boxes, rois.gt_boxes)
             num_rois = common.shared_rows(ious)
             loss = iou_scoring_loss(self.ism(trunk), ious, model.ism_loss, num_rois)
             losses["ism"] = model.ism_weight * loss
         if model.rsm:
-            negative = (sampled.labels == self.num_classes).nonzero()[:, 0]
-            both = join(sampled[negative], rois)
+            _, negatives = sampled.split()
+            both = join(sampled[negatives], rois)
             logits = self.rsm(self.pool(features, both, 7))
             losses["rsm"] = model.rsm_weight * faster_rcnn.class_loss(logits, both.labels)
         return losses
@@ -332,12 +333,10 @@ class FusedScoring(faster_rcnn.TwoStage):
 
     def merge(self, boxes: Tensor, scores: Tensor, groups: Tensor, test, iou: float):
         """NMS or soft-NMS, at this IoU, of boxes whose fused score is over the threshold."""
-        over = scores > test.score_threshold
-        scores = torch.where(over, scores, -torch.inf)  # NMS leaves out -inf
+        scores = scores.where(scores > test.score_threshold, -torch.inf)  # NMS leaves out -inf
         if test.soft_nms:
-            least = test.soft_nms_score
-            return kernels.soft_nms(boxes, scores, groups, iou_threshold=iou, score_threshold=least)
-        keep = kernels.batched_nms(boxes, scores, groups, iou)
+            return kernels.soft_nms_padded(boxes, scores, groups, iou, test.soft_nms_score)[:2]
+        keep, _ = kernels.nms_padded(boxes, scores, groups, iou)
         return keep, scores[keep]
 
 
@@ -369,7 +368,7 @@ class GridDetector(FusedScoring):
         return losses | grid_losses | self.scoring_losses(features, sampled, rois, trunk)
 
     def grid_losses(
-        self, features: list[Tensor], sampled: TrainingRois, sizes: Tensor, targets: list[dict]
+        self, features: list[Tensor], sampled: SampledRois, sizes: Tensor, targets: list[dict]
     ) -> tuple[dict[str, Tensor], TrainingRois, Tensor]:
         """Eq. 2's losses; the last stage's P RoIs, and their trunk features [P, ...].
 
@@ -379,20 +378,21 @@ class GridDetector(FusedScoring):
         model, weight = self.settings, self.settings.grid_weight
         losses: dict[str, Tensor] = {}
         objects = common.pad_targets(targets)
-        positive = (sampled.labels < self.num_classes).nonzero()[:, 0]
-        first = first_per_image(sampled.image[positive], len(targets), model.grid_rois)
-        entering = sampled[positive[first]]
+        positives, _ = sampled.split(model.grid_rois)
+        rois = sampled[positives]
         for stage, (head, ratio) in enumerate(zip(self.grids, model.ratios), 1):
-            rois = select_boxes(entering, objects, model.stage_ious[stage - 1])
+            threshold = model.stage_ious[stage - 1]
+            if stage > 1 or threshold > 0.5:  # the IoU that all positives have
+                rois = select_boxes(rois, objects, threshold)
             logits, trunk = head(self.pool(features, rois, 14))
             map_gt = grid_targets(rois.boxes, rois.gt_boxes, ratio, logits.shape[-1])
             loss = grid_loss(logits, map_gt, common.shared_rows(rois.boxes))
             losses[f"grid{stage}"] = weight * loss
             weight *= model.stage_decay
-            index = (~rois.is_gt).nonzero()[:, 0]
-            others, others_logits = rois[index], logits[index].detach()
-            boxes = decode_grid(others.boxes, others_logits, ratio, sizes[others.image])
-            entering = join(others.moved(boxes), perfect_rois(objects))
+            if stage < model.num_stages:
+                boxes = decode_grid(rois.boxes, logits.detach(), ratio, sizes[rois.image])
+                boxes = boxes * ~rois.is_gt[:, None]  # without area, these are not selected
+                rois = join(rois.moved(boxes), perfect_rois(objects))
         return losses, rois, trunk
 
     @torch.no_grad()
@@ -409,9 +409,7 @@ class GridDetector(FusedScoring):
         features, sizes = outputs["features"], outputs["sizes"]
         roi, labels, cls = over_threshold(outputs["probs"], test.score_threshold)
         rois = outputs["rois"][roi]
-        groups = rois.image * self.num_classes + labels
-        keep = kernels.batched_nms(rois.boxes, cls, groups, test.nms_iou)
-        keep = keep[first_per_image(rois.image[keep], len(sizes), test.grid_test)]
+        keep = self.best_proposals(rois, cls, labels, len(sizes), test.nms_iou, test.grid_test)
         rois = rois[keep]
         for head, ratio in zip(self.grids[:stage], self.settings.ratios):
             logits, trunk = head(self.pool(features, rois, 14))
@@ -466,6 +464,11 @@ class CascadeDetector(FusedScoring, cascade_rcnn.Detector):
     def __init__(self, model: CascadeModel, num_classes: int):
         super().__init__(model, num_classes)
         self.add_scoring(ism_features=model.fc_channels)
+
+    def scoring_losses(self, features, sampled, rois: TrainingRois, hidden: Tensor):
+        """Eq. 6, of the positives among R RoIs of the last stage, with their hidden [R, D]."""
+        positive = (rois.labels < self.num_classes).nonzero()[:, 0]  # the host waits here
+        return super().scoring_losses(features, sampled, rois[positive], hidden[positive])
 
     @torch.no_grad()
     def candidates(self, outputs: dict, test: CascadeTest) -> dict[str, Tensor]:

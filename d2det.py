@@ -52,10 +52,10 @@ import common
 import engine
 import kernels
 from baselines import faster_rcnn
-from baselines.faster_rcnn import Rois, TrainingRois
+from baselines.faster_rcnn import Rois, SampledRois, TrainingRois
 from baselines.mask_branch import MaskBranch, mask_losses, mask_targets
 from engine import Amount, Natural, Share
-from engine.detector import first_per_image, over_threshold
+from engine.detector import over_threshold
 
 # B images, R RoIs, K classes, C channels; S = 7 side of the cell grid; pooled maps [R, C, 2S, 2S]
 # rois: a `Rois` object, or [R, 5] (image index, x1, y1, x2, y2) for functions of plain tensors
@@ -276,10 +276,11 @@ class AdaptiveWeightedPool(nn.Module):
         nn.init.zeros_(self.conv.weight)
 
     def forward(self, features: Tensor) -> Tensor:
+        features = features.contiguous(memory_format=torch.channels_last)
         logits = self.norm(self.conv(features).contiguous())  # of channels_last it is slow on a CPU
-        weight = (12 * logits.float().sigmoid()).exp()
-        pooled = F.avg_pool2d(features.float() * weight, 3, 2, 1)
-        return (pooled / F.avg_pool2d(weight, 3, 2, 1)).to(features.dtype)
+        logits = logits.float().contiguous(memory_format=torch.channels_last)
+        weight = (12 * logits.sigmoid()).exp().to(features.dtype)
+        return F.avg_pool2d(features * weight, 3, 2, 1) / F.avg_pool2d(weight, 3, 2, 1)
 
 
 class DiscriminativePool(nn.Module):
@@ -294,6 +295,8 @@ class DiscriminativePool(nn.Module):
     >>> pool([torch.ones(1, 4, 16, 16)], rois, [4]).shape
     torch.Size([1, 4, 7, 7])
     """
+
+    called_alone = ("fc", "pool")  # by `pool_discriminatively`
 
     def __init__(self, channels, fc_channels, size=7, weighting=True, samples=2, gamma=0.1):
         super().__init__()
@@ -314,14 +317,18 @@ class DiscriminativePool(nn.Module):
             self.pool = nn.AvgPool2d(3, 2, 1, count_include_pad=False)  # of samples, not of padding
 
     def forward(self, features: list[Tensor], rois: Tensor, strides: list[int]) -> Tensor:
-        S = self.size
-        coarse = kernels.roi_align(features, rois, S // 2, strides)  # [R, C, S//2, S//2]
-        offsets = self.fc(coarse).float().view(-1, 2, S, S)  # dx, dy of each bin
-        offsets = offsets.repeat_interleave(2, 2).repeat_interleave(2, 3)  # [R, 2, 2S, 2S]
-        samples = kernels.deform_roi_pool(
-            features, rois, offsets, 2 * S, strides, self.samples, self.gamma
-        )
-        return self.pool(samples)
+        return pool_discriminatively([self], [len(rois)], features, rois, strides)
+
+
+def pool_discriminatively(pools, counts: list[int], features, rois, strides) -> Tensor:
+    """DRP by several weights: pools[0] serves the first counts[0] RoIs, pools[1] the next ..."""
+    S, samples, gamma = pools[0].size, pools[0].samples, pools[0].gamma
+    coarse = kernels.roi_align(features, rois, S // 2, strides)  # [R, C, S//2, S//2]
+    offsets = torch.cat([pool.fc(part) for pool, part in zip(pools, coarse.split(counts))])
+    offsets = offsets.float().view(-1, 2, S, S)  # dx, dy of each bin
+    offsets = offsets.repeat_interleave(2, 2).repeat_interleave(2, 3)  # [R, 2, 2S, 2S]
+    fine = kernels.deform_roi_pool(features, rois, offsets, 2 * S, strides, samples, gamma)
+    return torch.cat([pool.pool(part) for pool, part in zip(pools, fine.split(counts))])
 
 
 # ------------------------------------------------------------------------------ losses
@@ -393,19 +400,15 @@ class D2Det(faster_rcnn.TwoStage):
         trunk = self.regress.trunk(self.pool(features, positives, 14))  # [P, channels, 7, 7]
         return losses | self.positive_losses(trunk, positives, targets)
 
-    def draw_positives(self, rois: TrainingRois, sizes: Tensor) -> TrainingRois:
+    def draw_positives(self, rois: SampledRois, sizes: Tensor) -> TrainingRois:
         """At most `reg_rois` of the positives, each moved and grown a little."""
-        positive = (rois.labels < self.num_classes).nonzero()[:, 0]
+        positive, _ = rois.split()
         order = torch.randperm(len(positive), device=positive.device)
         rois = rois[positive[order[: self.settings.reg_rois]]]
         return rois.moved(jitter_boxes(rois.boxes, self.settings.jitter, sizes[rois.image]))
 
     def positive_losses(
-        self,
-        trunk: Tensor,
-        rois: TrainingRois,
-        targets: list[dict],
-        inside: Tensor | None = None,
+        self, trunk: Tensor, rois: TrainingRois, targets: list[dict], inside: Tensor | None = None
     ) -> dict[str, Tensor]:
         """DLR's weighted losses, from the trunk's features [P, channels, 7, 7] of P positives."""
         model = self.settings
@@ -438,9 +441,7 @@ class D2Det(faster_rcnn.TwoStage):
         """NMS on the proposals, then DLR on the best (4.1): overlapping ones regress to one box."""
         row, labels, scores = over_threshold(outputs["probs"], test.score_threshold)
         rois, sizes = outputs["rois"][row], outputs["sizes"]
-        groups = rois.image * self.num_classes + labels
-        keep = kernels.batched_nms(rois.boxes, scores, groups, test.nms_iou)
-        keep = keep[first_per_image(rois.image[keep], len(sizes), test.reg_test)]
+        keep = self.best_proposals(rois, scores, labels, len(sizes), test.nms_iou, test.reg_test)
         rois, labels, scores = rois[keep], labels[keep], scores[keep]
         offsets, overlap_logits = self.regress(self.pool(outputs["features"], rois, 14))
         if not self.settings.overlap:
@@ -454,7 +455,7 @@ class D2Det(faster_rcnn.TwoStage):
         """Soft-NMS, or nothing: NMS was on the proposals. Several views are merged by plain NMS."""
         if test.soft_nms:
             iou, score = test.soft_nms_iou, test.soft_nms_score
-            return kernels.soft_nms(boxes, scores, groups, iou_threshold=iou, score_threshold=score)
+            return kernels.soft_nms_padded(boxes, scores, groups, iou, score)[:2]
         if test.several_views:
             return super().suppress(boxes, scores, groups, test)
         keep = scores.argsort(descending=True, stable=True)
@@ -466,8 +467,10 @@ class D2Det(faster_rcnn.TwoStage):
             return self.pool(features, rois, 7)
         if not self.settings.drp_per_level:
             return self.normalise(self.drp[0](features[:4], rois.flat(), self.strides))
-        pooled = self.pool_by_level(features, rois, lambda level, *maps: self.drp[level](*maps))
-        return self.normalise(pooled)
+        order, counts = self.by_level(rois)
+        flat = rois.flat()[order]
+        pooled = pool_discriminatively(self.drp, counts, features[:4], flat, self.strides)
+        return self.normalise(pooled)[order.argsort()]
 
 
 class WithoutDLR(D2Det):
@@ -492,11 +495,7 @@ class D2DetWithMasks(D2Det):
     """D2Det with a mask branch on DLR's trunk. Targets have masks [G, M, M], each over its box."""
 
     def positive_losses(
-        self,
-        trunk: Tensor,
-        rois: TrainingRois,
-        targets: list[dict],
-        inside: Tensor | None = None,
+        self, trunk: Tensor, rois: TrainingRois, targets: list[dict], inside: Tensor | None = None
     ) -> dict[str, Tensor]:
         """`mask` and `mask_iou`, and DLR's losses with the cells inside that the masks say."""
         all_masks = torch.cat([t["masks"] for t in targets])

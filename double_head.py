@@ -392,11 +392,11 @@ class Detector(faster_rcnn.TwoStage):
         """RoIAlign of R RoIs enlarged, each from the level of its own size: [R, C, 7, 7]."""
         if scale == 1:
             return self.pool(features, rois, 7)
-
-        def align(_, maps, part, strides):
-            return self.align(maps, enlarge_rois(part, scale), 7, strides)
-
-        return self.pool_by_level(features, rois, align)
+        order, counts = self.by_level(rois)
+        parts = enlarge_rois(rois.flat()[order], scale).split(counts)
+        levels = zip(features, parts, self.strides)
+        pooled = [self.align([m], part, 7, [stride]) for m, part, stride in levels]
+        return torch.cat(pooled)[order.argsort()]
 
 
 def make_head(name: str, model: Model) -> tuple[nn.Module, int]:

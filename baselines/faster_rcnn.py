@@ -23,7 +23,6 @@ hidden layers say which class it is, and where the box would be for each class.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -34,7 +33,7 @@ import common
 import engine
 import kernels
 from engine import Amount, Natural, Share
-from engine.detector import BaseDetector, over_threshold
+from engine.detector import BaseDetector, first_per_image, over_threshold
 from engine.legacy import make_anchors, roi_align
 
 # B images, R RoIs, K classes, C channels, A anchors per cell, P proposals per image (padded)
@@ -232,6 +231,28 @@ class TrainingRois(Rois):
     is_gt: Tensor  # [R] bool: the RoI is a copy of an object's box
 
 
+@dataclass
+class SampledRois(TrainingRois):
+    """RoIs as they were drawn: those of an image lie together, its positives first."""
+
+    counts: list[tuple[int, int]]  # of each image: all its RoIs, the positives among them
+
+    def __getitem__(self, index) -> TrainingRois:
+        names = [f.name for f in dataclasses.fields(TrainingRois)]
+        return TrainingRois(*(getattr(self, name)[index] for name in names))
+
+    def split(self, most: int | None = None) -> tuple[Tensor, Tensor]:
+        """Indices of the positives, the first `most` of each image; and of the negatives.
+
+        The host has counted them before, so it need not wait for the GPU.
+        """
+        parts = torch.arange(len(self)).split([num for num, _ in self.counts])
+        positives = torch.cat([p[:num][:most] for p, (_, num) in zip(parts, self.counts)])
+        negatives = torch.cat([p[num:] for p, (_, num) in zip(parts, self.counts)])
+        device = self.boxes.device
+        return positives.to(device, non_blocking=True), negatives.to(device, non_blocking=True)
+
+
 @torch.no_grad()
 def sample_rois(
     proposals: Tensor,
@@ -241,7 +262,7 @@ def sample_rois(
     fraction: float,
     num_classes: int,
     iou: float = 0.5,
-) -> TrainingRois:
+) -> SampledRois:
     """Draw `num` RoIs of each image to train a head with, at most that fraction of them positive.
 
     proposals [B, P, 4], valid [B, P]. Ground truth joins the proposals, so that the head meets
@@ -254,19 +275,22 @@ def sample_rois(
     labels, matched, _ = common.match(boxes, gt_boxes, iou, iou, gt_valid, gt_ignore)
     labels[~valid] = -1
     index, drawn = common.sample(labels, num, fraction)
-    image, slot = drawn.nonzero(as_tuple=True)  # the one place where the host has to wait: for R
+    counts = torch.stack([drawn.sum(1), (drawn & (labels.gather(1, index) == 1)).sum(1)], 1)
+    counts = counts.to("cpu", non_blocking=True)  # has arrived when the host has waited for R:
+    image, slot = drawn.nonzero(as_tuple=True)  # the one place where it has to
     index = index[image, slot]
     is_gt = index < num_gt
     # A copy belongs to its own object, even where two objects have the same box.
     gt = torch.where(is_gt, index, matched[image, index])
     positive = labels[image, index] == 1
-    return TrainingRois(
+    return SampledRois(
         image=image,
         boxes=boxes[image, index],
         labels=torch.where(positive, gt_labels[image, gt], num_classes),
         gt=gt,
         gt_boxes=gt_boxes[image, gt],
         is_gt=is_gt,
+        counts=counts.tolist(),
     )
 
 
@@ -353,7 +377,7 @@ class TwoStage(BaseDetector):
 
     def training_rois(
         self, images: list[Tensor], targets: list[dict], iou: float = 0.5
-    ) -> tuple[list[Tensor], Tensor, dict[str, Tensor], TrainingRois]:
+    ) -> tuple[list[Tensor], Tensor, dict[str, Tensor], SampledRois]:
         """Run backbone and RPN: features, sizes [B, 2], the RPN's losses, and the RoIs drawn."""
         batch, sizes = common.pad_images(images)
         features = self.backbone(batch)
@@ -372,6 +396,18 @@ class TwoStage(BaseDetector):
         image, slot = valid.nonzero(as_tuple=True)
         return features, sizes, Rois(image, proposals[image, slot])
 
+    def best_proposals(
+        self, rois: Rois, scores: Tensor, labels: Tensor, num_images: int, iou: float, most: int
+    ) -> Tensor:
+        """Indices of the N RoIs that NMS within each class keeps, `most` of an image, best first.
+
+        rois, scores [N], labels [N]: a RoI for each class that it may be of.
+        """
+        groups = rois.image * self.num_classes + labels
+        keep, _ = kernels.nms_padded(rois.boxes, scores, groups, iou)  # [N], the rest is -1
+        best = first_per_image(rois.image[keep], num_images, most) & (keep >= 0)
+        return keep[best.nonzero()[:, 0]]  # the host waits here
+
     def pool(self, features: list[Tensor], rois: Rois, size: int) -> Tensor:
         """RoIAlign of R RoIs from P2..P5 -> [R, C, size, size]."""
         return self.align(features[:4], rois.flat(), size, self.strides)
@@ -386,19 +422,11 @@ class TwoStage(BaseDetector):
             return pooled
         return torch.group_norm(pooled, pooled.shape[1])
 
-    def pool_by_level(self, features: list[Tensor], rois: Rois, pool: Callable) -> Tensor:
-        """Pool the RoIs of each level by `pool(level, [map], rois [r, 5], [stride])`, from P2..P5.
-
-        For a pooling with weights of its own on each level, or of boxes that are not the RoIs.
-        """
-        flat = rois.flat()
-        level = kernels.roi_level(flat, self.strides)
-        pooled = []
-        for i, stride in enumerate(self.strides):
-            members = (level == i).nonzero()[:, 0]
-            pooled.append(pool(i, features[i : i + 1], flat[members], [stride]))
-        order = level.argsort(stable=True)  # of the levels' members, one after the other
-        return torch.cat(pooled)[order.argsort()]
+    def by_level(self, rois: Rois) -> tuple[Tensor, list[int]]:
+        """The order [R] in which RoIs of one level lie together, and how many each has, P2..P5."""
+        level = kernels.roi_level(rois.flat(), self.strides)
+        counts = F.one_hot(level, len(self.strides)).sum(0).tolist()  # the host waits here
+        return level.argsort(stable=True), counts
 
 
 class Detector(TwoStage):

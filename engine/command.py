@@ -267,6 +267,10 @@ def run(name: str, settings_class: type[Settings], detector, argv: list[str] | N
             warn_of_busy_cores(device)
             torch.manual_seed(settings.run.seed)
             return execute(command, settings, detector, device, signals)
+    except torch.OutOfMemoryError:
+        less = "--batch, --scales or --roi-samples, in testing --eval-batch or --test-scales"
+        print(f"error: out of memory on the GPU; smaller: {less}", file=sys.stderr)
+        sys.exit(2)
     except (BadInput, FloatingPointError, OSError, RuntimeError) as e:
         problem = worker_problem(e) if isinstance(e, RuntimeError) else str(e)
         if isinstance(e, RuntimeError) and not problem:

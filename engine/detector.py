@@ -77,31 +77,37 @@ class BaseDetector(nn.Module):
         image, labels = candidates["image"], candidates["labels"]
         groups = image * self.num_classes + labels
         keep, scores = self.suppress(candidates["boxes"], candidates["scores"], groups, test)
-        best = first_per_image(image[keep], num_images, test.max_detections)
-        best &= scores >= test.min_score
+        usable = (keep >= 0) & (scores >= test.min_score)
+        best = first_per_image(image[keep], num_images, test.max_detections) & usable
+        counts = (F.one_hot(image[keep], num_images) * best[:, None]).sum(0)
+        counts = counts.to("cpu", non_blocking=True)  # has arrived when the host has waited here:
+        best = best.nonzero()[:, 0]
         keep, scores = keep[best], scores[best]
         flat = dict(boxes=candidates["boxes"][keep], scores=scores, labels=labels[keep])
         further = ("masks", "mask_iou", "index")
         flat |= {k: candidates[k][keep] for k in further if k in candidates}
-        return split_images(flat, image[keep], num_images)
+        return split_images(flat, image[keep], counts.tolist())
 
     def suppress(
         self, boxes: Tensor, scores: Tensor, groups: Tensor, test: Test
     ) -> tuple[Tensor, Tensor]:
-        """The last NMS: indices kept, best first, and their final scores."""
-        keep = kernels.batched_nms(boxes, scores, groups, test.nms_iou)
+        """The last NMS: indices kept, best first, perhaps then -1s; and their final scores."""
+        keep, _ = kernels.nms_padded(boxes, scores, groups, test.nms_iou)
         return keep, scores[keep]
 
     def compile_parts(self, **options) -> None:
         """torch.compile backbone and heads in place, each once for all image sizes and numbers.
 
-        Weights keep their names. Of a head that has a trunk, the trunk is compiled, since training
-        also calls it alone. `options` are those of `nn.Module.compile`.
+        Weights keep their names. Of a head whose parts are also called alone, these are compiled:
+        its trunk, or those named in its `called_alone`. `options` are those of `nn.Module.compile`.
         """
         for part in self.children():
             several = isinstance(part, (nn.ModuleList, nn.ModuleDict))
             for module in part.children() if several else [part]:
-                getattr(module, "trunk", module).compile(**{"dynamic": True, **options})
+                names = getattr(module, "called_alone", ("trunk",))
+                parts = [getattr(module, name) for name in names if hasattr(module, name)]
+                for called in parts or [module]:
+                    called.compile(**{"dynamic": True, **options})
 
 
 def build_detector(detector: Callable[..., Any], model: Model, num_classes: int) -> Any:
@@ -159,9 +165,11 @@ def first_per_image(image: Tensor, num_images: int, most: int) -> Tensor:
     return seen.gather(1, image[:, None])[:, 0] <= most
 
 
-def split_images(flat: dict[str, Tensor], image: Tensor, num_images: int) -> list[dict]:
-    """Flat detections [N, ...], best first, of images [N] -> a dict of the same names per image."""
+def split_images(flat: dict[str, Tensor], image: Tensor, counts: list[int]) -> list[dict]:
+    """Flat detections [N, ...], best first, of images [N] -> a dict of the same names per image.
+
+    counts: how many detections each image has.
+    """
     order = image.argsort(stable=True)
-    counts = torch.bincount(image, minlength=num_images).tolist()
     parts = [values[order].split(counts) for values in flat.values()]
     return [dict(zip(flat, part)) for part in zip(*parts)]

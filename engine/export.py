@@ -66,8 +66,8 @@ def simplify(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, DeformableConv):
             child.conv_offset.register_forward_hook(lambda *call: call[-1].contiguous())
-        if isinstance(child, nn.BatchNorm2d):
-            frozen = FrozenBatchNorm2d(child.num_features, child.eps)
+        if isinstance(child, nn.BatchNorm2d | FrozenBatchNorm2d):
+            frozen = FrozenBatchNorm2d(len(child.weight), child.eps)
             frozen.load_state_dict(child.state_dict())
             setattr(module, name, frozen.to(child.weight.device))
         simplify(child)
@@ -86,8 +86,8 @@ def export_file(model: nn.Module, categories: list[dict], path: str | Path, test
         raise BadInput(f"--export {path}: ONNX needs two packages: pip install onnx onnxscript")
     network = BoxesBeforeNMS(copy.deepcopy(model).eval(), test)
     simplify(network)
-    device = torch.device("cpu") if onnx else next(model.parameters()).device
-    image = torch.zeros(3, SIDES[0], SIDES[0] + 32, dtype=torch.uint8, device=device)
+    # On the CPU: a program made on a GPU runs on no other device.
+    image = torch.zeros(3, SIDES[0], SIDES[0] + 32, dtype=torch.uint8)
     # The network pads: if sizes were 32 * Dim, torch could not convert the saved program.
     low, high = SIDES
     sides = {1: Dim("H", min=low, max=high), 2: Dim("W", min=low, max=high)}
@@ -95,7 +95,7 @@ def export_file(model: nn.Module, categories: list[dict], path: str | Path, test
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tensors that share memory: they are saved whole
         program = torch.export.export(
-            network.to(device), (image,), dynamic_shapes=(sides,), strict=False
+            network.cpu(), (image,), dynamic_shapes=(sides,), strict=False
         )
         names = NAMES[: len(program.graph_signature.user_outputs)]
         if onnx:

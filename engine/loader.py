@@ -126,7 +126,8 @@ def worker_problem(error: RuntimeError) -> str:
 def make_loader(data: Dataset, workers: int, device: torch.device, **sampling) -> DataLoader:
     """Batches as lists of items, read by that many processes (-1: see `Run.workers`)."""
     if workers < 0:  # on a CPU they take cores from the training, whose threads wait for each other
-        workers = 4 if device.type == "cuda" else min(2, max(0, (os.cpu_count() or 1) - 2))
+        cores = os.cpu_count() or 1
+        workers = min(4, cores) if device.type == "cuda" else min(2, max(0, cores - 2))
     return DataLoader(
         data,
         num_workers=workers,

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import BadInput
+from common import BadInput, constant
 from data import DetectionDataset
 from data.masks import encode_mask, paste_mask
 from data.own import CheckedItems, checked_truth
@@ -102,8 +102,8 @@ def in_original_pixels(
     With `last_pixel` resizing had scaled the index of a box's last pixel (engine/legacy.py).
     """
     boxes, index = candidates["boxes"], candidates["image"]
-    inner = torch.tensor([i.shape[1:] for i in images], device=boxes.device)
-    outer = torch.tensor([t["size"] for t in targets], device=boxes.device)
+    inner = constant([i.shape[1:] for i in images], boxes.device)
+    outer = constant([t["size"] for t in targets], boxes.device)
     if flip:
         if "masks" in candidates:
             candidates["masks"] = candidates["masks"].flip(-1)

@@ -59,6 +59,8 @@ def find_device(name: str) -> torch.device:
         raise BadInput(f"--device {name}: only cpu and cuda are supported")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BadInput(f"--device {name}: torch sees no GPU")
+    if device.index and device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise BadInput(f"--device {name}: torch sees {torch.cuda.device_count()}, from cuda:0 on")
     return device
 
 
@@ -68,9 +70,10 @@ def start_processes(name: str) -> torch.device:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":  # what names no device of its own is then of this one
+        torch.cuda.set_device(device.index or 0)
     return device
 
 
@@ -111,11 +114,17 @@ def share_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
+def uses_bf16(amp: str, device: torch.device) -> bool:
+    """Whether `amp` (auto, off, bf16) means bf16 on this device: auto only where it is fast."""
+    if amp != "auto" or device.type != "cuda":
+        return amp == "bf16"
+    with torch.cuda.device(device):  # a T4 or an RTX 20xx only emulates bf16, which is slow
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def autocast(amp: str, device: torch.device):
-    """The context of a forward pass: bf16 where `amp` (auto, off, bf16) and the device say so."""
-    supported = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    on = amp == "bf16" or (amp == "auto" and supported)
-    return torch.autocast(device.type, torch.bfloat16, enabled=on)
+    """The context of a forward pass, in bf16 if `uses_bf16`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(amp, device))
 
 
 def progress(iterable, what: str, total: int):
@@ -151,7 +160,7 @@ def print_once(text: str, bar=None) -> None:
 def reset_peak_memory(device: torch.device) -> None:
     """Start a new maximum for `peak_memory`; on a CPU only Linux can."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # not glibc
             ctypes.CDLL(None).malloc_trim(0)  # returns what `keep_memory` kept
@@ -162,7 +171,7 @@ def reset_peak_memory(device: torch.device) -> None:
 def peak_memory(device: torch.device) -> int:
     """Most bytes held since the start or the last reset, of the GPU or resident; 0 on Windows."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) << 10

@@ -83,7 +83,8 @@ class Run(Checked):
     seed: Whole = 0  # of weights, order, augmentation, sampling and synthetic images
     out: str = ""  # results folder (default: runs/<script>)
     device: str = "auto"  # cpu, cuda, or auto: cuda if there is one
-    # loader processes per training process; -1: 2 on a CPU (of two cores: none), 4 on a GPU
+    # loader processes per training process; -1: 2 on a CPU (of two cores: none), with a GPU 4,
+    # at most one a core
     workers: Annotated[int, Range(-1, 1000)] = -1
     # image files to decode before anything else: all, those new or changed since a check, or none
     check: Literal["all", "new", "none"] = "new"
@@ -102,7 +103,8 @@ class Run(Checked):
     warmup: Whole = 500  # steps of linear warm-up (at most a tenth of training) ...
     warmup_factor: Share = 1 / 3  # ... from this share of the rate; choice: papers do not say
     clip_norm: Amount = 0.0  # largest gradient norm; 0: no clipping
-    amp: Literal["auto", "off", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it
+    # auto: bf16 autocast on a GPU that has it (from Ampere, RTX 30xx, on), else float32
+    amp: Literal["auto", "off", "bf16"] = "auto"
     compile: bool = False  # torch.compile backbone and heads; starts slowly, not with --export
     log_every: Natural = 20  # steps between lines of the log
     save_every: Natural = 1000  # steps between checkpoints

@@ -34,6 +34,7 @@ from engine.processes import (
     progress,
     rank_and_world,
     share_buffers,
+    uses_bf16,
 )
 from engine.settings import Run, Settings
 from engine.signals import Signals, signals_answered
@@ -102,10 +103,9 @@ class LossWatch:
         self.check()
         losses = {**losses, "gradient norm": norm}
         values = torch.stack([v.detach().float() for v in losses.values()])
-        copied = torch.cuda.Event() if values.is_cuda else None
+        stream = torch.cuda.current_stream(values.device) if values.is_cuda else None
         values = values.to("cpu", non_blocking=True)
-        if copied:
-            copied.record()
+        copied = stream.record_event() if stream else None  # on the GPU that copies
         if self.window and self.window[-1].shape != values.shape:
             had = list(self.window[-1].shape)
             raise BadInput(f"last.pt: its window has {had} losses a step, here are {len(values)}")
@@ -152,7 +152,8 @@ def describe(settings: Settings, batches: TrainBatches, num_images: int, model, 
         f"{batches.total / batches.per_epoch:.3g} epochs of {num_images}; learning rate "
         f"{run.lr} x {batch}/{run.lr_batch} = {run.lr * batch / run.lr_batch:.4g}; "
         f"{settings.model.backbone} at {' '.join(map(str, settings.data.scales))} px, "
-        f"{millions:.1f} M parameters, torch {torch.__version__} on {device}"
+        f"{millions:.1f} M parameters, torch {torch.__version__} on {device} in "
+        + ("bf16" if uses_bf16(run.amp, device) else "float32")
     )
 
 

@@ -394,7 +394,10 @@ def _cl_nms_kernel(
 
 
 def _triton_select(boxes, scores, groups, iou_threshold, method, score_threshold):
-    """Sort by group and run the kernel: scores to report [N]. Never waits for the device."""
+    """Sort by group and run the kernel: scores to report [N]. Never waits for the device.
+
+    Also the rows' order by descending score, which greedy NMS needs first; None for the others.
+    """
     N, device = scores.shape[0], boxes.device
     if N >= 2**29:
         raise ValueError(f"{N} boxes are too many: rows are counted in 32 bits")
@@ -402,9 +405,9 @@ def _triton_select(boxes, scores, groups, iou_threshold, method, score_threshold
     live = scores.masked_fill(~scores.isfinite(), -torch.inf)
     if method == "soft":
         live = live.masked_fill(live < score_threshold, -torch.inf)
-    order = torch.arange(N, device=device)
+    order, by_score = torch.arange(N, device=device), None
     if method == "greedy":
-        order = torch.argsort(live, descending=True, stable=True)
+        order = by_score = torch.argsort(live, descending=True, stable=True)
     rank = torch.zeros_like(order)  # number of each row's group, from 0 up
     if groups is not None:
         order = order[torch.argsort(groups[order], stable=True)]
@@ -426,7 +429,7 @@ def _triton_select(boxes, scores, groups, iou_threshold, method, score_threshold
         own = {"LITERAL": method == "cl_literal"}
     with torch.cuda.device_of(boxes):
         kernel[(N,)](boxes, live, order, starts, out, N, iou_threshold, **own, **launch)
-    return out
+    return out, by_score
 
 
 # If TRITON_INTERPRET was on when triton was imported, kernels run on CPU tensors.
@@ -527,10 +530,13 @@ def _padded(
     method: "greedy", "soft", "cl" or "cl_literal". Only "soft" reads score_threshold.
     """
     boxes, scores, threshold = _prepare(boxes, scores, iou_threshold)
+    by_score = None
     if scores.shape[0] == 0:
         reported = scores.clone()
     elif impl == "triton":
-        reported = _triton_select(boxes, scores, groups, threshold, method, score_threshold)
+        reported, by_score = _triton_select(
+            boxes, scores, groups, threshold, method, score_threshold
+        )
     elif impl == "torchvision":
         keep = _torchvision_nms(boxes, scores, groups, iou_threshold)
         reported = torch.full_like(scores, -torch.inf).scatter_(0, keep, scores[keep])
@@ -541,9 +547,15 @@ def _padded(
     else:
         reported = cl_nms_reference(boxes, scores, groups, threshold, method == "cl_literal")
     kept = reported > -torch.inf
-    # choice: CL-NMS orders by p, its final score; p + d only selects within a cluster.
-    key = (reported if method == "soft" else scores).masked_fill(~kept, -torch.inf)
-    keep = torch.argsort(key, descending=True, stable=True)
+    if by_score is not None:  # the rows in this order, those kept moved to the front: no third sort
+        kept_rows = kept[by_score]
+        place = torch.where(kept_rows, kept_rows.cumsum(0) - 1, kept.shape[0])
+        keep = by_score.new_zeros(kept.shape[0] + 1)  # the last entry takes all the others
+        keep = keep.scatter_(0, place, by_score)[:-1]
+    else:
+        # choice: CL-NMS orders by p, its final score; p + d only selects within a cluster.
+        key = (reported if method == "soft" else scores).masked_fill(~kept, -torch.inf)
+        keep = torch.argsort(key, descending=True, stable=True)
     count = kept.sum()
     unused = torch.arange(keep.shape[0], device=keep.device) >= count
     return keep.masked_fill(unused, -1), reported[keep].masked_fill(unused, 0), count
@@ -564,7 +576,8 @@ def _(boxes, scores, *_):
 @library.custom_op(f"{_NAMESPACE}::cut", mutates_args=())
 def _cut(keep: Tensor, reported: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """The first `count` entries of both. Reading the count waits for a GPU."""
-    return keep[: int(count)].clone(), reported[: int(count)].clone()
+    number = int(count)
+    return keep[:number].clone(), reported[:number].clone()
 
 
 @_cut.register_fake

@@ -375,10 +375,10 @@ def _gather_kernel(
     end = tl.load(starts + cell + 1)
     while first < end:
         position = first + tl.arange(0, STEP)
-        tap = tl.load(order + position, mask=position < end, other=0)
+        tap = tl.load(order + position, mask=position < end, other=0)  # 32 bits: division is fast
         weight = tl.load(weights + tap, mask=position < end, other=0.0)
         mask = (position < end)[:, None] & (channels < C)[None, :]
-        source = grad + (tap // TAPS * C)[:, None] + channels[None, :]
+        source = grad + ((tap // TAPS).to(tl.int64) * C)[:, None] + channels[None, :]
         g = tl.load(source, mask=mask, other=0.0).to(tl.float32)
         total += tl.sum(g * weight[:, None], axis=0)
         first += STEP
@@ -466,8 +466,10 @@ def _pool_backward(
     grid, tile = _tile(R, C, size)
     with torch.cuda.device_of(grad):
         if wanted[0]:
-            # Takes 20 bytes for each of the 4 n^2 taps of a bin, for as long as this runs.
+            # Takes 24 bytes for each of the 4 n^2 taps of a bin, for as long as this runs.
             taps = 4 * sampling_ratio**2
+            if R * size**2 * taps >= 2**31:
+                raise ValueError(f"{R} RoIs are too many: their taps are counted in 32 bits")
             BINS = min(64, triton.next_power_of_2(size**2))
             cell = torch.empty(R * size**2 * taps, dtype=torch.int32, device=grad.device)
             weights = torch.empty_like(cell, dtype=torch.float32)
@@ -479,7 +481,7 @@ def _pool_backward(
             _gather_kernel[(cells, triton.cdiv(C, CH))](
                 table,
                 grad,
-                order,
+                order.int(),
                 weights,
                 first,
                 C,

@@ -166,7 +166,7 @@ def measure(net: nn.Module, work, amp: str, device, count: bool) -> tuple[float,
     with counter:
         run_once(net, work, amp, device)
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     seconds = time.perf_counter() - start
     return seconds, counter.get_total_flops() / 2 if count else 0.0
 
@@ -205,7 +205,7 @@ def main(argv=None) -> list[dict]:
             model.compile_parts()
         rows = bench(model, settings, 80, device, options.repeat)
         name = f"{torch.get_num_threads()} threads"
-        name = torch.cuda.get_device_name() if device.type == "cuda" else name
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
         size = tuple(one_image(settings, "cpu")[0][0].shape[1:])
         backbone = settings.model.backbone
         where = f"{device} ({name}), torch {torch.__version__}, {backbone}, {size} px"

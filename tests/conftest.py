@@ -33,6 +33,16 @@ if not torch.cuda.is_available():
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cpu_alone(request):
+    """Tests use the CPU where torch sees a GPU too, but for those of kernels, which name DEVICE."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not hasattr(request.module, "DEVICE"):
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the processes that tests start
+        yield
+
+
 @pytest.fixture
 def detection_data() -> Path:
     """Folder with small real data sets (`coco_tiny/`, `bccd/`); skips where there is none."""

@@ -188,7 +188,7 @@ def test_first_per_image_and_split():
     image = torch.tensor([0, 2, 0, 0, 2])
     assert first_per_image(image, 3, 2).tolist() == [True, True, True, False, True]
     flat = dict(boxes=torch.arange(5.0)[:, None].expand(-1, 4), labels=torch.arange(5))
-    parts = split_images(flat, image, 3)
+    parts = split_images(flat, image, [3, 0, 2])
     assert [p["labels"].tolist() for p in parts] == [[0, 2, 3], [], [1, 4]]
     assert [p["boxes"][:, 3].tolist() for p in parts] == [[0, 2, 3], [], [1, 4]]
 

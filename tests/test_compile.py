@@ -8,11 +8,12 @@ from baselines import retinanet
 
 
 def test_compiled_are_backbone_and_heads(monkeypatch):
-    """Once each, of a head that training takes apart its trunk; a list's parts one by one."""
+    """Once each, of a head that training takes apart its parts; a list's parts one by one."""
     model, seen = small(d2det, conv_channels=16, num_convs=2, groups=4), []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: seen.append(self))
     model.compile_parts()
-    want = [model.backbone, model.rpn, model.regress.trunk, *model.drp, model.classify]
+    drp = [part for level in model.drp for part in (level.fc, level.pool)]
+    want = [model.backbone, model.rpn, model.regress.trunk, *drp, model.classify]
     assert [id(m) for m in seen] == [id(m) for m in want]
 
 

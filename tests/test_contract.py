@@ -58,12 +58,12 @@ SAME = ("readable",)  # the same detections, by the equation that is there to be
 
 
 @functools.cache
-def made(case: str):
+def made(case: str, **changes):
     """A narrow detector with random weights, none so small that its input hardly counts."""
     name = case.split()[0]
     method = importlib.import_module(name if name in PAPERS else f"baselines.{name}")
     known = method.Settings(**{k: v for k, v in CASES[case].items() if k == "base"}).flat()
-    flat = {k: v for k, v in SMALL.items() if k in known}
+    flat = {k: v for k, v in (SMALL | changes).items() if k in known}
     torch.manual_seed(0)
     model = build(method, settings_of(method, **flat, **CASES[case]))
     for layer in model.modules():

@@ -409,7 +409,8 @@ class Oracle(torch.nn.Module):
 
     def detections(self, candidates, num_images, test):
         flat = {k: v[: len(v) // self.views] for k, v in candidates.items()}  # the first view's
-        return split_images(flat, flat.pop("image"), num_images)
+        image = flat.pop("image")
+        return split_images(flat, image, image.bincount(minlength=num_images).tolist())
 
 
 @pytest.mark.parametrize("name", ["coco_tiny", "bccd", "synthetic"])

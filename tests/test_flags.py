@@ -1,8 +1,10 @@
 """Every flag does something: changing it alone changes what a small run does or writes."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -16,6 +18,8 @@ import common
 import d2det
 from engine import loader
 from engine.command import Command, load_data, parse
+from engine.loader import make_loader
+from engine.processes import find_device, uses_bf16
 from engine.train import learning_rate, train
 
 BASE = dict(
@@ -167,7 +171,7 @@ def asked(*argv):
 
 
 def test_row_and_preset_set_what_flags_override():
-    assert asked("--train").model.backbone == "small" or torch.cuda.is_available()
+    assert asked("--train").model.backbone == "small"
     paper = asked("--train", "--preset", "paper")
     found = paper.model.backbone, paper.data.scales, paper.run.epochs
     assert found == ("resnet50", (800,), 24)
@@ -199,12 +203,48 @@ def test_what_an_older_checkpoint_does_not_name_is_as_in_the_defaults(tmp_path, 
 
 def test_device_is_obeyed(monkeypatch):
     """Without being asked it takes a GPU where torch sees one, here or not."""
-    command = sys.modules["engine.command"]
+    command, chosen = sys.modules["engine.command"], []
     monkeypatch.setattr(command, "execute", lambda *given: given[-1])
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for seen in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda seen=seen: seen)
         assert d2det.main(["--train", "--device", "cpu"]) == torch.device("cpu")
         assert d2det.main(["--train"]) == torch.device("cuda" if seen else "cpu")
+        assert asked("--train").model.backbone == "small"  # synthetic data: the tiny preset
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert d2det.main(["--train", "--device", "cuda:1"]) == torch.device("cuda:1")
+    assert chosen == [0, 1]  # what names no device of its own is of this one
+    with pytest.raises(common.BadInput, match="--device cuda:2: torch sees 2"):
+        find_device("cuda:2")
+
+
+def test_bf16_only_where_it_is_fast_and_workers_as_there_are_cores(monkeypatch):
+    """A T4 emulates bf16: asked with emulation it says yes. Its machine may have two cores."""
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    assert not uses_bf16("auto", gpu) and uses_bf16("bf16", gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert uses_bf16("auto", gpu) and not uses_bf16("off", gpu)
+    assert not uses_bf16("auto", torch.device("cpu"))
+    for cores, workers in (2, 2), (64, 4):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        assert make_loader([0], -1, gpu).num_workers == workers
+
+
+def test_out_of_memory_ends_in_a_line_of_flags(monkeypatch, capsys):
+    def execute(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(sys.modules["engine.command"], "execute", execute)
+    with pytest.raises(SystemExit) as stop:
+        d2det.main(["--train", "--device", "cpu"])
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and text.count("\n") == 1
+    assert all(flag in text for flag in ("--batch", "--scales", "--roi-samples"))
 
 
 def test_readable_runs_the_plain_decode(monkeypatch):

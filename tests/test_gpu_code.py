@@ -88,7 +88,7 @@ def roi_align(name, dtype):
     tile = _tile(1, 256, 7)[1]
     types = dict.fromkeys(("rois", "offsets", "weights"), "*fp32")
     types |= dict(maps=["*" + dtype] * 4, heights=["fp32"] * 4, widths=["fp32"] * 4)
-    types |= dict(cells="*i32", starts="*i32", order="*i64", C="i32", gamma="fp32")
+    types |= dict(cells="*i32", starts="*i32", order="*i32", C="i32", gamma="fp32")
     types |= dict(num_images="i32", num_cells="i32")
     types |= dict.fromkeys(("out", "grad", "table"), "*" + dtype)
     if name == "pool":  # forward: without a gradient

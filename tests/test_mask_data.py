@@ -228,7 +228,8 @@ class Oracle(torch.nn.Module):
 
     def detections(self, candidates, num_images, test):
         flat = {**candidates, "mask_scores": candidates["scores"]}
-        return split_images(flat, flat.pop("image"), num_images)
+        image = flat.pop("image")
+        return split_images(flat, image, image.bincount(minlength=num_images).tolist())
 
 
 def whole(target):
