@@ -404,8 +404,8 @@ class D2Det(faster_rcnn.TwoStage):
         """At most `reg_rois` of the positives, each moved and grown a little."""
         positive, _ = rois.split()
         order = torch.randperm(len(positive), device=positive.device)
-        rois = rois[positive[order[: self.settings.reg_rois]]]
-        return rois.moved(jitter_boxes(rois.boxes, self.settings.jitter, sizes[rois.image]))
+        drawn = rois[positive[order[: self.settings.reg_rois]]]
+        return drawn.moved(jitter_boxes(drawn.boxes, self.settings.jitter, sizes[drawn.image]))
 
     def positive_losses(
         self, trunk: Tensor, rois: TrainingRois, targets: list[dict], inside: Tensor | None = None

@@ -32,6 +32,8 @@ WAITS = {
     "iou_aware_retinanet": (1, 2),
     "dc_loss_clnms": (1, 3),
 }
+# Not compared under bf16: D2Det's box loss jumps by log 2 where a cell's IoU passes 0.1.
+JUMPS = {("d2det", "reg")}
 # Where large tensors of two dtypes or layouts meet today, and why; a new place is to be mended.
 MIXED = {
     "dtype aten::add common.py:forward",  # autocast makes the pyramid's upsampling float32
@@ -70,7 +72,8 @@ def test_a_step_and_a_prediction_equal_the_cpus(name, checked):
     row = checked[name]
     assert row["losses"] <= 1e-5 and row["gradients"] <= 1e-4, row
     assert row["found"] and row["predictions"] <= 1e-5, row
-    assert row["bf16"] <= 0.01, row
+    differ = {k: v for k, v in row["bf16"].items() if (name, k) not in JUMPS}
+    assert len(differ) > 1 and max(differ.values()) <= 0.01, row["bf16"]
 
 
 @pytest.mark.parametrize("name", WAITS)
@@ -87,7 +90,7 @@ def test_large_tensors_meet_in_one_dtype_and_layout(name, checked):
 
 RUN_FLAGS = """--train --preset tiny --steps 2 --log-every 1 --workers 0 --num-train 4 --num-val 2
  --batch 2 --image-size 64 --scales 64 --test-scales 64 --max-size 64 --fpn-channels 8 --norm gn
- --tower-convs 1 --tower-groups 0""".split()
+ --tower-convs 1 --tower-groups 0 --eval-times 1""".split()
 
 
 def test_the_second_gpu_trains_evaluates_and_exports(tmp_path):

@@ -4,9 +4,7 @@
    the host arrives only when somebody waits for its stream; until then the target holds NaN. What
    is not defined here is left to the real runtime, which fails for want of a driver.
 
-   Environment: PRETEND_GPUS (1), PRETEND_SM (90, the compute capability), PRETEND_MIB (81920), and
-   PRETEND_LIGHT: what is larger than so many elements is not copied on the GPU, so that networks of
-   full size need little memory here (memory.py). */
+   Environment: PRETEND_GPUS (1), PRETEND_SM (90, the compute capability), PRETEND_MIB (81920). */
 #include <cuda_runtime_api.h>
 #include <pthread.h>
 #include <stdint.h>
@@ -109,12 +107,6 @@ typedef struct copy {
 } copy;
 static copy *late;
 
-/* Whether memory of this size is only counted. */
-static int unwritten(size_t n) {
-  size_t light = from_environment("PRETEND_LIGHT", 0);
-  return light && n > 4 * light;
-}
-
 /* Let arrive what a stream of a device copied up to a ticket. */
 static void arrive(int device, cudaStream_t stream, long long upto) {
   pthread_mutex_lock(&lock);
@@ -134,7 +126,7 @@ static void arrive(int device, cudaStream_t stream, long long upto) {
 
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, enum cudaMemcpyKind kind, cudaStream_t s) {
   if (kind != cudaMemcpyDeviceToHost) {
-    if (kind != cudaMemcpyDeviceToDevice || !unwritten(n)) memmove(to, from, n);
+    memmove(to, from, n);
     return cudaSuccess;
   }
   copy *c = malloc(sizeof *c);
@@ -158,10 +150,7 @@ cudaError_t cudaMemcpyPeerAsync(void *to, int d, const void *from, int e, size_t
   memmove(to, from, n);
   return cudaSuccess;
 }
-cudaError_t cudaMemset(void *to, int value, size_t n) {
-  if (!unwritten(n)) memset(to, value, n);
-  return cudaSuccess;
-}
+cudaError_t cudaMemset(void *to, int value, size_t n) { memset(to, value, n); return cudaSuccess; }
 cudaError_t cudaMemsetAsync(void *to, int value, size_t n, cudaStream_t s) { return cudaMemset(to, value, n); }
 
 /* ---------------------------------------------------------------- streams and events */

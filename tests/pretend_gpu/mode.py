@@ -10,7 +10,6 @@ tensors differ in dtype or in layout.
 
 import ctypes
 import importlib
-import os
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -28,8 +27,6 @@ roi_align = importlib.import_module("kernels.roi_align")  # in the package: the 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LARGE = 4096  # elements
 THREAD = ThreadPoolExecutor(1)
-# Values of operators on more elements than this are not worked out (0: all are): see memory.py.
-LIGHT = int(os.environ.get("PRETEND_LIGHT", 0))
 PRODUCTS = {f"aten::{name}" for name in "mm addmm bmm baddbmm mv dot prod".split()}
 PRODUCTS |= {"aten::convolution", "aten::convolution_backward"}
 SIZED_BY_VALUES = {
@@ -124,13 +121,11 @@ class PretendedGPU(TorchDispatchMode):
             if name not in PRODUCTS:
                 torch.cuda.current_stream(gpu[0].device).synchronize()
                 self.note_wait(name, max(1, masked))
-            if is_light(gpu) and name in PRODUCTS:
-                return shaped(func, args, kwargs, gpu)
             return alone(func, name, args, kwargs, gpu[0])
         before = library.pretend_waits()
         out = func(*args, **kwargs)
         self.note_wait(name, library.pretend_waits() - before)
-        if func.is_view or name in WITHOUT_VALUES or is_light(gpu) and all_floating(out):
+        if func.is_view or name in WITHOUT_VALUES:
             return out
         if name in ("aten::_to_copy", "aten::copy_") and arrives_by_itself(out, tensors):
             return out
@@ -145,8 +140,6 @@ class PretendedGPU(TorchDispatchMode):
         """The result of a kernel's operator: its Python first, then its reference's values."""
         out = operator(*args)
         if name == "cut" or not any(isinstance(x, Tensor) and x.is_cuda for x in args[:3]):
-            return out
-        if is_light(tree_leaves(args)) and all_floating(out):
             return out
         # in a thread of its own, where gradients are recorded and this mode is off
         reference = THREAD.submit(reference_values, name, operator, tree_map(on_cpu, args))
@@ -172,32 +165,6 @@ class PretendedGPU(TorchDispatchMode):
             self.mixed[f"layout {name} {place()}"] += 1
         if len(kinds) > 1:
             self.mixed[f"dtype {name} {place()}"] += 1
-
-
-def is_light(tensors) -> bool:
-    """Whether values of an operator on these tensors are left out."""
-    return 0 < LIGHT < max((x.numel() for x in tensors if isinstance(x, Tensor)), default=0)
-
-
-def all_floating(out) -> bool:
-    tensors = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-    return bool(tensors) and all(x.is_floating_point() for x in tensors)
-
-
-def shaped(func, args, kwargs, gpu: list[Tensor]):
-    """A product's result without values; maps are channels_last if one of its tensors is."""
-    last = any(layout(x) == "channels_last" for x in gpu)
-
-    def on_meta(x):
-        return x.to("meta") if isinstance(x, Tensor) else x
-
-    def like(x):
-        if not isinstance(x, Tensor):
-            return x
-        kind = torch.channels_last if last and x.dim() == 4 else torch.contiguous_format
-        return torch.empty(x.shape, dtype=x.dtype, device=gpu[0].device, memory_format=kind)
-
-    return tree_map(like, func(*tree_map(on_meta, args), **tree_map(on_meta, kwargs)))
 
 
 def by_mask(name: str, args) -> int:
