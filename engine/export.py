@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from common import BadInput
+from common import BadInput, FixedBatchNorm2d
 from engine.deformable import DeformableConv
 from engine.onnx_file import save_onnx
 from engine.processes import print_once
@@ -59,14 +59,14 @@ class BoxesBeforeNMS(nn.Module):
 def simplify(module: nn.Module) -> None:
     """Change layers in place, not what they compute, so that torch.export takes any size.
 
-    Batch norms become a fixed scale and shift, since torch.export wants to know the batch of
-    others. Offsets of deformable convolutions become contiguous: it cannot reason about slices of
-    channels_last maps.
+    Batch norms become a fixed scale and shift, since torch.export wants to know the batch or the
+    width of others. Offsets of deformable convolutions become contiguous: it cannot reason about
+    slices of channels_last maps.
     """
     for name, child in module.named_children():
         if isinstance(child, DeformableConv):
             child.conv_offset.register_forward_hook(lambda *call: call[-1].contiguous())
-        if isinstance(child, nn.BatchNorm2d | FrozenBatchNorm2d):
+        if isinstance(child, nn.BatchNorm2d | FixedBatchNorm2d):
             frozen = FrozenBatchNorm2d(len(child.weight), child.eps)
             frozen.load_state_dict(child.state_dict())
             setattr(module, name, frozen.to(child.weight.device))

@@ -15,7 +15,7 @@ from methods import make, small, sure
 import d2det
 import double_head
 import iou_aware_retinanet
-from common import BadInput
+from common import BadInput, FixedBatchNorm2d
 from data import SyntheticDetection
 from engine import export
 from engine.detector import BaseDetector
@@ -43,9 +43,10 @@ print(json.dumps(ours))
 
 def models() -> dict[str, BaseDetector]:
     """A one-stage detector, one with masks, and one whose batch norms have seen something."""
-    two = small(double_head, conv_channels=16, score_threshold=0.05, norm="bn")
+    fixed = dict(backbone="resnet18", backbone_weights="random", norm="eval_bn")
+    two = small(double_head, conv_channels=16, score_threshold=0.05, **fixed)
     for layer in two.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):
+        if isinstance(layer, (torch.nn.BatchNorm2d, FixedBatchNorm2d)):
             torch.nn.init.uniform_(layer.running_mean, -0.1, 0.1)
             torch.nn.init.uniform_(layer.running_var, 0.5, 2)
     sizes = dict(conv_channels=16, groups=4, num_convs=2, mask_channels=16)
