@@ -375,28 +375,32 @@ def read_results(folder: Path) -> dict[tuple, dict]:
 
 def tables(runs: dict[tuple, dict]) -> dict[str, str]:
     """Markdown tables by name: `summary`, and `gains` and `alignment` for each data set."""
-    found = {}
-    summary = []
+    pairs = {
+        data: {method: pairs_of(runs, data, method) for method in PAPERS} for data in PROTOCOLS
+    }
+    measured = [data for data in PROTOCOLS if any(pairs[data].values())]
+    titles = [f"{data}: AP | AP90" for data in measured]
+    lines = [f"| | the paper's AP | {' | '.join(titles)} |", "|---" * (2 + 2 * len(titles)) + "|"]
     for method, printed in PRINTED_GAINS.items():
         cells = [f"`{method}.py`", printed]
-        for data in PROTOCOLS:
-            cells += gains(pairs_of(runs, data, method), ("AP", "AP90"))
-        summary.append(f"| {' | '.join(cells)} |")
-    titles = [f"{data}: AP | AP90" for data in PROTOCOLS]
-    head = f"| | the paper's AP | {' | '.join(titles)} |"
-    found["summary"] = "\n".join([head, "|---" * (2 + 2 * len(titles)) + "|", *summary])
+        for data in measured:
+            cells += gains(pairs[data][method], ("AP", "AP90"))
+        lines.append(f"| {' | '.join(cells)} |")
+    found = {"summary": "\n".join(lines)}
     for data in PROTOCOLS:
-        pairs = {method: pairs_of(runs, data, method) for method in PAPERS}
+        if data not in measured:
+            found |= {f"gains-{data}": "Not run.", f"alignment-{data}": "Not run."}
+            continue
         keys = " | ".join(f"difference in {key}" for key in KEYS)
         lines = [f"| | seeds | AP | its baseline's AP | {keys} |", "|---" * (4 + len(KEYS)) + "|"]
-        for method, both in pairs.items():
+        for method, both in pairs[data].items():
             aps = [cell([100 * run["metrics"]["AP"] for run in side]) for side in zip(*both)]
             cells = [f"`{method}.py`", str(len(both)), *(aps or ["not run"] * 2)]
             lines.append(f"| {' | '.join([*cells, *gains(both, KEYS)])} |")
         found[f"gains-{data}"] = "\n".join(lines)
         titles = "oracle's AP | what the score costs | correlation, matched | all"
         lines = [f"| method, baseline | {titles} |", "|---" * 5 + "|"]
-        lines += [alignment_row(method, both) for method, both in pairs.items() if both]
+        lines += [alignment_row(method, both) for method, both in pairs[data].items() if both]
         found[f"alignment-{data}"] = "\n".join(lines)
     versions = {f"torch {run['versions']['torch']}; {run['machine']}" for run in runs.values()}
     found["machines"] = "\n".join(f"Measured with {v}." for v in sorted(versions))
