@@ -3,7 +3,7 @@
 One image: `explain` (the method's own tensors in it). A checkpoint of any method: `alignment` (does
 the score follow the IoU, and what does it cost that it does not?), `sweep` (one forward pass, many
 settings), `sections` (Double-Head's Section 3), `assignment` (DC loss's IAC score). The code:
-`compare` (methods and their baselines over seeds, and the tables), `cost` (parameters and
+`compare` (methods and their baselines over seeds; `tables` shows them), `cost` (parameters and
 multiply-adds), `bench` (time beside torchvision).
 
 For readers: `question` (docs/question.png), `step` (docs/step.md), `pages` (each method file as a

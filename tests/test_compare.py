@@ -11,7 +11,7 @@ import torch
 
 from baselines import retinanet
 from engine import command
-from studies import bench, checkpoint, compare, cost
+from studies import bench, checkpoint, compare, cost, tables
 
 pytestmark = pytest.mark.usefixtures("unpainted")
 SMALL = """--image-size 64 --scales 64 --test-scales 64 --max-size 64 --num-train 12 --num-val 4
@@ -24,17 +24,17 @@ def read(*path):
 
 
 def test_intervals_and_cells_by_hand():
-    assert doctest.testmod(compare).attempted >= 2 and doctest.testmod(compare).failed == 0
-    mean, half = compare.interval([1.0, 2.0, 3.0])  # deviation 1, t 4.303
+    assert doctest.testmod(tables).attempted >= 4 and doctest.testmod(tables).failed == 0
+    mean, half = tables.interval([1.0, 2.0, 3.0])  # deviation 1, t 4.303
     assert (mean, half) == pytest.approx((2, 4.303 / 3**0.5))
-    _, half = compare.interval([0.0, 1.0] * 15)  # degrees of freedom beyond the list: its last t
+    _, half = tables.interval([0.0, 1.0] * 15)  # degrees of freedom beyond the list: its last t
     assert half == pytest.approx(2.093 * 0.5085 / 30**0.5, abs=1e-4)
     tenths = [1.0, 3.0] * 5  # deviation 1.054, t 2.262: 0.75
-    assert compare.difference([1.0, 2.0, 3.0], tenths) == "+2.0 ± 2.5, 0.8"
-    assert compare.difference([-2.0, -2.1, -2.2], tenths) == "**-2.1 ± 0.2, 0.8**"
-    assert compare.difference([-0.7, -0.7, -0.7], tenths) == "-0.7 ± 0.0, 0.8"  # other images
-    assert compare.difference([-1.0], tenths) == "-1.0 ± ?, 0.8"
-    assert compare.cell([2.0, 2.1, 2.2]) == "2.1 ± 0.2" and compare.cell([]) == "-"
+    assert tables.difference([1.0, 2.0, 3.0], tenths) == "+2.0 ± 2.5, 0.8"
+    assert tables.difference([-2.0, -2.1, -2.2], tenths) == "**-2.1 ± 0.2, 0.8**"
+    assert tables.difference([-0.7, -0.7, -0.7], tenths) == "-0.7 ± 0.0, 0.8"  # other images
+    assert tables.difference([-1.0], tenths) == "-1.0 ± ?, 0.8"
+    assert tables.cell([2.0, 2.1, 2.2]) == "2.1 ± 0.2" and tables.cell([]) == "-"
 
 
 @pytest.mark.parametrize("name", checkpoint.PAPERS)
