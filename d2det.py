@@ -317,7 +317,7 @@ class DiscriminativePool(nn.Module):
             self.pool = nn.AvgPool2d(3, 2, 1, count_include_pad=False)  # of samples, not of padding
 
     def forward(self, features: list[Tensor], rois: Tensor, strides: list[int]) -> Tensor:
-        return pool_discriminatively([self], [len(rois)], features, rois, strides)
+        return pool_discriminatively([self], [rois.shape[0]], features, rois, strides)
 
 
 def pool_discriminatively(pools, counts: list[int], features, rois, strides) -> Tensor:

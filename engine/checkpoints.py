@@ -91,7 +91,7 @@ def start_from(model: nn.Module, state: dict, path, categories: list[dict], dete
     and start anew in the others; all other layers are loaded. detector(settings, num_classes)
     builds the model, which tells the layers that depend on the classes.
     """
-    needed = state["settings"].get("model", {}).get("legacy", [])
+    needed = state.get("settings", {}).get("model", {}).get("legacy", [])
     if sorted(needed) != sorted(getattr(model.settings, "legacy", ())):
         raise BadInput(f"{path}: its weights need --legacy {' '.join(needed) or '(nothing)'}")
     old_names = [c["name"] for c in state["categories"]]

@@ -75,7 +75,7 @@ def detect_under(
                         seen = [i.flip(-1) for i in images] if flip else images
                         found = candidates_by_size(model, seen, tests)
                     for parts, candidates in zip(merged, found):
-                        last_pixel = "last_pixel" in model.settings.legacy
+                        last_pixel = "last_pixel" in settings.model.legacy
                         parts.append(
                             in_original_pixels(candidates, images, targets, flip, last_pixel)
                         )

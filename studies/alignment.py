@@ -72,11 +72,13 @@ class BeforeNMS(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model, self.settings = model, model.settings
+        self.model = model
         self.outputs, self.candidates = model.outputs, model.candidates
 
     def detections(self, candidates: dict[str, Tensor], num_images: int, test) -> list[dict]:
-        return split_images(candidates, candidates["image"], num_images)
+        image = candidates["image"]
+        counts = image.bincount(minlength=num_images).tolist()
+        return split_images(candidates, image, counts)
 
 
 def scores_of(model: nn.Module, found: dict[str, Tensor], test) -> dict[str, Tensor]:

@@ -204,7 +204,7 @@ def test_what_an_older_checkpoint_does_not_name_is_as_in_the_defaults(tmp_path, 
 def test_device_is_obeyed(monkeypatch):
     """Without being asked it takes a GPU where torch sees one, here or not."""
     command, chosen = sys.modules["engine.command"], []
-    monkeypatch.setattr(command, "execute", lambda *given: given[-1])
+    monkeypatch.setattr(command, "execute", lambda *given: given[3])
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for seen in (True, False):
