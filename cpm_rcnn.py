@@ -2,7 +2,7 @@
 Paper: https://arxiv.org/abs/2003.03570   Release: https://github.com/zhubinQAQ/CPM-R-CNN
 
 Faster R-CNN (baselines/faster_rcnn.py) regresses a box as four offsets. Grid R-CNN is guided
-by points: it finds nine points of the box on heat maps. CPM R-CNN corrects what this misaligns:
+by points: it finds nine points of the box on heat maps. CPM R-CNN corrects two misalignments:
 
 Points and RoI. Heat maps are made from features inside the RoI, but the points lie on the
     object's border, often outside the RoI. Cascade mapping (CMM, 3.2) draws the box three
@@ -382,7 +382,7 @@ class GridDetector(FusedScoring):
         rois = sampled[positives]
         for stage, (head, ratio) in enumerate(zip(self.grids, model.ratios), 1):
             threshold = model.stage_ious[stage - 1]
-            if stage > 1 or threshold > 0.5:  # all positives have IoU 0.5
+            if stage > 1 or threshold > 0.5:  # all positives reach 0.5
                 rois = select_boxes(rois, objects, threshold)
             logits, trunk = head(self.pool(features, rois, 14))
             map_gt = grid_targets(rois.boxes, rois.gt_boxes, ratio, logits.shape[-1])

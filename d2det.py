@@ -12,8 +12,8 @@ Dense local regression (DLR, 3.1). A fully connected layer mixes all cells of a 
 Overlap prediction (3.1). Cells on background predict less precise boxes. So each cell also says
     whether it lies on the object, and only the cells that do enter the mean.
 Discriminative RoI pooling (DRP, 3.2). Classification needs an object's telling parts. Deformable
-    RoI pooling looks for them by moving its bins. DRP predicts the moves with a quarter of the
-    weights, and weights the samples by their own features before it averages them.
+    RoI pooling finds them by moving its bins. DRP improves it in two ways: it predicts the moves
+    with a quarter of the weights, and it weights the samples by their features when averaging.
 
     image -> ResNet-FPN -> P2..P6 -> RPN -> proposals
       DLR:  RoIAlign 14x14 -> 8 convs, the first strided -> offsets (l, t, r, b) [R, 4, 7, 7]

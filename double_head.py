@@ -389,7 +389,7 @@ class Detector(faster_rcnn.TwoStage):
         return {name: pooled[scale] for name, scale in scales.items()}
 
     def pool_enlarged(self, features: list[Tensor], rois: Rois, scale: float) -> Tensor:
-        """RoIAlign of R enlarged RoIs, each from its original size's level: [R, C, 7, 7]."""
+        """RoIAlign of R enlarged RoIs, from the level of the original size: [R, C, 7, 7]."""
         if scale == 1:
             return self.pool(features, rois, 7)
         order, counts = self.by_level(rois)

@@ -30,7 +30,7 @@ most of the gain, which lies at AP90, comes from this gradient, little from the 
     Eq. 4   L = L_cls + L_loc + L_IoU                               retinanet.RetinaNet.loss
     Eq. 5   S_det = p^alpha IoU^(1 - alpha)                         detection_confidence
 
-Two points where the paper says little and the release decides:
+The release decides two points about which the paper says little:
     The gradient flows into the target IoU. `--no-iou-grad` stops it.
     Scores are fused before the best 1000 are taken and the threshold of 0.05 is applied. The
     paper only says that they rank "all the detections in the subsequent NMS and AP computation".

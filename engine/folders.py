@@ -130,7 +130,7 @@ def leave_locks() -> None:
 def sole_writer(out: Path, set_aside_if: str = "") -> Iterator[None]:
     """Lock this folder while the block runs; raise BadInput if another run holds the lock.
 
-    If the folder has a file named `set_aside_if`, an earlier run's, it is renamed first.
+    A folder that already has a file named `set_aside_if`, from an earlier run, is renamed first.
     """
     problem, file = "", None
     if rank_and_world()[0] == 0:

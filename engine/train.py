@@ -192,7 +192,7 @@ class Evaluations:
 
 
 def check_data(model: nn.Module, settings: Settings, train_data, val_data) -> dict | None:
-    """Raise BadInput if the data are not what training needs, or have not the model's classes.
+    """Raise BadInput if the data are unfit for training, or if their classes are not the model's.
 
     Return the ground truth of the validation data, but in the first process only.
     """
@@ -229,7 +229,7 @@ def train(
     out: str | Path = "runs/model",
     resume: bool = False,
 ) -> dict:
-    """Train until the schedule ends or a signal; return the last metrics, {} without val_data.
+    """Train until the schedule or a signal ends it; return the last metrics, {} without val_data.
 
     `out` receives config.json, log.jsonl, last.pt, best.pt, curves.png and what `evaluate` writes.
     With `resume` the run goes on from last.pt: exactly, on a CPU with the same number of threads.
