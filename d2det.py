@@ -108,7 +108,7 @@ class Test(faster_rcnn.Test):
 
 # DLR's width comes as near to its baseline's box branch as computing time allows (docs/log.md).
 TINY = faster_rcnn.TINY | dict(conv_channels=64, num_convs=6, groups=8, mask_channels=32)
-TINY |= dict(drp_samples=1, drp_per_level=False)  # as in the R-101 release; as in the paper: faster
+TINY |= dict(drp_samples=1, drp_per_level=False)  # R-101 release; paper (each makes a step faster)
 TINY |= dict(offset_bias=0.5)  # a narrow head that starts at empty boxes may close its ReLU
 TINY |= dict(cls_weight=1.0)  # choice: as in the baseline; 2 makes boxes worse (docs/log.md)
 TINY |= dict(reg_test=50, reg_weight=4.0)  # choice: boxes have few steps to learn in
@@ -152,7 +152,7 @@ def dense_offset_targets(
         m_i = 1 if l_i, t_i, r_i and b_i are all at least `margin`, else 0      inside [R, 1, S, S]
 
     (x_i, y_i) is a cell's centre; x_l, y_t, x_r, y_b are the gt's sides. Offsets are negative where
-    the cell lies outside the gt. Margin 0 is Eq. 3, 1/6 the release. `decode` inverts the two.
+    the cell lies outside the gt. Margin 0 is Eq. 3, 1/6 the release. `decode` recovers the gt.
 
     >>> box = torch.tensor([[0., 0., 14., 14.]])
     >>> offsets, inside = dense_offset_targets(box, box)
@@ -198,7 +198,7 @@ def iou_loss(boxes: Tensor, gt_boxes: Tensor) -> Tensor:
     """-log IoU of boxes [R, 4, ...] with gt_boxes [R, 4, 1...] -> [R, ...], bounded (release).
 
     The paper names no box loss. Both releases take -log IoU, but -log(IoU + 0.1) where IoU <= 0.1.
-    Boxes start almost empty, and with their steep slope, 1 / IoU, wide heads would diverge.
+    Boxes start almost empty, and there the slope of -log IoU, 1 / IoU, makes wide heads diverge.
     """
     iou = common.aligned_iou(boxes.movedim(1, -1), gt_boxes.movedim(1, -1)).clamp(min=1e-6)
     return -torch.where(iou > 0.1, iou, iou + 0.1).log()
@@ -349,7 +349,7 @@ def dense_losses(
     offsets [R, 4, S, S], overlap_logits [R, 1, S, S], proposals, gt_boxes [R, 4] -> two scalars.
     Both are sums over cells, divided by num_rois * S * S; num_rois is R unless given. Cells outside
     add nothing to `reg`, unless `cells` is "all", but count in its divisor (second release).
-    `inside` [R, 1, S, S], 1.0 or 0.0, is given if masks instead of gt boxes say which cells are.
+    `inside` [R, 1, S, S], 1.0 or 0.0: given if masks, not gt boxes, say which cells are inside.
     """
     if inside is None:
         _, inside = dense_offset_targets(proposals, gt_boxes, offsets.shape[-1], margin)
