@@ -1,4 +1,4 @@
-"""Boxes, matching, anchors, batches and the backbone: what every detector here is read with.
+"""Boxes, matching, anchors, batches and the backbone, which every detector here builds on.
 
 Conventions, in all files:
     Boxes are float32 xyxy in pixels of the network's input image, continuous: width = x2 - x1.
@@ -14,7 +14,7 @@ A target is a dict: boxes [G, 4], labels [G], ignore [G] (bool: crowd or difficu
 size, the (h, w) of the image on disk; for detectors with masks also masks.
 
 A remark such as "the host waits here" marks a line at which the CPU needs a number that the GPU has
-yet to compute. Training code avoids these: between them the GPU never runs out of work.
+yet to compute. Training code avoids such lines, so that the GPU never runs out of work.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def encode_boxes(boxes: Tensor, gt_boxes: Tensor, stds=(1.0, 1.0, 1.0, 1.0)) -> 
 
         dx = (x* - x) / w     dy = (y* - y) / h     dw = log(w* / w)     dh = log(h* / h)
 
-    x, y, w, h are centre and size of the box, with * those of the gt. Each delta is divided by its
-    std. `decode_boxes` is the inverse. Sizes are at least 1e-6, so deltas are finite.
+    x, y, w, h are the box's centre and size; a * marks those of the gt. Each delta is divided by
+    its std. `decode_boxes` is the inverse. Sizes are clamped to 1e-6, so deltas are finite.
 
     >>> box, gt = torch.tensor([0., 0., 10., 20.]), torch.tensor([5., 0., 15., 40.])
     >>> encode_boxes(box, gt)
@@ -67,7 +67,7 @@ def encode_boxes(boxes: Tensor, gt_boxes: Tensor, stds=(1.0, 1.0, 1.0, 1.0)) -> 
 
 
 def decode_boxes(boxes: Tensor, deltas: Tensor, stds=(1.0, 1.0, 1.0, 1.0)) -> Tensor:
-    """Boxes [..., 4] moved by deltas (dx, dy, dw, dh) [..., 4]; float32 whatever deltas' dtype."""
+    """Boxes [..., 4] moved by deltas (dx, dy, dw, dh) [..., 4], computed in float32."""
     deltas = deltas.float() * constant(stds, deltas.device)
     size = boxes[..., 2:] - boxes[..., :2]
     centre = (boxes[..., :2] + boxes[..., 2:]) / 2 + deltas[..., :2] * size
@@ -89,7 +89,7 @@ def aligned_iou(boxes: Tensor, gt_boxes: Tensor) -> Tensor:
     """
     corner = torch.maximum(boxes[..., :2], gt_boxes[..., :2])
     other = torch.minimum(boxes[..., 2:], gt_boxes[..., 2:])
-    w, h = (other - corner).clamp(min=0).unbind(-1)  # the host would wait in prod's backward
+    w, h = (other - corner).clamp(min=0).unbind(-1)  # not prod: its backward makes the host wait
     box_w, box_h = (boxes[..., 2:] - boxes[..., :2]).unbind(-1)
     gt_w, gt_h = (gt_boxes[..., 2:] - gt_boxes[..., :2]).unbind(-1)
     return w * h / (box_w * box_h + gt_w * gt_h - w * h).clamp(min=1e-6)
@@ -99,7 +99,7 @@ def aligned_iou(boxes: Tensor, gt_boxes: Tensor) -> Tensor:
 
 
 def match_one_image(boxes: Tensor, gt_boxes: Tensor, high: float, low: float):
-    """`match` to read: one image, at least one gt, all of them valid. Tests hold the two equal.
+    """`match` in readable form: one image, at least one gt, all valid. Tests hold them equal.
 
     boxes [N, 4], gt_boxes [G, 4] -> labels [N], gt index [N], IoU with that gt [N].
 
@@ -178,7 +178,7 @@ def match(
 
 
 def sample_one_image(labels: Tensor, num: int, positive_fraction: float) -> Tensor:
-    """`sample` to read: the boxes drawn of one image, positives first. Tests hold the two equal.
+    """`sample` in readable form: boxes of one image, positives first. Tests hold them equal.
 
     labels [N] (1, 0, -1) -> index [at most num].
 
@@ -194,11 +194,11 @@ def sample_one_image(labels: Tensor, num: int, positive_fraction: float) -> Tens
 
 @torch.no_grad()
 def sample(labels: Tensor, num: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
-    """Draw up to `num` boxes of each image, at most that fraction of them positive.
+    """Draw up to `num` boxes of each image, at most `positive_fraction` of them positive.
 
     labels [B, N] (1, 0, -1) -> index [B, M], valid [B, M]; positives come first in a row.
-    The shapes are fixed, so the host never waits for the number of positives: there are slots for
-    all positives and all negatives that may be needed, M = num * (1 + positive_fraction), and
+    The shapes are fixed, so the host never waits for the number of positives. There are slots for
+    as many positives and as many negatives as may be needed, M = num * (1 + positive_fraction), and
     `valid` says which are used. `sample_one_image` is the plain form.
     """
     N, most = labels.shape[1], int(num * positive_fraction)
@@ -212,11 +212,11 @@ def sample(labels: Tensor, num: int, positive_fraction: float) -> tuple[Tensor, 
 
 
 def shared_count(count: Tensor, least: float = 1.0) -> Tensor:
-    """The number that a process divides its sum of losses by, for a count over all processes.
+    """The number by which a process divides its summed losses, from its own count.
 
-    DDP averages the processes' gradients. The gradient is that of one process with all images only
-    if each divides by (total count / number of processes), however unevenly the counts are spread.
-    The total is at least `least`.
+    DDP averages the processes' gradients. To get the gradient of one process with all images, each
+    must divide by total count / number of processes, however unevenly the counts are spread. The
+    total is at least `least`.
     """
     count = count.detach().float().clone()
     if not dist.is_initialized():
@@ -234,7 +234,7 @@ def shared_rows(x: Tensor) -> Tensor:
 
 
 def make_anchors(shapes, strides, scales, ratios, device=None) -> Tensor:
-    """Anchors [sum(H*W*A), 4] over maps of those (H, W), level by level, cells row by row.
+    """Anchors [sum(H*W*A), 4] over maps of shapes (H, W), level by level, cells row by row.
 
     Anchors are centred on the cells and not rounded. Their sides are scale * stride, their ratios
     h / w. The A anchors of a cell run over the ratios, and for each ratio over the scales.
@@ -275,12 +275,12 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torch
 
 
 def padded_size(image: Tensor, divisor: int = 32) -> tuple[int, ...]:
-    """(H, W) of an image [3, h, w] that is padded alone."""
+    """The size (H, W) to which an image [3, h, w] is padded on its own."""
     return tuple((side + divisor - 1) // divisor * divisor for side in image.shape[1:])
 
 
 def check_image(image) -> None:
-    """Raise BadInput unless it is uint8 [3, h, w]: floats in 0..1 would be a black image."""
+    """Raise BadInput unless it is uint8 [3, h, w]: floats in 0..1 would act as a black image."""
     if not isinstance(image, Tensor) or image.dtype != torch.uint8:
         kind = image.dtype if isinstance(image, Tensor) else type(image).__name__
         raise BadInput(f"images are uint8 tensors, not yet normalised; this one is {kind}")
@@ -305,7 +305,7 @@ def pad_images(images: list[Tensor], divisor: int = 32) -> tuple[Tensor, Tensor]
 def pad_targets(targets: list[dict]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Targets -> boxes [B, G, 4], labels [B, G], valid [B, G], ignore [B, G]; G at least 1.
 
-    `valid` are the objects to detect, `ignore` the crowds and difficult ones; padding is neither.
+    `valid` marks objects to detect, `ignore` crowds and difficult objects; padding is neither.
     """
     boxes = pad_sequence([F.pad(t["boxes"], (0, 0, 0, 1)) for t in targets], batch_first=True)
     labels = pad_sequence([F.pad(t["labels"], (0, 1)) for t in targets], batch_first=True)
@@ -382,12 +382,12 @@ def make_resnet(name: str, weights: str | None, norm_layer) -> ResNet:
 class ResNetFPN(nn.Module):
     """torchvision's ResNet or ResNeXt under a feature pyramid: [B, 3, H, W] -> 5 maps [B, C, h, w].
 
-    extra="pool": P2..P6, strides 4..64, P6 by subsampling P5 (two-stage, and `p2` of one-stage).
-    extra="conv": P3..P7, strides 8..128, P6 and P7 by convolution (RetinaNet); "conv_p5": P6 on P5.
-    weights: "imagenet", a file, "random" or "none". With all but "none" the stem and the first
-    stages are frozen, and norm="auto" means frozen BN; from scratch ("none") nothing is frozen, and
-    "auto" and "eval_bn" mean GroupNorm, in the pyramid too. "random" is "imagenet" but for the
-    values, which a checkpoint brings. Raises BadInput if weights cannot be had.
+    extra="pool": P2..P6, strides 4..64, P6 by subsampling P5 (two-stage, or one-stage with `p2`).
+    extra="conv": P3..P7, strides 8..128, P6 and P7 by convolution (RetinaNet); "conv_p5": P6 of P5.
+    weights: "imagenet"; a file; "random", which builds the same network for a checkpoint to fill;
+    or "none", for training from scratch. With "none" nothing is frozen, and norm "auto" and
+    "eval_bn" mean GroupNorm, in the pyramid too. With all others the stem and the first stages are
+    frozen, and "auto" means frozen BN. Raises BadInput if weights cannot be had.
     """
 
     def __init__(
@@ -403,13 +403,13 @@ class ResNetFPN(nn.Module):
         scratch = weights == "none"
         if norm == "auto" or (norm == "eval_bn" and scratch):  # scratch has no statistics to keep
             norm = "gn" if scratch else "frozen_bn"
-        known = "IMAGENET1K_V1" if weights == "imagenet" else None  # the papers'; V2 detects alike
+        known = "IMAGENET1K_V1" if weights == "imagenet" else None  # the papers'; V2 does as well
         try:
             net = make_resnet(name, known, make_norm(norm))
             if weights not in ("imagenet", "none", "random"):
                 state = torch.load(weights, map_location="cpu", weights_only=True)
                 net.load_state_dict({**net.fc.state_dict(prefix="fc."), **state})  # fc: not used
-        except Exception as e:  # a download fails in many ways, a file in as many
+        except Exception as e:  # downloads and files fail in many ways
             why = f"{name}, weights {weights}: {type(e).__name__}: {e}"
             if weights not in ("none", "random"):
                 why += "\n--backbone-weights takes a downloaded .pth file, or none: from scratch"

@@ -7,8 +7,8 @@ by points: it finds nine points of the box on heat maps. CPM R-CNN corrects two 
 Points and RoI. Heat maps are made from features inside the RoI, but the points lie on the
     object's border, often outside the RoI. Cascade mapping (CMM, 3.2) draws the box three
     times. Each stage takes its features from the box of the stage before, which is closer to
-    the object, and learns from higher IoUs. Its heat maps cover that box enlarged, 2 times at
-    first, then less.
+    the object, and learns from higher IoUs. Its heat maps cover that box enlarged, 2 times in
+    the first stage, then less.
 Score and box. The class score does not depend on how well a box fits, and it belongs to the
     proposal, not to the box drawn from it. IoU scoring (ISM, 3.3.1) predicts the box's IoU.
     ISM underrates objects that the image cuts off, because it expects the whole object. So
@@ -38,11 +38,11 @@ Score and box. The class score does not depend on how well a box fits, and it be
     Eq. 6   L_scoring = alpha_1 L_RSM + alpha_2 L_ISM     FusedScoring.scoring_losses
     Eq. 7   L_ISM = l2(predicted IoU, IoU)                iou_scoring_loss
 
-Where paper and release differ, the release made the numbers and decides:
+Where paper and release differ, we follow the release, which made the paper's numbers:
     ISM and RSM learn from the boxes that enter the last stage. In the paper (Eq. 3, 3.3.2)
     they learn from the boxes that leave it.
-    All ground truth enters stages 2 and 3 as perfect RoIs, here at most 100 objects an image,
-    so that memory is bounded. The paper does not mention it.
+    In training, all ground truth enters stages 2 and 3 as perfect RoIs, which the paper does
+    not mention. Here at most 100 objects an image enter, so that memory is bounded.
 docs/deviations.md lists all others. The variant of Table 3, ISM and RSM on Cascade R-CNN
 (`--base cascade`), is at the end of this file. "(3.4)" is a section of the paper, "(release)"
 a value seen in the release, "choice:" our own where neither decides.
@@ -78,7 +78,7 @@ class Model(faster_rcnn.TwoStageModel):
     """CPM R-CNN with ResNet-50."""
 
     num_stages: Natural = 3  # grid stages N (Eq. 2); 1 without ISM and RSM: the Grid baseline
-    ratios: tuple[Amount, ...] = (2.0, 1.5, 1.25)  # a grid's side over its box's, by stage (3.2)
+    ratios: tuple[Amount, ...] = (2.0, 1.5, 1.25)  # side of grid / side of box, by stage (3.2)
     stage_ious: tuple[Share, ...] = (0.5, 0.6, 0.7)  # IoU from which boxes train a stage (3.4.1)
     ism: bool = True  # predict IoU (3.3.1)
     rsm: bool = True  # classify the final boxes again (3.3.2)
@@ -88,7 +88,7 @@ class Model(faster_rcnn.TwoStageModel):
     groups: Natural = 36  # groups of the GroupNorms in the grid branch (release)
     grid_init: bool = False  # heat maps start at 1 %, as in Grid R-CNN; off: at 50 % (release)
     grid_weight: Amount = 15.0  # omega in Eq. 2 (release)
-    stage_decay: Amount = 0.5  # beta of a stage over that of the one before it (3.4.2)
+    stage_decay: Amount = 0.5  # beta of a stage / beta of the stage before (3.4.2)
     ism_weight: Amount = 1.0  # alpha_2 in Eq. 6 (3.4.2)
     rsm_weight: Amount = 1.0  # alpha_1 in Eq. 6 (3.4.2)
     grid_rois: Natural = 96  # positives per image that enter stage 1 in training (release)
@@ -98,7 +98,7 @@ class Model(faster_rcnn.TwoStageModel):
 class Test(faster_rcnn.Test):
     """NMS on the proposals, none on the final boxes (3.4.3)."""
 
-    score_threshold: Share = 0.03  # lowest class score; merged boxes: fused one too (release)
+    score_threshold: Share = 0.03  # lowest class score, and fused score of merged boxes (release)
     nms_iou: Share = 0.3  # NMS per class, on the proposals, before the grid stages (3.4.3)
     grid_test: Natural = 96  # boxes per image that enter the grid stages (3.4.3)
     test_stage: Whole = 0  # this stage's boxes are the result (Table 4); 0: the last one's
@@ -115,7 +115,7 @@ TINY = dict(
     point_channels=8,
     num_convs=3,
     groups=9,
-    grid_init=True,  # few cells are ones: from 50 % it takes 300 steps to learn that much
+    grid_init=True,  # few cells are ones, which takes 300 steps to learn from 50 %
     grid_rois=12,
     grid_test=50,
 )
@@ -147,7 +147,7 @@ class Settings(engine.Settings):
         self.run = self.run or (cascade_rcnn.Settings().run if cascade else grid_run)
 
     def replace(self, **changes) -> engine.Settings:
-        """As in engine.Settings; raises BadInput also for settings that contradict others."""
+        """As in engine.Settings. Also raises BadInput if settings contradict each other."""
         if isinstance(self.model, CascadeModel) != (self.base == "cascade"):
             raise BadInput(f"base {self.base}: these model settings are the other base's")
         settings = super().replace(**changes)
@@ -163,7 +163,7 @@ class Settings(engine.Settings):
 
 
 def tested_stage(model, test) -> int:
-    """The stage that `test` asks for. Raises BadInput if it does not exist, or lacks ISM."""
+    """The stage that `test` asks for. Raises BadInput if it is missing or lacks a needed ISM."""
     stage = cascade_rcnn.tested_stage(model, test)
     if test.ism_use == "replace" and not (model.ism and stage == model.num_stages):
         raise BadInput("--ism-use replace: this model has no ISM, or not at this stage")
@@ -176,8 +176,8 @@ def tested_stage(model, test) -> int:
 def select_boxes(rois: TrainingRois, objects: tuple, threshold: float) -> TrainingRois:
     """S_j in Eq. 1: the RoIs whose IoU with an object of their image reaches the threshold.
 
-    objects: those of `common.pad_targets`. Each RoI that has an area is matched anew, to the
-    object that it overlaps most (release): boxes have moved since an earlier stage.
+    Each RoI that has an area is matched anew, to the object that it overlaps most (release),
+    because it has moved since the earlier stage. objects: the output of `common.pad_targets`.
     """
     gt_boxes, gt_labels, gt_valid, _ = objects
     own_gts, own_valid = gt_boxes[rois.image], gt_valid[rois.image]  # [R, G, 4], [R, G]
@@ -191,7 +191,7 @@ def select_boxes(rois: TrainingRois, objects: tuple, threshold: float) -> Traini
 
 
 def fused_score(cls: Tensor, ism: Tensor, rsm: Tensor, gamma: float) -> Tensor:
-    """Eq. 4: the score that ranks a box, of numbers in [0, 1]. Gamma 1 leaves out rsm.
+    """Eq. 4: the score that ranks a box, from scores in [0, 1]. Gamma 1 leaves out rsm.
 
         score = (cls ism)^gamma rsm^(1 - gamma)
 
@@ -231,11 +231,11 @@ def iou_scoring_loss(
 ) -> Tensor:
     """Eq. 7: predicted [R, 2] against (1 - ious, ious), ious [R].
 
-        l2: e^2 / 2      l1: |e|      of each error e; smooth_l1 lies between them
+        l2: e^2 / 2      l1: |e|      for each error e; smooth_l1 lies between them
 
-    The mean over both outputs and over num_rois, which is R unless given.
+    The loss is the mean over both outputs and over num_rois, which is R unless given.
     """
-    # choice: smooth l1's beta is 1/9; with 1 it would be l2 for all errors below 1
+    # choice: smooth_l1 has beta 1/9; with beta 1 it would be l2 for all errors below 1
     functions: dict[str, Any] = dict(l2=F.mse_loss, l1=F.l1_loss)
     functions["smooth_l1"] = partial(F.smooth_l1_loss, beta=1 / 9)
     targets = torch.stack([1 - ious, ious], 1)  # [R, 2]
@@ -255,9 +255,9 @@ def join(first: TrainingRois, second: TrainingRois) -> TrainingRois:
 
 
 def perfect_rois(objects: tuple[Tensor, ...], most: int = 100) -> TrainingRois:
-    """RoIs on the first `most` objects of each image: [B * G], padding and crowds without area.
+    """RoIs on the first `most` objects of each image: [B * G], where padding has no area.
 
-    objects: those of `common.pad_targets`. choice: the release sets no limit.
+    Crowds have none either. objects: `common.pad_targets`. choice: the release sets no limit.
     """
     gt_boxes, gt_labels, gt_valid = (values[:, :most] for values in objects[:3])
     B, G = gt_labels.shape
@@ -269,7 +269,7 @@ def perfect_rois(objects: tuple[Tensor, ...], most: int = 100) -> TrainingRois:
 
 
 class FusedScoring(faster_rcnn.TwoStage):
-    """ISM and RSM (3.3) behind the last stage of a detector, if its `Model` has them."""
+    """ISM and RSM (3.3) after the last stage of a detector, if its `Model` has them."""
 
     settings: Model | CascadeModel
 
@@ -288,7 +288,7 @@ class FusedScoring(faster_rcnn.TwoStage):
         """The terms of Eq. 6, alpha_2 L_ISM and alpha_1 L_RSM, as `ism` and `rsm`.
 
         sampled: the RoIs that train cls; rois: P positives of the last stage, with their trunk
-        features [P, ...]. ISM and RSM learn from these, RSM also from cls's negatives.
+        features [P, ...]. Both heads learn from `rois`, RSM also from cls's negatives.
         """
         model = self.settings
         losses: dict[str, Tensor] = {}
@@ -305,7 +305,7 @@ class FusedScoring(faster_rcnn.TwoStage):
         return losses
 
     def predicted_iou(self, trunk: Tensor, stage: int) -> Tensor:
-        """ISM's score [R] in [0, 1]. Ones where there is none: only the last stage has ISM."""
+        """ISM's score [R] in [0, 1]; ones in a stage without ISM. Only the last one has it."""
         if not self.settings.ism or stage < self.settings.num_stages:
             return torch.ones(len(trunk), device=trunk.device)
         return self.ism(trunk)[:, 1].float().clamp(0, 1)
@@ -319,7 +319,7 @@ class FusedScoring(faster_rcnn.TwoStage):
     def rescored(
         self, found: dict[str, Tensor], ism: Tensor, probs: Tensor, test: Test | CascadeTest
     ) -> dict[str, Tensor]:
-        """Candidates whose score is the fused one (Eq. 4), with its factors cls, ism, rsm [N].
+        """Candidates with the fused score (Eq. 4), and with its factors cls, ism and rsm [N].
 
         found: N candidates with class scores; ism [N] and probs [N, K + 1] of their boxes.
         """
@@ -341,7 +341,7 @@ class FusedScoring(faster_rcnn.TwoStage):
 
 
 class GridDetector(FusedScoring):
-    """Figure 2. The contract of `loss`, `outputs` and `candidates`: engine/detector.py."""
+    """Figure 2. engine/detector.py says what `loss`, `outputs` and `candidates` promise."""
 
     settings: Model
     default_test = Test
@@ -372,8 +372,8 @@ class GridDetector(FusedScoring):
     ) -> tuple[dict[str, Tensor], TrainingRois, Tensor]:
         """Eq. 2's losses; the last stage's P RoIs, and their trunk features [P, ...].
 
-        cls's positives enter stage 1. The boxes drawn from them enter the next stage, with
-        ground truth. No box is drawn from a copy of ground truth (release).
+        cls's positives enter stage 1. The boxes that a stage draws enter the next one, together
+        with the ground truth, so boxes drawn from copies of it are left out (release).
         """
         model, weight = self.settings, self.settings.grid_weight
         losses: dict[str, Tensor] = {}
@@ -382,7 +382,7 @@ class GridDetector(FusedScoring):
         rois = sampled[positives]
         for stage, (head, ratio) in enumerate(zip(self.grids, model.ratios), 1):
             threshold = model.stage_ious[stage - 1]
-            if stage > 1 or threshold > 0.5:  # the IoU that all positives have
+            if stage > 1 or threshold > 0.5:  # all positives reach 0.5
                 rois = select_boxes(rois, objects, threshold)
             logits, trunk = head(self.pool(features, rois, 14))
             map_gt = grid_targets(rois.boxes, rois.gt_boxes, ratio, logits.shape[-1])
@@ -391,7 +391,7 @@ class GridDetector(FusedScoring):
             weight *= model.stage_decay
             if stage < model.num_stages:
                 boxes = decode_grid(rois.boxes, logits.detach(), ratio, sizes[rois.image])
-                boxes = boxes * ~rois.is_gt[:, None]  # without area, these are not selected
+                boxes = boxes * ~rois.is_gt[:, None]  # left out: without area
                 rois = join(rois.moved(boxes), perfect_rois(objects))
         return losses, rois, trunk
 
@@ -404,7 +404,7 @@ class GridDetector(FusedScoring):
 
     @torch.no_grad()
     def candidates(self, outputs: dict, test: Test) -> dict[str, Tensor]:
-        """NMS (overlapping proposals lead to one box), stages for the best N, scores (3.4.3)."""
+        """NMS on the proposals (overlapping ones lead to one box), stages, scores (3.4.3)."""
         stage = tested_stage(self.settings, test)
         features, sizes = outputs["features"], outputs["sizes"]
         roi, labels, cls = over_threshold(outputs["probs"], test.score_threshold)
@@ -415,7 +415,7 @@ class GridDetector(FusedScoring):
             logits, trunk = head(self.pool(features, rois, 14))
             rois = rois.moved(decode_grid(rois.boxes, logits, ratio, sizes[rois.image]))
         found = dict(boxes=rois.boxes, scores=cls[keep], labels=labels[keep], image=rois.image)
-        found["roi"] = roi[keep]  # the proposal that it was drawn from
+        found["roi"] = roi[keep]  # the proposal that each box was drawn from
         ism = self.predicted_iou(trunk, stage)
         return self.rescored(found, ism, self.reclassify(features, rois), test)
 
@@ -456,7 +456,7 @@ class CascadeTest(cascade_rcnn.Test):
 
 
 class CascadeDetector(FusedScoring, cascade_rcnn.Detector):
-    """Cascade R-CNN under the fused score. `loss` and `outputs` are the baseline's."""
+    """Cascade R-CNN ranked by the fused score. `loss` and `outputs` are the baseline's."""
 
     settings: CascadeModel
     default_test = CascadeTest
@@ -466,7 +466,7 @@ class CascadeDetector(FusedScoring, cascade_rcnn.Detector):
         self.add_scoring(ism_features=model.fc_channels)
 
     def scoring_losses(self, features, sampled, rois: TrainingRois, hidden: Tensor):
-        """Eq. 6, of the positives among R RoIs of the last stage, with their hidden [R, D]."""
+        """Eq. 6 for the positives among the last stage's R RoIs, with hidden features [R, D]."""
         positive = (rois.labels < self.num_classes).nonzero()[:, 0]  # the host waits here
         return super().scoring_losses(features, sampled, rois[positive], hidden[positive])
 
@@ -475,7 +475,7 @@ class CascadeDetector(FusedScoring, cascade_rcnn.Detector):
         """Each class over the threshold, with the tested stage's box and the fused score."""
         stage = tested_stage(self.settings, test)
         found = super().candidates(outputs, test)
-        ism = self.predicted_iou(outputs["hidden"], stage)  # [R], as many as proposals
+        ism = self.predicted_iou(outputs["hidden"], stage)  # [R], one for each proposal
         probs = self.reclassify(outputs["features"], outputs["rois"][stage - 1])
         return self.rescored(found, ism[found["roi"]], probs[found["roi"]], test)
 

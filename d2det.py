@@ -8,12 +8,12 @@ class and box from it. D2Det gives each task its own branch:
 Dense local regression (DLR, 3.1). A fully connected layer mixes all cells of a proposal into one
     offset. DLR is convolutional and keeps position: each of the 7x7 cells predicts its own
     distances to the object's four sides, and the box is the mean of the cells' boxes. Grid R-CNN's
-    key points are quantised and end where its grid ends; real-valued offsets have neither limit.
+    key points are quantised and cannot leave its grid; real-valued offsets have neither limit.
 Overlap prediction (3.1). Cells on background predict less precise boxes. So each cell also says
     whether it lies on the object, and only the cells that do enter the mean.
-Discriminative RoI pooling (DRP, 3.2). Classification needs an object's telling parts. DRP improves
-    deformable RoI pooling, which moves the bins, in two ways: a quarter of the weights predict the
-    moves, and samples are weighted by what is seen there before they are averaged.
+Discriminative RoI pooling (DRP, 3.2). Classification needs an object's telling parts. Deformable
+    RoI pooling finds them by moving its bins. DRP improves it in two ways: it predicts the moves
+    with a quarter of the weights, and it weights the samples by their features when averaging.
 
     image -> ResNet-FPN -> P2..P6 -> RPN -> proposals
       DLR:  RoIAlign 14x14 -> 8 convs, the first strided -> offsets (l, t, r, b) [R, 4, 7, 7]
@@ -31,7 +31,7 @@ Discriminative RoI pooling (DRP, 3.2). Classification needs an object's telling 
     3.1     box = mean of the boxes of the cells with m_i > 0.5    decode
     Eq. 4   F~ = W(F) * F, then average pooling                    AdaptiveWeightedPool
 
-Where paper and releases differ, the releases made the numbers and decide:
+Where paper and releases differ, we follow the releases, which made the paper's numbers:
     A cell counts as "in G" only if it is a sixth of the proposal's width and height away from G's
     sides: 25 of the 49 cells of a perfect proposal do. `--overlap-margin 0` is Eq. 3.
     The box loss is bounded where the IoU is below 0.1 (`iou_loss`).
@@ -76,12 +76,12 @@ class Model(faster_rcnn.Model):
     shared: bool = False  # without DLR: class and box from the same two fc layers (4.2: 37.7 AP)
     conv_channels: Natural = 576  # width of DLR's convolutions (release)
     num_convs: Natural = 8  # number of DLR's convolutions (4.1)
-    groups: Natural = 36  # of the GroupNorm behind each of them (release)
+    groups: Natural = 36  # groups of the GroupNorm after each of them (release)
     drp_per_level: bool = True  # one set of DRP weights per pyramid level (release)
     gamma: Share = 0.1  # bins move by up to this share of the RoI (release; deformable pooling)
     drp_samples: Natural = 2  # samples a side of DRP's 14x14 bins (release: R-50 2, R-101 1)
     offset_bias: float = 0.0  # where offsets start (release); 0.5: at boxes of the proposal's size
-    # a cell is inside this far from the gt's sides, in the proposal's w and h (release); 0: Eq. 3
+    # how far inside the gt a cell must lie, in the proposal's w and h (release); 0: Eq. 3
     overlap_margin: Share = 1 / 6
     reg_cells: Literal["inside", "all"] = "inside"  # cells that train the box (second release)
     cls_weight: Amount = 2.0  # weight of the classification loss (release)
@@ -106,13 +106,13 @@ class Test(faster_rcnn.Test):
     readable: bool = False  # run `decode`, the readable form, instead of its kernel
 
 
-# DLR is as wide beside its baseline's box branch as computing time allows (docs/log.md).
+# DLR's width comes as near to its baseline's box branch as computing time allows (docs/log.md).
 TINY = faster_rcnn.TINY | dict(conv_channels=64, num_convs=6, groups=8, mask_channels=32)
-TINY |= dict(drp_samples=1, drp_per_level=False)  # the R-101 release, the paper: a step is faster
+TINY |= dict(drp_samples=1, drp_per_level=False)  # R-101 release; paper (each makes a step faster)
 TINY |= dict(offset_bias=0.5)  # a narrow head that starts at empty boxes may close its ReLU
-TINY |= dict(cls_weight=1.0)  # choice: as the baseline's; 2 costs boxes (docs/log.md)
+TINY |= dict(cls_weight=1.0)  # choice: as in the baseline; 2 makes boxes worse (docs/log.md)
 TINY |= dict(reg_test=50, reg_weight=4.0)  # choice: boxes have few steps to learn in
-TINY |= dict(reg_rois=48)  # choice: mostly reached; a CPU plans convolutions anew for other numbers
+TINY |= dict(reg_rois=48)  # choice: mostly reached; a CPU plans convolutions for each number
 
 
 @dataclass
@@ -151,8 +151,8 @@ def dense_offset_targets(
         r_i = (x_r - x_i) / w_P     b_i = (y_b - y_i) / h_P
         m_i = 1 if l_i, t_i, r_i and b_i are all at least `margin`, else 0      inside [R, 1, S, S]
 
-    (x_i, y_i) is a cell's centre, x_l, y_t, x_r, y_b are the gt's sides. Offsets are negative where
-    the cell lies outside the gt. Margin 0 is Eq. 3, 1/6 the release. `decode` of both gives the gt.
+    (x_i, y_i) is a cell's centre; x_l, y_t, x_r, y_b are the gt's sides. Offsets are negative where
+    the cell lies outside the gt. Margin 0 is Eq. 3, 1/6 the release. `decode` recovers the gt.
 
     >>> box = torch.tensor([[0., 0., 14., 14.]])
     >>> offsets, inside = dense_offset_targets(box, box)
@@ -177,11 +177,11 @@ def cell_boxes(proposals: Tensor, offsets: Tensor) -> Tensor:
 
 
 def decode(proposals: Tensor, offsets: Tensor, overlap_logits: Tensor) -> Tensor:
-    """3.1: the proposals' boxes [R, 4]. The readable form of a kernel; tests hold the two equal.
+    """3.1: the box [R, 4] of each proposal, from its cells.
 
-        box = mean of the boxes of the cells with overlap > 0.5, or of all if there is none
+        box = mean of the boxes of the cells with overlap > 0.5, or of all cells if none has
 
-    Testing runs `kernels.decode_dense_offsets`, or with `--readable` this function.
+    Testing runs the equal `kernels.decode_dense_offsets`, or with `--readable` this function.
 
     >>> box = torch.tensor([[0., 0., 14., 14.]])
     >>> offsets, inside = dense_offset_targets(box, torch.tensor([[2., 1., 12., 14.]]))
@@ -197,15 +197,15 @@ def decode(proposals: Tensor, offsets: Tensor, overlap_logits: Tensor) -> Tensor
 def iou_loss(boxes: Tensor, gt_boxes: Tensor) -> Tensor:
     """-log IoU of boxes [R, 4, ...] with gt_boxes [R, 4, 1...] -> [R, ...], bounded (release).
 
-    The paper names no box loss. Both releases take -log IoU, but -log(IoU + 0.1) where IoU <= 0.1:
-    boxes start almost empty, where 1 / IoU, the slope of -log IoU, makes wide heads diverge.
+    The paper names no box loss. Both releases take -log IoU, but -log(IoU + 0.1) where IoU <= 0.1.
+    Boxes start almost empty, and there the slope of -log IoU, 1 / IoU, makes wide heads diverge.
     """
     iou = common.aligned_iou(boxes.movedim(1, -1), gt_boxes.movedim(1, -1)).clamp(min=1e-6)
     return -torch.where(iou > 0.1, iou, iou + 0.1).log()
 
 
 def jitter_boxes(boxes: Tensor, amount: float, sizes: Tensor) -> Tensor:
-    """Centres and sides of boxes [R, 4] moved by U(-amount, amount) of the sides, then clipped."""
+    """Boxes [R, 4], centres and sides changed by U(-amount, amount) of the sides, then clipped."""
     wh = boxes[:, 2:] - boxes[:, :2]
     move, grow = ((torch.rand_like(boxes) * 2 - 1) * amount).chunk(2, 1)  # [R, 2] each
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2 + move * wh
@@ -221,9 +221,9 @@ class DenseLocalHead(nn.Module):
 
     [R, C, 2S, 2S] -> offsets [R, 4, S, S] (l, t, r, b >= 0), overlap_logits [R, 1, S, S]. R >= 0.
 
-    Beware of offset_bias 0, which is the release's: the ReLU may close both l and r, or both t and
-    b. The cell's box is then empty, its IoU is 0, and it gets no gradient: 29 to 57 % of the cells
-    inside start so (five seeds at full width, random features). With 0.5 none does.
+    Beware of the release's offset_bias 0: the ReLU may close both l and r, or both t and b. Then
+    the cell's box is empty, its IoU is 0, and it gets no gradient. 29 to 57 % of the cells inside
+    start like this (five seeds at full width, random features). With offset_bias 0.5 none does.
 
     >>> offsets, overlap = DenseLocalHead(8, 16, 2, 4)(torch.rand(3, 8, 14, 14))
     >>> offsets.shape, overlap.shape
@@ -262,8 +262,8 @@ class AdaptiveWeightedPool(nn.Module):
         avg(W(F) * F) / avg(W(F))     W(F) = exp(12 sigmoid(norm(conv(F))))
 
     [R, C, 2S, 2S] -> [R, C, S, S]. Weights lie between 1 and e^12. The paper, motivated by local
-    importance pooling (LIP), does not divide by their average. The convolution starts at zero, so
-    that the pool starts as the plain average over a window's samples inside the map.
+    importance pooling (LIP), does not divide by the average weight. The convolution starts at zero,
+    so that the pool starts as the plain average over a window's samples inside the map.
 
     >>> AdaptiveWeightedPool(4)(torch.ones(2, 4, 14, 14)).shape
     torch.Size([2, 4, 7, 7])
@@ -272,12 +272,12 @@ class AdaptiveWeightedPool(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm = nn.GroupNorm(channels, channels)  # instance norm, also of an empty batch
+        self.norm = nn.GroupNorm(channels, channels)  # instance norm that takes an empty batch
         nn.init.zeros_(self.conv.weight)
 
     def forward(self, features: Tensor) -> Tensor:
         features = features.contiguous(memory_format=torch.channels_last)
-        logits = self.norm(self.conv(features).contiguous())  # of channels_last it is slow on a CPU
+        logits = self.norm(self.conv(features).contiguous())  # CPU: slow if channels_last
         logits = logits.float().contiguous(memory_format=torch.channels_last)
         weight = (12 * logits.sigmoid()).exp().to(features.dtype)
         return F.avg_pool2d(features * weight, 3, 2, 1) / F.avg_pool2d(weight, 3, 2, 1)
@@ -289,14 +289,14 @@ class DiscriminativePool(nn.Module):
     features L x [B, C, H, W] of these strides, rois [R, 5] -> [R, C, S, S]. R may be 0. The coarse
     look has S//2 cells a side, half of deformable RoI pooling's, so that the offsets need a quarter
     of its weights. A bin starts where RoIAlign has it and moves by offset * gamma of the RoI's w
-    and h. It has 2x2 sub-bins of samples^2 points; these four are weighted, if `weighting`.
+    and h. It has 2x2 sub-bins of samples^2 points, which are weighted (Eq. 4) if `weighting`.
 
     >>> pool, rois = DiscriminativePool(4, 16), torch.tensor([[0., 8., 8., 40., 40.]])
     >>> pool([torch.ones(1, 4, 16, 16)], rois, [4]).shape
     torch.Size([1, 4, 7, 7])
     """
 
-    called_alone = ("fc", "pool")  # by `pool_discriminatively`
+    called_alone = ("fc", "pool")  # `pool_discriminatively` calls these
 
     def __init__(self, channels, fc_channels, size=7, weighting=True, samples=2, gamma=0.1):
         super().__init__()
@@ -314,14 +314,14 @@ class DiscriminativePool(nn.Module):
         if weighting:
             self.pool: nn.Module = AdaptiveWeightedPool(channels)
         else:
-            self.pool = nn.AvgPool2d(3, 2, 1, count_include_pad=False)  # of samples, not of padding
+            self.pool = nn.AvgPool2d(3, 2, 1, count_include_pad=False)  # without padding
 
     def forward(self, features: list[Tensor], rois: Tensor, strides: list[int]) -> Tensor:
         return pool_discriminatively([self], [rois.shape[0]], features, rois, strides)
 
 
 def pool_discriminatively(pools, counts: list[int], features, rois, strides) -> Tensor:
-    """DRP by several weights: pools[0] serves the first counts[0] RoIs, pools[1] the next ..."""
+    """DRP with several sets of weights: pools[0] for the first counts[0] RoIs, then pools[1] .."""
     S, samples, gamma = pools[0].size, pools[0].samples, pools[0].gamma
     coarse = kernels.roi_align(features, rois, S // 2, strides)  # [R, C, S//2, S//2]
     offsets = torch.cat([pool.fc(part) for pool, part in zip(pools, coarse.split(counts))])
@@ -344,12 +344,12 @@ def dense_losses(
     num_rois: Tensor | int | None = None,
     inside: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """DLR's losses over R positives: `reg`, `iou_loss` of the cells' boxes, and `overlap`, BCE.
+    """DLR's losses over R positives: `reg` (`iou_loss` of the cells' boxes) and `overlap` (BCE).
 
     offsets [R, 4, S, S], overlap_logits [R, 1, S, S], proposals, gt_boxes [R, 4] -> two scalars.
     Both are sums over cells, divided by num_rois * S * S; num_rois is R unless given. Cells outside
     add nothing to `reg`, unless `cells` is "all", but count in its divisor (second release).
-    `inside` [R, 1, S, S], 1.0 or 0.0, is given if a mask decides it in place of the gt's box.
+    `inside` [R, 1, S, S], 1.0 or 0.0: given if masks, not gt boxes, say which cells are inside.
     """
     if inside is None:
         _, inside = dense_offset_targets(proposals, gt_boxes, offsets.shape[-1], margin)
@@ -365,10 +365,10 @@ def dense_losses(
 
 
 class D2Det(faster_rcnn.TwoStage):
-    """Figure 2. The contract of `loss`, `outputs` and `candidates`: engine/detector.py."""
+    """Figure 2. engine/detector.py says what `loss`, `outputs` and `candidates` promise."""
 
     settings: Model
-    regress: Any  # make_box_branch's
+    regress: Any  # made by make_box_branch
     default_test = Test
 
     def __init__(self, model: Model, num_classes: int):
@@ -430,7 +430,7 @@ class D2Det(faster_rcnn.TwoStage):
 
     @torch.no_grad()
     def outputs(self, images: list[Tensor]) -> dict:
-        """Feature maps, sizes [B, 2], the proposals, and the class probabilities [R, K] of each."""
+        """Feature maps, sizes [B, 2], R proposals, and their class probabilities [R, K]."""
         features, sizes, rois = self.test_rois(images)
         logits = self.classify(self.class_features(features, rois))
         probs = logits.float().softmax(1)[:, :-1]
@@ -438,7 +438,7 @@ class D2Det(faster_rcnn.TwoStage):
 
     @torch.no_grad()
     def candidates(self, outputs: dict, test: Test) -> dict[str, Tensor]:
-        """NMS on the proposals, then DLR on the best (4.1): overlapping ones regress to one box."""
+        """NMS (overlapping proposals regress to one box), then DLR on the best proposals (4.1)."""
         row, labels, scores = over_threshold(outputs["probs"], test.score_threshold)
         rois, sizes = outputs["rois"][row], outputs["sizes"]
         keep = self.best_proposals(rois, scores, labels, len(sizes), test.nms_iou, test.reg_test)
@@ -452,7 +452,7 @@ class D2Det(faster_rcnn.TwoStage):
         return dict(boxes=boxes, scores=scores, labels=labels, image=rois.image, roi=row[keep])
 
     def suppress(self, boxes: Tensor, scores: Tensor, groups: Tensor, test: Test):
-        """Soft-NMS, or nothing: NMS was on the proposals. Several views are merged by plain NMS."""
+        """Soft-NMS, or nothing: NMS ran on the proposals. Plain NMS merges several views."""
         if test.soft_nms:
             iou, score = test.soft_nms_iou, test.soft_nms_score
             return kernels.soft_nms_padded(boxes, scores, groups, iou, score)[:2]
@@ -474,7 +474,7 @@ class D2Det(faster_rcnn.TwoStage):
 
 
 class WithoutDLR(D2Det):
-    """Table 2's rows without DLR: Faster R-CNN's boxes, beside D2Det's classifier or shared."""
+    """Table 2's rows without DLR: Faster R-CNN's boxes, from their own branch or a shared one."""
 
     make_box_branch = faster_rcnn.Detector.make_box_branch
     head = faster_rcnn.Detector.head
@@ -488,7 +488,7 @@ class WithoutDLR(D2Det):
 
 # With masks, a cell is on the object if the object's pixels are there, not just its box. The
 # overlap prediction is then a coarse mask, which a branch on the same features refines to 28x28
-# (baselines/mask_branch.py). In testing the trunk sees the features anew, pooled from DLR's boxes.
+# (baselines/mask_branch.py). In testing, the branch's features are pooled from DLR's boxes.
 
 
 class D2DetWithMasks(D2Det):
@@ -497,14 +497,14 @@ class D2DetWithMasks(D2Det):
     def positive_losses(
         self, trunk: Tensor, rois: TrainingRois, targets: list[dict], inside: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """`mask` and `mask_iou`, and DLR's losses with the cells inside that the masks say."""
+        """`mask` and `mask_iou`, and DLR's losses, where masks decide which cells are inside."""
         all_masks = torch.cat([t["masks"] for t in targets])
         first = torch.tensor([0, *(len(t["masks"]) for t in targets)]).cumsum(0)  # of each image
         gt_masks = all_masks[first.to(rois.gt.device, non_blocking=True)[rois.image] + rois.gt]
         masks, areas = mask_targets(rois.boxes, rois.gt_boxes, gt_masks)
         mask_logits, iou = self.mask_branch(trunk, rois.labels)
         losses = mask_losses(mask_logits, iou, masks, areas, common.shared_rows(rois.boxes))
-        # of the 4x4 cells of the mask under a cell of the grid, three of the middle four (release)
+        # a grid cell is inside if three of the middle four of its 4x4 mask cells are (release)
         coarse = F.interpolate(masks[:, None], scale_factor=0.25, mode="bilinear")
         return losses | super().positive_losses(trunk, rois, targets, (coarse > 0.5).float())
 
@@ -518,7 +518,7 @@ class D2DetWithMasks(D2Det):
         return found | dict(masks=mask_logits.float().sigmoid(), mask_iou=iou.float())
 
     def detections(self, candidates: dict, num_images: int, test: Test) -> list[dict]:
-        """As all detectors, and mask_scores: the box's score + 0.3 IoU (release)."""
+        """As in all detectors, with mask_scores: the box's score + 0.3 mask IoU (release)."""
         images = super().detections(candidates, num_images, test)
         for found in images:
             found["mask_scores"] = found["scores"] + 0.3 * found.pop("mask_iou")

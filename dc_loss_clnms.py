@@ -1,14 +1,13 @@
 """DC loss, IAC score and CL-NMS: a detector's two tasks take account of each other.
-Title, authors and year are missing, because our copy of the paper has no title page. We know
-of no release. Quotes are from the text.
+Our copy of the paper has no title page, so we cannot name it. We know of no release.
 
 Classifier and localiser share their features but look at different places. The localiser is
 "more interested in the marginal details of an object", the classifier in its "specific robust
 features". The paper calls this task spatial misalignment, names three harms and answers each:
 
 Dynamic coefficient (DC) loss, 2.1. Shared features that serve one task well serve the other
-    badly. So a positive's class loss counts less, the worse its box fits: the features serve
-    the box first, and the class once the box is good.
+    badly. So the worse a positive's box fits, the less its class loss counts: the features
+    serve the box first, and the class once the box is good.
 IoU-classification-aware (IAC) score, 2.2. Anchors are labelled by IoU alone. On an object of
     irregular shape this misjudges anchors that overlap the box little but see enough of the
     object to classify it ("anchor label misjudgment"). So an anchor is also positive if it
@@ -18,13 +17,13 @@ Classification-localisation balanced (CL) NMS, 2.3. NMS keeps the box with the b
     centres of all boxes on an object, weighted by score, stands for the object's centre. The
     box with the best sum of score and nearness to this centre is kept.
 
-In our experiments (docs/results.md) the gain comes from DC loss. The anchors that IAC adds are
-ones that the classifier already knows, and AP does not rise. CL-NMS adds 0.1 AP at most.
+In our experiments (docs/results.md) the gain comes from DC loss. IAC does not raise AP: the
+classifier already knows the anchors that it adds. CL-NMS adds 0.1 AP at most.
 
     image -> ResNet-FPN -> P3..P7 -> two towers -> cls_logits [B, N, K], deltas [B, N, 4]
-    training: label the anchors by IoU and by s -> weigh the positives' class losses by lambda'
-    test:     scores over 0.05 -> boxes -> per class, until no box is left: take the best p,
-              keep the best p + d of its cluster, drop the rest of the cluster
+    training: label anchors by IoU and IAC score s -> weigh positives' class losses by lambda'
+    test:     scores p over 0.05 -> boxes -> per class, until no box is left: take the best p
+              and all boxes that overlap it, the cluster; keep only the one with the best p + d
 
     Eq. 1   L = (sum_pos L_cls + sum_neg L_cls + sum_pos L_reg) / N_pos   RetinaNet.loss
     Eq. 2   lambda = 1 / (error of the positive's box + eps)              dynamic_coefficient
@@ -36,13 +35,13 @@ ones that the classifier already knows, and AP does not rise. CL-NMS adds 0.1 AP
     Eq. 8   c0 = sum p c / sum p, of the cluster's centres c              cl_nms_of_one_class
     Eq. 9   p + d, with d = 1 - |c - c0| / diagonal                       cl_nms_of_one_class
 
-Our copy lacks the displayed equations. We rebuilt them from the text, which stands beside each
-function; the numbers follow by counting. Three readings change the method most:
+Our copy also lacks the displayed equations. We rebuilt and numbered them from the text, which
+each function quotes. Three of our readings change the method most:
     The errors in lambda are divided by the object's size, so that large and small objects
     count alike. `--dc-error pixels` does not divide.
     s is a product of powers. `--iac-form sum` makes it a weighted sum.
     CL-NMS adds 1 - distance. The text adds the distance itself, which prefers the box farthest
-    from the centre, against the paper's aim. `--cl-literal` does so.
+    from the centre, against the paper's aim. `--cl-literal` follows the text.
 docs/deviations.md lists all others. "(2.1)" is a section of the paper, "choice:" our own
 decision where the text makes none. `--base gfl` is explained at the end of this file.
 """
@@ -81,7 +80,7 @@ class Proposals:
     iac: bool = True  # anchors with a high IAC score are positive too (2.2)
     iac_alpha: Share = 0.75  # share of the class probability in the score (3.1)
     iac_threshold: Share = 0.5  # anchors with a higher score are positive (3.1)
-    iac_form: Literal["product", "sum"] = "product"  # how the score's two factors meet
+    iac_form: Literal["product", "sum"] = "product"  # how the score combines its factors
 
 
 @dataclass
@@ -91,12 +90,12 @@ class Model(Proposals, retinanet.Model):
 
 @dataclass
 class Test(retinanet.Test):
-    """CL-NMS, and what it is compared with."""
+    """CL-NMS, and the kinds of NMS that it is compared with."""
 
     nms: Literal["plain", "soft", "cl"] = "cl"  # which NMS ends the detection (2.3, Table 3)
     cl_literal: bool = False  # CL-NMS adds the distance itself, as the text says
-    soft_nms_iou: Share = 0.5  # linear soft-NMS: overlap above which it acts
-    soft_nms_score: Share = 0.05  # linear soft-NMS drops boxes whose score falls below
+    soft_nms_iou: Share = 0.5  # linear soft-NMS acts above this overlap
+    soft_nms_score: Share = 0.05  # linear soft-NMS drops boxes below this score
     readable: bool = False  # run cl_nms_of_one_class, the readable form, instead of its kernel
 
 
@@ -129,7 +128,7 @@ class Settings(engine.Settings):
         )
 
     def replace(self, **changes) -> engine.Settings:
-        """As in engine.Settings; raises BadInput also if the model is the other base's."""
+        """As in engine.Settings. Also raises BadInput if the model belongs to the other base."""
         if isinstance(self.model, ModelOnGFL) != (self.base == "gfl"):
             raise BadInput(f"--base {self.base}: its model is not a {type(self.model).__name__}")
         return super().replace(**changes)
@@ -143,9 +142,9 @@ def localisation_error(boxes: Tensor, gt_boxes: Tensor, form: str = "relative") 
 
         e = |c - c*| / sqrt(w* h*) + |w - w*| / w* + |h - h*| / h*
 
-    c, w, h are centre, width and height of the box, with * those of its gt. The text names
-    these three and not what divides them. Divided by the gt's size, e does not depend on
-    scale; "pixels" divides by nothing.
+    c, w, h are the box's centre, width and height; a * marks those of its gt. The text names
+    these three errors but no divisors. We divide them by the gt's size, so that e does not
+    depend on scale; "pixels" does not divide.
 
     >>> gt = torch.tensor([[0., 0., 20., 20.]])
     >>> localisation_error(torch.tensor([[3., 4., 23., 34.]]), gt)  # off by 3, 9; h by 10
@@ -168,9 +167,9 @@ def dynamic_coefficient(
         lambda = 1 / (e + eps)
 
     "A dynamic coefficient, which is the reciprocal of localization error", and eps "to ensure
-    that the denominator cannot be 0". No gradient flows to `boxes`: a class loss that worse
-    boxes could lower would ask for them. A padded row of zeros gets a finite coefficient, too;
-    the caller leaves it out.
+    that the denominator cannot be 0". No gradient flows to `boxes`: otherwise worse boxes would
+    lower the class loss, and the network would learn to make them. A padded row of zeros also
+    gets a finite coefficient; the caller leaves it out.
 
     >>> box = torch.tensor([[0., 0., 10., 10.]])
     >>> dynamic_coefficient(torch.cat([box, box + 9]), torch.cat([box, box]))
@@ -180,14 +179,14 @@ def dynamic_coefficient(
 
 
 def normalise_coefficient(coefficient: Tensor, losses: Tensor) -> Tensor:
-    """Eq. 3: the coefficients [P], scaled so that the positives' total class loss L stays.
+    """Eq. 3: the coefficients [P], scaled to keep the positives' total class loss as it is.
 
         lambda'_i = lambda_i * sum_j L_j / sum_j (lambda_j L_j)
 
     "To make sure that the value range of the overall loss function remains invariant, we then
-    normalize the coefficient [lambda] by employing the classification loss function." As
-    sum(lambda' L) equals sum(L), lambda' acts through the gradients alone. For them it must be
-    a constant: the gradient of the whole expression would be that of sum(L).
+    normalize the coefficient [lambda] by employing the classification loss function." Since
+    sum(lambda' L) equals sum(L), lambda' only changes gradients, and only if it is a constant.
+    With a gradient through lambda', the sum would have the gradient of the plain sum(L).
 
     >>> normalise_coefficient(torch.tensor([1., 3.]), torch.tensor([2., 2.]))
     tensor([0.5000, 1.5000])
@@ -202,20 +201,20 @@ def normalise_coefficient(coefficient: Tensor, losses: Tensor) -> Tensor:
 def iac_score(
     probs: Tensor, anchors: Tensor, gt_boxes: Tensor, alpha: float = 0.75, form: str = "product"
 ) -> Tensor:
-    """Eq. 6: the IAC score [...] of anchors and their gts; 0 where the two do not meet.
+    """Eq. 6: the IAC score [...] of anchors and their gts; 0 where the two do not overlap.
 
         s = p^alpha * (inner / min_area)^(1 - alpha)             (form "product")
         s = alpha * p + (1 - alpha) * inner / min_area           (form "sum")
 
     The text names an "intersection area" (inner), a "minimum area between the i-th anchor and
-    its corresponding ground truth" and an "adjustable weight" alpha. It does not say how they
-    meet, nor which of the two alpha weighs. inner / min_area is 1 if one box contains the
-    other. So an anchor inside its gt is positive (s > 0.5) from p = 0.40 on, with the sum from
-    1/3 on. If alpha weighed the areas (`alpha=0.25`): from 0.06 on, with the sum always.
+    its corresponding ground truth" and an "adjustable weight" alpha. It does not say how these
+    combine, nor which factor alpha weighs. inner / min_area is 1 if one box contains the other.
+    So an anchor inside its gt is positive (s > 0.5) if p exceeds 0.40, or 1/3 with the sum. If
+    alpha weighed the areas (`alpha=0.25`), 0.06 would be enough, and with the sum any p.
 
     probs [...]: the anchor's probability of its gt's class; anchors, gt_boxes [..., 4]
-    broadcast. Gradient flows through probs; the caller turns it off to make labels, and leaves
-    out anchors in the padding.
+    broadcast. Gradients flow through probs; a caller that makes labels turns them off, and
+    leaves out anchors in the padding.
 
     >>> anchor, gt = torch.tensor([0., 0., 10., 10.]), torch.tensor([5., 0., 25., 20.])
     >>> [iac_score(torch.tensor(0.25), anchor, gt, 0.5, form) for form in ("product", "sum")]
@@ -234,11 +233,11 @@ def iac_score(
 
 
 def iac_labels(labels: Tensor, scores: Tensor, threshold: float = 0.5) -> Tensor:
-    """Eq. 7: labels (1, 0, -1) by IoU -> 1 also where the IAC score exceeds the threshold.
+    """Eq. 7: the labels by IoU (1, 0, -1), set to 1 where the IAC score exceeds the threshold.
 
-    Printed: 1 "in case IoU > fg_threshold or s > score_threshold", 0 "in case IoU <
-    bg_threshold". If both hold, the first one counts: the score is there "to recall some
-    anchors with low IoUs but extensive object information".
+    The text says: 1 "in case IoU > fg_threshold or s > score_threshold", 0 "in case IoU <
+    bg_threshold". If both conditions hold, the label is 1, because the score is there "to
+    recall some anchors with low IoUs but extensive object information".
 
     >>> iac_labels(torch.tensor([1, 0, -1, 0]), torch.tensor([0.1, 0.6, 0.6, 0.5]), 0.5)
     tensor([1, 1, 1, 0])
@@ -252,16 +251,16 @@ def iac_labels(labels: Tensor, scores: Tensor, threshold: float = 0.5) -> Tensor
 def cl_nms_of_one_class(
     boxes: Tensor, scores: Tensor, iou_threshold: float = 0.5, literal: bool = False
 ) -> Tensor:
-    """Eq. 8, 9: the indices kept, best score first, of boxes [N, 4] with scores p [N].
+    """Eq. 8, 9: CL-NMS of boxes [N, 4] with scores p [N]: the indices kept, best score first.
 
         c0 = sum p_i c_i / sum p_i        d_i = 1 - |c_i - c0| / diagonal
 
-    The box with the best p names a cluster: itself and all remaining boxes whose IoU with it
+    The box with the best p starts a cluster: itself and all remaining boxes whose IoU with it
     exceeds the threshold. c0 is the mean of their centres c, weighted by p, and approximates
     the object's centre. The diagonal is that of the box around the cluster. The box with the
     best p + d is kept, with its own p as final score; the rest of the cluster is dropped.
-    `kernels.cl_nms` does the same for all images and classes at once and is what runs, unless
-    `--readable` is given. Tests hold the two equal.
+    Unless `--readable` is given, detection runs `kernels.cl_nms`, which does the same for all
+    images and classes at once. Tests hold the two equal.
 
     >>> boxes = torch.tensor([[0., 0., 20., 20.], [3., 3., 23., 23.], [4., 4., 24., 24.]])
     >>> cl_nms_of_one_class(boxes, torch.tensor([0.70, 0.69, 0.68]), 0.4)  # NMS would keep 0
@@ -285,13 +284,13 @@ def cl_nms_of_one_class(
 def readable_cl_nms(
     boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, literal: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.cl_nms` in the readable form, group by group: indices kept, their scores."""
+    """`kernels.cl_nms` in readable form, group by group: the indices kept, and their scores."""
     keep = groups.new_zeros(0)
     for group in groups.unique():
         members = (groups == group).nonzero()[:, 0]
         kept = cl_nms_of_one_class(boxes[members], scores[members], iou_threshold, literal)
         keep = torch.cat([keep, members[kept]])
-    keep = keep.sort().values  # of equal scores the lower index goes first, as in the kernel
+    keep = keep.sort().values  # of equal scores, the lower index comes first, as in the kernel
     keep = keep[scores[keep].argsort(descending=True, stable=True)]
     return keep, scores[keep]
 
@@ -315,7 +314,7 @@ class ThreeProposals(OneStage):
         return self.add_positives(out, assigned) if self.settings.iac else assigned
 
     def add_positives(self, out: dict, assigned: Assignment) -> Assignment:
-        """Eq. 6, 7: anchors with a high IAC score become positive for the object they have."""
+        """Eq. 6, 7: anchors with a high IAC score become positive for their assigned object."""
         settings, classes = self.settings, assigned.gt_labels[..., None]
         probs = out["cls_logits"].gather(2, classes)[..., 0].sigmoid()  # [B, N]
         alpha, form = settings.iac_alpha, settings.iac_form
@@ -325,7 +324,7 @@ class ThreeProposals(OneStage):
         return dataclasses.replace(assigned, labels=labels)
 
     def weigh(self, losses: Tensor, positives: Positives) -> Tensor:
-        """Eq. 4: the anchors' class losses [B, N], those of positives times lambda'."""
+        """Eq. 4: the anchors' class losses [B, N]; lambda' multiplies those of positives."""
         if not self.settings.dc_loss:
             return losses
         weights = torch.ones_like(losses)
@@ -343,13 +342,13 @@ class ThreeProposals(OneStage):
     def suppress(
         self, boxes: Tensor, scores: Tensor, groups: Tensor, test: Any
     ) -> tuple[Tensor, Tensor]:
-        """CL-NMS (2.3), or what it is compared with: indices kept, best first, final scores.
+        """CL-NMS (2.3), soft-NMS or NMS: the indices kept, best first, and their final scores.
 
         boxes [N, 4], scores and groups [N]; boxes of different groups do not compete.
         """
         if test.nms == "plain":
             return super().suppress(boxes, scores, groups, test)
-        if test.nms == "soft":  # choice: linear, the paper does not say; MMDetection's limits
+        if test.nms == "soft":  # choice: linear, as the paper names no kind; MMDetection's limits
             lowest = test.soft_nms_score
             return kernels.soft_nms(boxes, scores, groups, test.soft_nms_iou, lowest)
         cl_nms = readable_cl_nms if test.readable else kernels.cl_nms
@@ -366,8 +365,8 @@ class OnRetinaNet(ThreeProposals, retinanet.RetinaNet):
 # ------------------------------------------------------------------------------ on GFL
 
 # The last row of Table 1 puts DC loss and CL-NMS on GFL (baselines/gfl.py), without IAC (3.2).
-# How lambda' enters GFL's class loss is not published. That loss already asks for a low score
-# if the box fits badly; DC loss makes just these boxes count less.
+# The paper does not say how lambda' enters GFL's class loss. That loss already asks for a low
+# score where a box fits badly, and these are the boxes that DC loss makes count less.
 
 
 @dataclass
@@ -375,8 +374,8 @@ class ModelOnGFL(Proposals, gfl.Model):
     """GFL with ResNet-50 and DC loss."""
 
     iac: bool = False  # anchors with a high IAC score are positive too (2.2); not on GFL (3.2)
-    # terms of a positive that lambda' weighs; anchor: those of all classes, as on RetinaNet
-    # (choice); class: that of the object's class
+    # which class losses of a positive lambda' weighs; anchor: those of all classes, as on
+    # RetinaNet (choice); class: only that of the object's class
     gfl_dc: Literal["anchor", "class"] = "anchor"
 
 
@@ -388,13 +387,13 @@ class TestOnGFL(Test):
 
 
 class OnGFL(ThreeProposals, gfl.GFL):
-    """GFL with DC loss and CL-NMS: p is its quality score."""
+    """GFL with DC loss and CL-NMS, where p is GFL's score for class and fit."""
 
     settings: ModelOnGFL
     default_test = TestOnGFL
 
     def weigh(self, losses: Tensor, positives: Positives) -> Tensor:
-        """The anchors' QFL [B, N], that of positives, or a term of it, times lambda'."""
+        """The anchors' QFL [B, N]; lambda' multiplies that of positives, or one term of it."""
         if not self.settings.dc_loss or self.settings.gfl_dc == "anchor":
             return super().weigh(losses, positives)
         quality = common.aligned_iou(positives.boxes.detach(), positives.gt_boxes)
@@ -406,7 +405,7 @@ class OnGFL(ThreeProposals, gfl.GFL):
 
 
 def Detector(model: Model | ModelOnGFL, num_classes: int) -> ThreeProposals:
-    """The three proposals on RetinaNet or on GFL, as the type of `model` says."""
+    """The three proposals on RetinaNet or on GFL, depending on the type of `model`."""
     if isinstance(model, ModelOnGFL):
         return OnGFL(model, num_classes)
     return OnRetinaNet(model, num_classes)

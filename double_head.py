@@ -5,13 +5,13 @@ Paper: https://arxiv.org/abs/1904.06493   Release: https://github.com/wuyuebupt/
 Faster R-CNN (baselines/faster_rcnn.py) predicts class and box from one vector. The paper
 trains two kinds of head on both tasks and finds opposite preferences (Section 3):
 
-fc-head classifies better. Each cell of a proposal has weights of its own, so the head can tell
-    a complete object from a part of one, and its scores follow the IoU of proposal and object.
-    This spatial sensitivity also makes it less robust in regressing the whole object.
-conv-head localises better: all cells share its weights. Non-local blocks, in which cells
-    attend to each other, are there "to enhance foreground objects" (4.1).
+fc-head, two fully connected layers, classifies better. Each cell of a proposal has weights of
+    its own, so the head can tell a complete object from a part, and its scores follow the IoU
+    of proposal and object. This sensitivity makes it less robust in regressing whole objects.
+conv-head, a stack of convolutions, localises better; all cells share its weights. Non-local
+    blocks, in which cells attend to each other, are there "to enhance foreground objects" (4.1).
 Double-Head classifies with fc-head and regresses with conv-head. Double-Head-Ext, the default,
-    also trains each head on its "unfocused task", the other head's (4.2): regression is
+    also trains each head on the other's task, its "unfocused task" (4.2): regression is
     auxiliary supervision for fc-head, and the two classifiers, fused, complement each other.
 
     image -> ResNet-FPN -> P2..P6, [B, C, H, W] each -> RPN -> proposals [R, 5]
@@ -30,8 +30,8 @@ Double-Head classifies with fc-head and regresses with conv-head. Double-Head-Ex
     Figure 5 (c)  y_i = 1/S^2 sum_j (theta_i . phi_j) g_j               NonLocalBlock
 
 Two deviations from the paper follow the release, which made the paper's numbers:
-    conv-head sees the proposal enlarged 1.3 times: its authors think that the surroundings
-    help to place a box. `--conv-scale 1.0` is the paper's text.
+    conv-head sees the proposal enlarged 1.3 times: the release's authors think that the
+    surroundings help to place a box. `--conv-scale 1.0` is the paper's text.
     The non-local block has four groups of channels and no softmax (`--non-local-softmax`).
 All deviations are in docs/deviations.md. In comments, "(4.1)" is a section of the paper,
 "(release)" a value seen in the release, and "choice:" our own where neither decides.
@@ -65,7 +65,7 @@ class Model(faster_rcnn.TwoStageModel):
 
     # which heads there are (Table 1). fc, conv: one, for both tasks. double_fc, double_conv:
     # two of one kind; the first classifies, the second regresses. double_head: one of each
-    # kind; the lambdas say how much of which task each does
+    # kind; the lambdas divide the two tasks between them
     heads: Literal["fc", "conv", "double_fc", "double_conv", "double_head"] = "double_head"
     lambda_fc: Share = 0.7  # share of the class loss in double_head's fc-head (Eq. 2, 5.2)
     lambda_conv: Share = 0.8  # share of the box loss in double_head's conv-head (Eq. 3, 5.2)
@@ -74,7 +74,7 @@ class Model(faster_rcnn.TwoStageModel):
     conv_channels: Natural = 1024  # width of conv-head; half or a quarter in its blocks (4.1)
     num_blocks: Natural = 5  # K in Table 2: blocks in conv-head, non-local ones included (5.2)
     non_local: bool = True  # every second block of conv-head is a non-local one (4.1)
-    non_local_softmax: bool = False  # attention: a softmax; off: a product / S^2 (release)
+    non_local_softmax: bool = False  # attention by softmax; off: by product / S^2 (release)
     conv_scale: Annotated[float, Range(0.1)] = 1.3  # enlarges conv-heads' RoIs (release)
 
     def loss_weights(self) -> dict[str, tuple[float, float]]:
@@ -97,7 +97,7 @@ class Test(faster_rcnn.Test):
     alone: Literal["", "fc", "conv"] = ""
 
 
-# lr_batch as in the other tiny presets; choice: epochs 1.7 end at 52 AP, 1.2 at 43 (one seed)
+# lr_batch as in the other tiny presets; choice: 1.7 epochs reach 52 AP, 1.2 reach 43 (one seed)
 TINY = dict(faster_rcnn.TINY, lr_batch=16, conv_channels=128, epochs=1.7)
 
 
@@ -130,8 +130,8 @@ def task_weights(heads: str, omega_fc=1.0, omega_conv=1.0, lambda_fc=1.0, lambda
         L_fc   = lambda_fc L_cls + (1 - lambda_fc) L_reg             (2)
         L_conv = (1 - lambda_conv) L_cls + lambda_conv L_reg         (3)
 
-    These weights are "double_head"'s; in the other variants a loss weighs omega. Lambdas of 0
-    are the paper's Double-Head-Reverse. A weight of 0 means that the head has no such output.
+    Lambdas act in "double_head" only; in the other variants each loss has weight omega. Lambdas
+    of 0 are the paper's Double-Head-Reverse. If a weight is 0, the head has no such output.
 
     >>> task_weights("double_head", 2.0, 2.5)  # lambda = 1 and 1: each head has one task
     {'fc': (2.0, 0.0), 'conv': (0.0, 2.5)}
@@ -149,7 +149,7 @@ def task_weights(heads: str, omega_fc=1.0, omega_conv=1.0, lambda_fc=1.0, lambda
 
 
 def fuse_scores(fc_probs: Tensor, conv_probs: Tensor, how: str = "complementary") -> Tensor:
-    """Eq. 4 and its rivals in Table 3: two heads' probabilities, of one shape, become one.
+    """Fuse two heads' probabilities, of equal shape, by Eq. 4 or by its rivals in Table 3.
 
         s = s_fc + s_conv (1 - s_fc) = 1 - (1 - s_fc) (1 - s_conv)      (4)
 
@@ -162,7 +162,7 @@ def fuse_scores(fc_probs: Tensor, conv_probs: Tensor, how: str = "complementary"
         return torch.maximum(fc_probs, conv_probs)
     if how == "average":
         return (fc_probs + conv_probs) / 2
-    return fc_probs + conv_probs * (1 - fc_probs)  # at least one is right, if independent
+    return fc_probs + conv_probs * (1 - fc_probs)  # P(at least one is right), if independent
 
 
 def enlarge_rois(rois: Tensor, scale: float) -> Tensor:
@@ -200,7 +200,7 @@ class FCHead(nn.Module):
         return self.first.weight.unflatten(1, (-1, self.size, self.size)).permute(2, 3, 1, 0)
 
     def maps(self, pooled: Tensor) -> Tensor:
-        """What each cell alone adds to the first layer: [R, channels, S, S] (Appendix A)."""
+        """Each cell's contribution to the first layer: [R, channels, S, S] (Appendix A)."""
         return torch.einsum("rcyx,yxcd->rdyx", pooled, self.cell_weights())
 
 
@@ -216,7 +216,7 @@ def conv_chain(widths: tuple[int, ...], sizes: tuple[int, ...]) -> nn.Sequential
 class ResidualBlock(nn.Module):
     """Figure 5 (a) and (b): relu(body(x) + shortcut(x)), [R, C, S, S] -> [R, channels, S, S].
 
-    A bottleneck (b) if C is already `channels`, else 3x3 and 1x1 beside a 1x1 shortcut (a).
+    If C equals `channels`, body is a bottleneck (b), else 3x3 and 1x1 beside a 1x1 shortcut (a).
     """
 
     def __init__(self, in_channels: int, channels: int):
@@ -276,8 +276,8 @@ class NonLocalBlock(nn.Module):
 class ConvHead(nn.Module):
     """conv-head (4.1): K blocks and the mean over cells, [R, C, S, S] -> [R, channels].
 
-    The first block is residual and widens C to `channels`. With `non_local`, a non-local block
-    stands before each bottleneck; both count in K, so K is odd. `softmax` is theirs. R may be 0.
+    The first block is residual and widens C to `channels`. With `non_local`, a non-local block,
+    to which `softmax` goes, precedes each bottleneck; both count in K, so K is odd. R may be 0.
 
     >>> ConvHead(8, num_blocks=5, non_local=True, channels=32)(torch.rand(3, 8, 7, 7)).shape
     torch.Size([3, 32])
@@ -308,8 +308,8 @@ class ConvHead(nn.Module):
 
 
 class Detector(faster_rcnn.TwoStage):
-    """Figure 1 (d), or another variant by `Model.heads`. `heads`, `cls` and `box` hold heads
-    and outputs by the heads' names; an output whose loss weighs nothing is not built.
+    """Figure 1 (d), or another variant by `Model.heads`. `heads`, `cls` and `box` hold the heads
+    and their outputs by name of the head; an output whose loss has weight 0 is not built.
     """
 
     settings: Model
@@ -351,7 +351,7 @@ class Detector(faster_rcnn.TwoStage):
         return dict(features=features, sizes=sizes, rois=rois) | self.predictions(features, rois)
 
     def candidates(self, outputs: dict, test: Test) -> dict[str, Tensor]:
-        """Eq. 4, then each class over the threshold with its box, which is conv-head's.
+        """Eq. 4, then each class over the threshold, with conv-head's box for that class.
 
         probs [R, K] and deltas [R, K, 4] by head -> boxes [N, 4], scores, labels, image [N].
         """
@@ -382,14 +382,14 @@ class Detector(faster_rcnn.TwoStage):
         return logits, deltas
 
     def pool_for_heads(self, features: list[Tensor], rois: Rois) -> dict[str, Tensor]:
-        """What each head sees of R RoIs, [R, C, 7, 7]; heads of one kind share the pooling."""
+        """Each head's pooled features of R RoIs, [R, C, 7, 7]; heads of one kind share them."""
         conv_scale = self.settings.conv_scale
         scales = {name: conv_scale if name.startswith("conv") else 1.0 for name in self.heads}
         pooled = {s: self.pool_enlarged(features, rois, s) for s in set(scales.values())}
         return {name: pooled[scale] for name, scale in scales.items()}
 
     def pool_enlarged(self, features: list[Tensor], rois: Rois, scale: float) -> Tensor:
-        """RoIAlign of R RoIs enlarged, each from the level of its own size: [R, C, 7, 7]."""
+        """RoIAlign of R enlarged RoIs, from the level of the original size: [R, C, 7, 7]."""
         if scale == 1:
             return self.pool(features, rois, 7)
         order, counts = self.by_level(rois)

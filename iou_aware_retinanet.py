@@ -1,4 +1,4 @@
-"""IoU-aware RetinaNet (Wu et al., 2019): predict how well each box fits, and rank by it too.
+"""IoU-aware RetinaNet (Wu et al., 2019): predict how well each box fits, and rank boxes by that.
 Paper: "IoU-aware Single-stage Object Detector for Accurate Localization",
     https://arxiv.org/abs/1912.05992
 Release: https://github.com/ShengkaiWu/IoU-aware-single-stage-object-detector
@@ -6,15 +6,15 @@ Release: https://github.com/ShengkaiWu/IoU-aware-single-stage-object-detector
 RetinaNet (baselines/retinanet.py) trains its classifier and its box regressor with independent
 losses. So the class score, which ranks the boxes, does not know how well they fit. The paper
 names two harms. In NMS, a box with a high score and a low IoU suppresses a box that fits
-better. In AP, it ranks before boxes that fit better, which costs AP at high IoU.
+better. In AP, such a box ranks above boxes that fit better, which costs AP at high IoU.
 
 So the paper lets the network predict the missing number, the IoU of each predicted box with its
-object. One 3x3 convolution on the box tower does it; a tower of its own would slow the detector
-down. Boxes are ranked by p^alpha * IoU^(1 - alpha).
+object. One 3x3 convolution predicts it from the box regressor's last maps; separate layers would
+slow the detector down. Boxes are ranked by p^alpha * IoU^(1 - alpha), with p the class score.
 
 The target, the true IoU, depends on the predicted box. The release lets the gradient flow
-through it, so the IoU loss also trains the boxes. In our experiments (docs/results.md) most of
-the gain, which lies at AP90, comes from this gradient and little from the new ranking.
+through the target, so the IoU loss also trains the boxes. In our experiments (docs/results.md)
+most of the gain, which lies at AP90, comes from this gradient, little from the new ranking.
 
     image -> ResNet-FPN -> P3..P7
       class tower, 4 convs -> cls_logits [B, N, K]
@@ -30,7 +30,7 @@ the gain, which lies at AP90, comes from this gradient and little from the new r
     Eq. 4   L = L_cls + L_loc + L_IoU                               retinanet.RetinaNet.loss
     Eq. 5   S_det = p^alpha IoU^(1 - alpha)                         detection_confidence
 
-Two points where the paper says little and the release decides:
+The release decides two points about which the paper says little:
     The gradient flows into the target IoU. `--no-iou-grad` stops it.
     Scores are fused before the best 1000 are taken and the threshold of 0.05 is applied. The
     paper only says that they rank "all the detections in the subsequent NMS and AP computation".
@@ -112,7 +112,7 @@ def detection_confidence(cls_probs: Tensor, iou_probs: Tensor, alpha: float | No
 def iou_prediction_loss(
     logits: Tensor, ious: Tensor, kind: str = "bce", beta: float = 0.11
 ) -> Tensor:
-    """Eq. 3's loss of one box, and those that Table 2 compares: logits [P], ious [P] -> [P].
+    """Eq. 3's loss of each positive, or one of Table 2's others: logits [P], ious [P] -> [P].
 
         bce   -(IoU log(q) + (1 - IoU) log(1 - q))     q = sigmoid(logit), the predicted IoU
         l2    (q - IoU)^2
@@ -125,7 +125,7 @@ def iou_prediction_loss(
     """
     if kind == "bce":
         return F.binary_cross_entropy_with_logits(logits, ious, reduction="none")
-    if kind == "smooth_l1":  # choice: the boxes' beta; with 1 it would be half of L2
+    if kind == "smooth_l1":  # choice: the box loss's beta; 1 would give half of L2
         return F.smooth_l1_loss(logits.sigmoid(), ious, beta=beta, reduction="none")
     return {"l1": F.l1_loss, "l2": F.mse_loss}[kind](logits.sigmoid(), ious, reduction="none")
 
@@ -137,8 +137,8 @@ class IoUBranch(nn.Conv2d):
     """The paper's addition: a 3x3 convolution predicts the IoU of each regressed anchor (3.1).
 
     It takes the last maps of any box tower: L maps [B, C, H, W] -> logits [B, N] with
-    N = sum(H*W*A), level by level, cells row by row, anchor by anchor within a cell. It starts
-    at N(0, 0.01) with bias 0 (release), so at an IoU of 0.5 everywhere.
+    N = sum(H*W*A), level by level, cells row by row, anchor by anchor within a cell. Its
+    weights start at N(0, 0.01), its bias at 0 (release): at first every IoU is close to 0.5.
 
     >>> branch = IoUBranch(in_channels=8, num_anchors=9)
     >>> branch([torch.rand(2, 8, 4, 4), torch.rand(2, 8, 2, 2)]).shape
@@ -166,7 +166,7 @@ class IoUAwareHead(RetinaTowers):
     [torch.Size([2, 180, 3]), torch.Size([2, 180, 4]), torch.Size([2, 180])]
     """
 
-    names = ("cls_logits", "deltas", "iou_logits")  # of what forward returns
+    names = ("cls_logits", "deltas", "iou_logits")  # of forward's outputs
 
     def __init__(self, in_channels=256, num_anchors=9, num_classes=80, num_convs=4, groups=0):
         super().__init__(in_channels, num_anchors, num_classes, num_convs, groups)
@@ -189,14 +189,14 @@ def iou_branch_loss(
     move_boxes: bool = True,
     num_positives: Tensor | int | None = None,
 ) -> Tensor:
-    """Eq. 3 over P positives: the summed loss over num_positives (default: P), a scalar.
+    """Eq. 3: the loss summed over P positives, divided by num_positives (default: P).
 
         L_IoU = (sum over positives of BCE(predicted IoU, IoU)) / N_pos
 
     iou_logits [P]; boxes [P, 4], as the network predicts them, and gt_boxes [P, 4]. With
     `move_boxes` the gradient also reaches `boxes`, through the IoU that is the target. The
-    slope of BCE in its target is -logit. So where the predicted IoU is above 0.5 the box is
-    drawn to its object, and where it is below, the box is pushed away.
+    derivative of BCE by its target is -logit. So a box whose predicted IoU is above 0.5 is
+    pulled towards its object, and a box whose predicted IoU is below 0.5 is pushed away.
 
     >>> box = torch.tensor([[0., 0., 20., 10.]])
     >>> gt = torch.tensor([[5., 0., 15., 10.]])  # IoU 1/2
@@ -254,7 +254,7 @@ class Detector(retinanet.RetinaNet):
         return detection_confidence(probs, iou_probs[..., None], alpha)
 
     def candidates(self, outputs: dict, test: retinanet.Test) -> dict[str, Tensor]:
-        """RetinaNet's, by the fused score; beside it both of its factors, to look at.
+        """RetinaNet's candidates by the fused score, with its two factors for inspection.
 
         -> boxes [N, 4]; scores, labels, image, anchor, cls_probs and iou_probs [N].
         """

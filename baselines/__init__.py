@@ -1,1 +1,1 @@
-"""The detectors that the papers begin with, each whole and runnable."""
+"""The detectors that the papers build on, each complete and runnable."""

@@ -3,21 +3,21 @@ Paper: https://arxiv.org/abs/1712.00726
 Release: https://github.com/zhubinQAQ/CPM-R-CNN, whose Table 3 adds two scores to this detector
 
 Faster R-CNN (faster_rcnn.py) learns from proposals whose IoU with an object is at least 0.5.
-From 0.7 on, its head would learn to place boxes more exactly, but that fails twice: so few
-proposals reach 0.7 that the head overfits, and in testing it meets all the other ones, too.
+With 0.7, its head would learn to place boxes more exactly, but that fails twice: so few
+proposals reach 0.7 that the head overfits, and in testing it also meets all other proposals.
 
 A cascade raises the IoU step by step. The boxes of a stage are better than the RoIs it was
-given. So they become the RoIs of a second stage, whose own head learns from IoU 0.6 on, and its
-boxes could be the RoIs of a third stage, at 0.7.
+given. So they become the RoIs of a second stage, whose own head learns from an IoU of 0.6 on.
+The boxes of this stage could be the RoIs of a third stage, at 0.7.
 
     image -> ResNet-FPN -> P2..P6 -> RPN -> proposals = RoIs of stage 1
       2 x: RoIAlign 7x7 -> 2 fc -> class logits [R, K + 1], deltas [R, 4] -> boxes = next RoIs
     training: Every stage draws 512 RoIs an image at its own IoU, a quarter of them positive.
-              The ground truth joins each draw, so boxes made from its copies do not go on.
-    test:     Every proposal passes all stages, and its boxes are the last stage's. The class
+              The ground truth joins each draw, so boxes made from copies of it are dropped.
+    test:     Every proposal passes all stages and gets the box of the last one. The class
               logits are averaged over the stages -> softmax -> over 0.05 -> NMS 0.5 -> best 100
 
-Two things differ from Faster R-CNN's head. A box goes on before its class is known, so a stage
+Two things differ from Faster R-CNN's head. A box moves on before its class is known, so a stage
 predicts one box for all classes. Later stages have less to correct, so stage s predicts deltas
 in units that are s times smaller: otherwise its box loss would nearly vanish.
 
@@ -53,8 +53,8 @@ class Model(faster_rcnn.TwoStageModel):
     """Cascade R-CNN with two stages and ResNet-50."""
 
     num_stages: Natural = 2  # heads one after another (release); the paper has 3
-    stage_ious: tuple[Share, ...] = (0.5, 0.6, 0.7)  # its RoIs are positive from this IoU on
-    stage_decay: Amount = 0.5  # weight of a stage's losses over the one before's (release)
+    stage_ious: tuple[Share, ...] = (0.5, 0.6, 0.7)  # a stage's RoIs are positive from this IoU on
+    stage_decay: Amount = 0.5  # weight of a stage's losses / of those before (release)
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Settings(engine.Settings):
     )
 
     def replace(self, **changes) -> engine.Settings:
-        """As in engine.Settings; raises BadInput also for a stage that does not exist."""
+        """As in engine.Settings. Also raises BadInput if the tested stage does not exist."""
         settings = super().replace(**changes)
         tested_stage(settings.model, settings.test)
         return settings
@@ -179,8 +179,8 @@ class BoxHead(nn.Module):
 class BoxStages(nn.Module):
     """The stages, whose heads share nothing.
 
-    ious: from this IoU on a stage's RoIs are positive; decay: weight of a stage's losses over
-    the weight of those before; num_samples: RoIs that a stage draws from an image; positive:
+    ious: a stage's RoIs are positive from this IoU on; decay: weight of a stage's losses divided
+    by the weight of those before; num_samples: RoIs that a stage draws from an image; positive:
     largest share of positives among them; std: class outputs start at N(0, std).
     """
 
@@ -224,14 +224,14 @@ class BoxStages(nn.Module):
             losses[f"reg{stage}"] = weight * box_loss
             weight *= self.decay
             if stage < len(self.heads):
-                next_iou = self.ious[stage]  # the list starts at 0
+                next_iou = self.ious[stage]  # stages count from 1, `ious` from 0
                 rois = self.draw(move_rois(rois, deltas, stage, sizes), targets, next_iou)
         return losses, rois, hidden
 
     def draw(self, rois: TrainingRois, targets: list[dict], iou: float) -> TrainingRois:
         """Draw a stage's RoIs from the boxes of the stage before and the ground truth.
 
-        Boxes made from copies of ground truth stay behind, since it joins anyway (release).
+        Boxes made from copies of ground truth are left out, since ground truth joins (release).
         """
         boxes, valid = by_image(rois, ~rois.is_gt, len(targets), self.num_samples)
         return faster_rcnn.sample_rois(
@@ -254,7 +254,7 @@ class BoxStages(nn.Module):
         """
         moved: list[Rois] = []
         probs: list[Tensor] = []
-        total = torch.zeros((), device=sizes.device)  # of the logits
+        total = torch.zeros((), device=sizes.device)  # sum of the logits
         for stage, head in enumerate(self.heads, 1):
             logits, deltas, hidden = head(pool(rois))
             total = total + logits.float()
@@ -299,7 +299,7 @@ class Detector(faster_rcnn.TwoStage):
     def scoring_losses(
         self, features: list[Tensor], sampled: TrainingRois, rois: TrainingRois, hidden: Tensor
     ) -> dict[str, Tensor]:
-        """Further losses, of a method that adds scores to the boxes (CPM R-CNN); none here.
+        """Losses that a method adds for further scores (CPM R-CNN does); none here.
 
         sampled: RoIs of stage 1; rois: R RoIs of the last stage, with their hidden [R, D].
         """
@@ -314,7 +314,7 @@ class Detector(faster_rcnn.TwoStage):
         return dict(features=features, rois=rois, probs=probs, hidden=hidden)
 
     def candidates(self, outputs: dict, test: Test) -> dict[str, Tensor]:
-        """Each class over the threshold, with the tested stage's box. `roi`: which RoI it is."""
+        """Each class over the threshold, with the tested stage's box, whose index is `roi`."""
         stage = tested_stage(self.settings, test)
         row, labels, scores = over_threshold(outputs["probs"][stage - 1], test.score_threshold)
         rois = outputs["rois"][stage - 1][row]

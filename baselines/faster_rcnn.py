@@ -1,20 +1,20 @@
 """Faster R-CNN with a feature pyramid: propose boxes, then classify and move each of them.
 Papers: https://arxiv.org/abs/1506.01497 (Faster R-CNN)   https://arxiv.org/abs/1612.03144 (FPN)
 
-The detector that D2Det, Double-Head and CPM R-CNN start from. Its first stage, the region proposal
-network (RPN), asks of every anchor whether it lies on an object of any class, and moves it: of a
-quarter of a million anchors a thousand proposals are left. Its second stage looks at each proposal
-alone. RoIAlign cuts features of one size out of the pyramid, whatever the proposal's size; two
-hidden layers say which class it is, and where the box would be for each class.
+D2Det, Double-Head and CPM R-CNN start from this detector. Its first stage, the region proposal
+network (RPN), predicts for every anchor whether it lies on an object of any class, and moves it:
+a thousand proposals are left of a quarter of a million anchors. Its second stage looks at each
+proposal alone. RoIAlign cuts features of one size out of the pyramid, whatever the proposal's
+size; two hidden layers predict its class, and a box for each class.
 
     image -> ResNet-FPN -> P2..P6, strides 4..64, [B, C, H, W] each
       RPN, on every cell of every level: 3x3 conv -> A objectness logits and A deltas
         -> the level's best 2000 anchors -> decode, clip -> NMS 0.7 inside each level
-        -> the image's best 2000: proposals [B, P, 4]       (in testing 1000 of both)
+        -> the image's best 2000: proposals [B, P, 4]       (in testing 1000 instead of 2000)
       head, on every proposal: RoIAlign from one of P2..P5, by the proposal's size -> [R, C, 7, 7]
         -> 2 fc -> class logits [R, K + 1], deltas [R, 4K]
-    training: 256 anchors of an image teach the RPN; 512 of its proposals and gts teach the head, a
-              quarter of them positive if there are so many
+    training: 256 anchors of an image train the RPN; 512 of its proposals and gts train the head, at
+              most a quarter of them positive
     test:     softmax -> classes over 0.05, each with its own box -> NMS 0.5 per class -> best 100
 
 "choice:" marks what neither paper decides. Methods extend `TwoStageModel` and `TwoStage`.
@@ -51,8 +51,8 @@ class TwoStageModel(engine.Model):
     anchor_scale: Amount = 8.0  # side of the RPN's anchors in strides of their level
     rpn_samples: Natural = 256  # anchors per image that train the RPN
     rpn_floor: Share = 0.0  # an object's best anchor is positive if its IoU is at least this
-    proposals_train: Natural = 2000  # in training: RPN boxes a level before, an image after NMS
-    proposals_test: Natural = 1000  # the same in testing; another number needs no training
+    proposals_train: Natural = 2000  # in training: boxes per level before NMS, per image after
+    proposals_test: Natural = 1000  # the same in testing; can change without retraining
     pool_norm: bool = False  # choice: heads see each channel of an RoI normalised (tiny preset)
     class_std: Amount = 0.01  # class outputs start at N(0, this) (releases)
 
@@ -96,16 +96,16 @@ class Settings(engine.Settings):
 
 
 def take(boxes: Tensor, index: Tensor) -> Tensor:
-    """Each image's rows: boxes [B, N, 4], index [B, M] -> [B, M, 4]."""
+    """Pick rows of each image: boxes [B, N, 4], index [B, M] -> [B, M, 4]."""
     return boxes.gather(1, index[..., None].expand(-1, -1, 4))
 
 
 class RPN(nn.Module):
-    """Region proposal network: which anchors lie on an object, and where that is.
+    """Region proposal network: which anchors lie on an object, and where the object is.
 
-    Its convolutions are the same for all levels. NMS sees each level's best `pre_nms` boxes and
-    leaves the best `post_nms` of each image (in training, in testing). `proposals` and `loss` take
-    what `forward` returns as `output`.
+    All levels share its convolutions. NMS sees each level's best `pre_nms` boxes and leaves the
+    best `post_nms` of each image; both are pairs (in training, in testing). The `output` that
+    `proposals` and `loss` take is what `forward` returns.
     """
 
     def __init__(
@@ -226,14 +226,14 @@ class TrainingRois(Rois):
     """RoIs, each with the object that it was matched to."""
 
     labels: Tensor  # [R] of the object, background K
-    gt: Tensor  # [R] index of the object among its image's targets, also of background
+    gt: Tensor  # [R] index of the object among its image's targets, for background too
     gt_boxes: Tensor  # [R, 4] the object's box
     is_gt: Tensor  # [R] bool: the RoI is a copy of an object's box
 
 
 @dataclass
 class SampledRois(TrainingRois):
-    """RoIs as they were drawn: those of an image lie together, its positives first."""
+    """RoIs as they were drawn, image after image, the positives of an image first."""
 
     counts: list[tuple[int, int]]  # of each image: all its RoIs, the positives among them
 
@@ -242,9 +242,9 @@ class SampledRois(TrainingRois):
         return TrainingRois(*(getattr(self, name)[index] for name in names))
 
     def split(self, most: int | None = None) -> tuple[Tensor, Tensor]:
-        """Indices of the positives, the first `most` of each image; and of the negatives.
+        """Indices of the positives (the first `most` of each image) and of the negatives.
 
-        The host has counted them before, so it need not wait for the GPU.
+        The host already has their `counts`, so it need not wait for the GPU.
         """
         parts = torch.arange(len(self)).split([num for num, _ in self.counts])
         positives = torch.cat([p[:num][:most] for p, (_, num) in zip(parts, self.counts)])
@@ -263,10 +263,10 @@ def sample_rois(
     num_classes: int,
     iou: float = 0.5,
 ) -> SampledRois:
-    """Draw `num` RoIs of each image to train a head with, at most that fraction of them positive.
+    """Draw `num` RoIs of each image to train a head, at most `fraction` of them positive.
 
     proposals [B, P, 4], valid [B, P]. Ground truth joins the proposals, so that the head meets
-    every object however bad the proposals are. A RoI is positive from this IoU with one on.
+    every object however bad the proposals are. A RoI is positive if its IoU with a gt is >= `iou`.
     """
     gt_boxes, gt_labels, gt_valid, gt_ignore = common.pad_targets(targets)
     num_gt = gt_boxes.shape[1]
@@ -276,8 +276,8 @@ def sample_rois(
     labels[~valid] = -1
     index, drawn = common.sample(labels, num, fraction)
     counts = torch.stack([drawn.sum(1), (drawn & (labels.gather(1, index) == 1)).sum(1)], 1)
-    counts = counts.to("cpu", non_blocking=True)  # has arrived when the host has waited for R:
-    image, slot = drawn.nonzero(as_tuple=True)  # the one place where it has to
+    counts = counts.to("cpu", non_blocking=True)  # arrives while the host waits below
+    image, slot = drawn.nonzero(as_tuple=True)  # the host waits here, for R
     index = index[image, slot]
     is_gt = index < num_gt
     # A copy belongs to its own object, even where two objects have the same box.
@@ -331,7 +331,7 @@ def class_box_loss(deltas: Tensor, rois: Tensor, labels: Tensor, gt_boxes: Tenso
     """
     num_classes = deltas.shape[1] // 4
     positive = labels < num_classes
-    deltas = deltas.unflatten(1, (num_classes, 4))  # [R, K, 4]; view cannot, with R = 0
+    deltas = deltas.unflatten(1, (num_classes, 4))  # [R, K, 4]; view fails if R = 0
     row = torch.arange(len(deltas), device=deltas.device)
     deltas = deltas[row, torch.where(positive, labels, 0)]  # [R, 4]
     targets = common.encode_boxes(rois[:, 1:], gt_boxes, stds)
@@ -342,8 +342,8 @@ def class_box_loss(deltas: Tensor, rois: Tensor, labels: Tensor, gt_boxes: Tenso
 def best_boxes(outputs: dict, threshold: float) -> dict[str, Tensor]:
     """Candidates for NMS: each class over a threshold, with that class's box.
 
-    outputs: rois (R of them), sizes [B, 2], probs [R, K] and deltas [R, K, 4]. `roi` says which of
-    the rois each candidate is made from.
+    outputs: R rois, sizes [B, 2], probs [R, K] and deltas [R, K, 4]. In what is returned, `roi` is
+    the index of the RoI that each candidate comes from.
     """
     row, labels, scores = over_threshold(outputs["probs"], threshold)
     rois = outputs["rois"][row]
@@ -399,9 +399,9 @@ class TwoStage(BaseDetector):
     def best_proposals(
         self, rois: Rois, scores: Tensor, labels: Tensor, num_images: int, iou: float, most: int
     ) -> Tensor:
-        """Indices of the N RoIs that NMS within each class keeps, `most` of an image, best first.
+        """Indices of RoIs that NMS within each class keeps, at most `most` an image, best first.
 
-        rois, scores [N], labels [N]: a RoI for each class that it may be of.
+        rois, scores and labels [N]: each RoI occurs once for each class that it may have.
         """
         groups = rois.image * self.num_classes + labels
         keep, _ = kernels.nms_padded(rois.boxes, scores, groups, iou)  # [N], the rest is -1
@@ -417,13 +417,13 @@ class TwoStage(BaseDetector):
         return self.normalise(roi_align(maps, rois, size, strides, self.settings.legacy))
 
     def normalise(self, pooled: Tensor) -> Tensor:
-        """With `pool_norm` each channel of each RoI has mean 0 and variance 1: [R, C, S, S]."""
+        """With `pool_norm`, give each channel of a RoI mean 0 and variance 1: [R, C, S, S]."""
         if not self.settings.pool_norm:
             return pooled
         return torch.group_norm(pooled, pooled.shape[1])
 
     def by_level(self, rois: Rois) -> tuple[Tensor, list[int]]:
-        """The order [R] in which RoIs of one level lie together, and how many each has, P2..P5."""
+        """An order [R] that sorts the RoIs by level, and the number of RoIs of each, P2..P5."""
         level = kernels.roi_level(rois.flat(), self.strides)
         counts = F.one_hot(level, len(self.strides)).sum(0).tolist()  # the host waits here
         return level.argsort(stable=True), counts
@@ -444,7 +444,7 @@ class Detector(TwoStage):
     def make_box_branch(self) -> nn.Module:
         hidden, num_deltas = self.settings.fc_channels, 4 * self.num_classes
         if self.settings.shared:
-            return output_layer(hidden, num_deltas, 0.001)  # Fast R-CNN's
+            return output_layer(hidden, num_deltas, 0.001)  # std as in Fast R-CNN
         return two_fc(self.settings.fpn_channels * 7 * 7, hidden, num_deltas)
 
     def class_features(self, features: list[Tensor], rois: Rois) -> Tensor:
@@ -469,7 +469,7 @@ class Detector(TwoStage):
 
     @torch.no_grad()
     def outputs(self, images: list[Tensor]) -> dict:
-        """The proposals, and the class probabilities [R, K] and deltas [R, K, 4] of each."""
+        """R proposals, their class probabilities [R, K] and their deltas [R, K, 4]."""
         features, sizes, rois = self.test_rois(images)
         logits, deltas = self.head(features, rois)
         probs = logits.float().softmax(1)[:, :-1]

@@ -4,14 +4,14 @@ Release, followed here: https://github.com/implus/GFocal
 The last row of DC loss's Table 1 builds on it ("FCOS with Generalized Focal Loss").
 
 Some detectors, IoU-aware RetinaNet among them, also predict how well a box fits. This estimate
-is trained on positives alone, and it meets the class score only at test, as a factor. Nothing
+is trained on positives alone, and is multiplied with the class score only in testing. Nothing
 teaches it about background, so a background box with a high estimate can rank above objects.
 Besides, each side of a box is predicted as one number, although a blurred or covered side
-could be in several places. GFL has a loss for each:
+could be in several places. GFL has a loss for each of these problems:
 
 Quality focal loss (QFL). Class and fit share one score s per class. Its target is the IoU of
     the predicted box with its object, and 0 for other classes and for background. Focal loss
-    needs targets of 0 and 1; QFL takes any between, with |target - s| in place of 1 - p.
+    needs targets of 0 and 1; QFL takes any between, with |target - s| for focal loss's 1 - p.
 Distribution focal loss (DFL). The distance from an anchor's centre to a side of the box is the
     mean of a predicted distribution over 0, 1, .. 16 strides. DFL asks for all probability in
     the two bins beside the true distance.
@@ -19,8 +19,8 @@ Distribution focal loss (DFL). The distance from an anchor's centre to a side of
     image -> ResNet-FPN -> P3..P7, P6 from P5; one square anchor of 8 strides per cell
       class tower, 4 convs -> cls_logits [B, N, K]       s is their sigmoid
       box tower, 4 convs   -> bin_logits [B, N, 4, 17]   left, top, right, bottom
-    training: positives are chosen by ATSS, https://arxiv.org/abs/1912.02424: of each level's
-              nine anchors nearest to an object's centre, those with a high IoU among them all
+    training: ATSS, https://arxiv.org/abs/1912.02424, chooses the positives: each level's nine
+              anchors nearest to an object's centre compete, and those with high IoUs win
     test:     best 1000 (anchor, class) pairs of each level by s, over 0.05 -> boxes -> NMS per
               class -> best 100
 
@@ -61,14 +61,14 @@ from engine import Amount, Natural, Share, Whole
 
 @dataclass
 class Model(engine.Model):
-    """GFL with ResNet-50. Values are the release's, here and where nothing is said."""
+    """GFL with ResNet-50. All values are the release's unless a comment says otherwise."""
 
     norm: engine.Norm = "eval_bn"  # the backbone's BatchNorm
     cls_weight: Amount = 1.0  # weight of the quality focal loss
     box_weight: Amount = 2.0  # weight of the GIoU loss
     dfl_weight: Amount = 0.25  # weight of the distribution focal loss
     qfl_beta: Amount = 2.0  # quality focal loss: exponent of |target - s|
-    max_distance: Natural = 16  # longest distance in strides; a side has one bin more
+    max_distance: Natural = 16  # longest distance in strides; each side has one more bin
     atss_cells: Natural = 9  # an object's candidates on each level
     p2: bool = False  # choice: P2..P6 (P6 is P5 subsampled) in place of P3..P7 (tiny preset)
     anchor_scale: Amount = 8.0  # anchors' side in strides
@@ -124,7 +124,7 @@ def quality_focal_loss(
     tensor([0.3466, 0.1733, 0.3466])
     """
     K = logits.shape[1]
-    target = logits.new_zeros(len(logits), K + 1)  # the last column is of labels K and -1
+    target = logits.new_zeros(len(logits), K + 1)  # last column: labels K and -1
     target = target.scatter_(1, labels[:, None] % (K + 1), quality[:, None])[:, :K]
     factor = (target - logits.sigmoid()).abs() ** beta
     loss = factor * F.binary_cross_entropy_with_logits(logits, target, reduction="none")
@@ -154,7 +154,7 @@ def giou_loss(boxes: Tensor, gt_boxes: Tensor) -> Tensor:
 
         GIoU = IoU - (hull - union) / hull     hull: area of the box around both
 
-    (torchvision's makes the host wait.)
+    (torchvision's function makes the host wait.)
 
     >>> giou_loss(torch.tensor([0.0, 0, 1, 1]), torch.tensor([[0.0, 0, 1, 1], [2, 0, 3, 1]]))
     tensor([0.0000, 1.3333])
@@ -184,7 +184,7 @@ def decode_distances(points: Tensor, bin_logits: Tensor) -> Tensor:
     """Eq. 5: boxes [..., 4] from the means of distributions [..., 4, bins]."""
     bins = torch.arange(bin_logits.shape[-1], device=bin_logits.device, dtype=torch.float32)
     centre, stride = points[..., :2], points[..., 2:]
-    # (a matrix product would be bf16 under autocast)
+    # not a matrix product, which would be bf16 under autocast
     distances = (bin_logits.softmax(-1) * bins).sum(-1) * stride
     return torch.cat([centre - distances[..., :2], centre + distances[..., 2:]], -1)
 
@@ -196,8 +196,8 @@ class GFLHead(nn.Module):
     """GFL's head, the same for all levels: two towers of 3x3 convolutions, then predictions.
 
     L maps [B, C, H, W] -> cls_logits [B, N, K], bin_logits [B, N, 4, max_distance + 1], with
-    N = sum(H*W). `groups` are those of the GroupNorm after each tower convolution, which then
-    has no bias; 0: no norm. Each level scales its bin_logits by a learned factor, at first 1.
+    N = sum(H*W). With `groups`, a GroupNorm of so many groups follows each tower convolution,
+    which then has no bias. Each level scales its bin_logits by a learned factor, at first 1.
 
     >>> head = GFLHead(32, num_classes=3, num_convs=1, groups=8, num_levels=2)
     >>> [x.shape[1:] for x in head([torch.zeros(1, 32, 4, 4), torch.zeros(1, 32, 2, 2)])]
@@ -241,7 +241,7 @@ def nearest_cells(
 
     centres [B, G, 2] (x, y) of gts, in the image; sizes [B, 2] of the images; width of the
     map. Cells in the padding do not count; if too few others exist, `valid` is False for the
-    rest. Of two cells equally near the first is taken.
+    rest. If two cells are equally near, the first is taken.
 
     The nearest `most` cells of a row are neighbours. So it is enough to look at that many rows
     and columns around the centre: time and memory do not depend on the map's size.
@@ -286,11 +286,11 @@ def atss(
     An object's candidates are the `most` anchors of each level nearest to its centre. A
     candidate is positive if its IoU reaches the candidates' mean + standard deviation (with
     n - 1) and its centre is more than 0.01 px inside the object (release). An object that
-    holds no centre has no positive. An anchor that is positive for several objects learns the
-    one that it overlaps most.
+    contains no candidate's centre has no positive. An anchor that is positive for several
+    objects learns the one that it overlaps most.
 
     Anchors in the padding, and those at least half inside a crowd, are ignored. All others are
-    negative. The object of all these, too, is the one that they overlap most.
+    negative. These anchors, too, have an object: the one that they overlap most.
     """
     gt_boxes, gt_labels, gt_valid, ignore = common.pad_targets(targets)
     inside = common.inside_image(anchors, sizes)
@@ -340,7 +340,7 @@ class GFL(OneStage):
         self.to(memory_format=torch.channels_last)
 
     def loss(self, images: list[Tensor], targets: list[dict]) -> dict[str, Tensor]:
-        """Eq. 8 as weighted scalars: QFL of all anchors `cls`, GIoU loss `box`, DFL `dfl`."""
+        """Eq. 8, as weighted scalars `cls` (QFL of all anchors), `box` (GIoU loss), `dfl`."""
         settings, out = self.settings, self.outputs(images)
         assigned = self.assign(out, targets)
         index = (assigned.labels == 1).nonzero(as_tuple=True)  # the host waits here, for P

@@ -1,8 +1,8 @@
 """The grid branch of Grid R-CNN: a box as nine points on heat maps.
 Papers: https://arxiv.org/abs/1811.12030 (Grid R-CNN)   https://arxiv.org/abs/1906.05688 (Plus)
 
-CPM R-CNN (cpm_rcnn.py) has one such branch a stage. "Eq." is an equation of its paper, "(release)"
-a value seen in its release.
+CPM R-CNN (cpm_rcnn.py) has one such branch for each stage. "Eq." is an equation of its paper,
+"(release)" marks a value seen in its release.
 
     [R, C, 14, 14] -> 8 convs, the first strided -> trunk [R, 576, 7, 7]
     -> 2 transposed convs -> heat maps [R, 9, 28, 28] -> 9 points -> box [R, 4]
@@ -72,7 +72,7 @@ def grid_targets(
 
     Radius 1 sets a plus of five cells, cut off at the window's edge. A map stays zero if its
     point lies outside the grid, or if a side of the grid is 3 px or less (release). Where all
-    points lie in their windows, `decode_grid` gives the gt back, to half a cell.
+    points lie in their windows, `decode_grid` gives back the gt to within half a cell.
 
     >>> box = torch.tensor([[0., 0., 28., 28.]])  # the grid covers -14..42, a pixel a cell
     >>> grid_targets(box, box, radius=0)[0, 2].nonzero()  # row 42 - 28, column 14 - 0
@@ -127,7 +127,7 @@ class GridHead(nn.Module):
     """g_j in Eq. 1: pooled features -> the nine points' heat maps, and the trunk for ISM.
 
     [R, C, S/2, S/2] -> logits [R, 9, S, S], trunk [R, 9 point_channels, S/4, S/4]. R may be 0.
-    Behind the trunk each point has channels of its own.
+    After the trunk, each point has channels of its own. ISM is CPM R-CNN's IoU prediction.
 
     >>> head = GridHead(8, point_channels=4, num_convs=2, groups=9)
     >>> [out.shape for out in head(torch.rand(3, 8, 14, 14))]
@@ -158,13 +158,13 @@ class GridHead(nn.Module):
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         trunk = self.trunk(pooled)
         hidden = self.heat[:-1](trunk)
-        # bf16 has steps of 1/64 from 2 to 4: neighbouring cells would tie, and the first win
+        # bf16 has steps of 1/64 from 2 to 4: neighbouring cells would tie, and the first one win
         with torch.autocast(hidden.device.type, enabled=False):
             return self.heat[-1](hidden.float()), trunk
 
 
 def grid_loss(heat_logits: Tensor, targets: Tensor, num_rois: Tensor | int | None = None) -> Tensor:
-    """L_BCE in Eq. 2, [R, 9, S, S] both: the mean over cells and num_rois, R unless given."""
+    """L_BCE in Eq. 2, from two [R, 9, S, S]: mean over cells and num_rois, R unless given."""
     total = F.binary_cross_entropy_with_logits(heat_logits.float(), targets, reduction="sum")
     num_rois = max(1, len(targets)) if num_rois is None else num_rois
     return total / targets.shape[1:].numel() / num_rois

@@ -2,12 +2,12 @@
 Papers: https://arxiv.org/abs/1703.06870 (Mask R-CNN)   https://arxiv.org/abs/1903.00241 (scoring)
 
 D2Det (d2det.py, 3.3) puts it on the last features of its dense local regression. Two transposed
-convolutions refine these, 7x7 -> 28x28, to one mask a class. A class score says nothing about a
-mask, so two fc layers see the features and the mask and predict the mask's IoU.
+convolutions refine these features, 7x7 -> 28x28, to one mask a class. A class score does not say
+how good a mask is, so two fc layers see the features and the mask and predict the mask's IoU.
 
     trunk [R, 576, 7, 7] -> 14x14 -> 28x28, one mask a class; with that mask, 2 fc -> its IoU
 
-"(release)" is a value seen in D2Det's releases.
+"(release)" marks a value seen in D2Det's releases.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def mask_targets(proposals: Tensor, gt_boxes: Tensor, masks: Tensor, size: int =
     """What a proposal's mask should be (3.3): the part of the gt's mask that lies in the proposal.
 
     proposals, gt_boxes [R, 4]; masks [R, M, M] (bool or 0..1), each over its gt_box -> targets
-    [R, size, size], 1.0 where the mask, bilinear, is at least 0.5 at the cell's centre (release);
-    and the object's area [R] in such cells, whether they lie in the proposal or not.
+    [R, size, size], 1.0 where the mask, interpolated at the cell's centre, is at least 0.5
+    (release); and the whole object's area [R] in such cells, also outside the proposal.
 
     >>> box = torch.tensor([[0., 0., 8., 8.]])
     >>> mask_targets(box, box / 2, torch.ones(1, 4, 4), size=2)
@@ -73,7 +73,7 @@ class MaskBranch(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, trunk: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        row = torch.arange(labels.shape[0], device=labels.device)  # exports, unlike len
+        row = torch.arange(labels.shape[0], device=labels.device)  # can be exported, unlike len
         logits = self.logits(self.up(trunk))[row, labels]  # [R, 4S, 4S]
         mask = F.max_pool2d(logits.detach()[:, None], 4).sigmoid()  # [R, 1, S, S], a constant
         return logits, self.iou(torch.cat([trunk, mask.to(trunk.dtype)], 1))[row, labels]
@@ -83,9 +83,9 @@ def mask_losses(mask_logits: Tensor, iou: Tensor, targets: Tensor, areas: Tensor
     """`mask`, the BCE of masks, and `mask_iou`, half the squared error of the IoU (release).
 
     mask_logits [R, S, S] and iou [R] of the gts' classes; targets [R, S, S] and areas [R] of
-    `mask_targets`. Both are means over cells and over num_rois, which is R unless given. The IoU to
-    predict is that of the mask, where its probability is over 0.5, with the whole object. RoIs
-    whose IoU is at most 0.1 do not train it (release).
+    `mask_targets`. `mask` is a mean over cells and num_rois, `mask_iou` over num_rois, which is R
+    unless given. The IoU to predict is that of the whole object and the predicted mask, where its
+    probability is over 0.5. RoIs whose true IoU is at most 0.1 do not train it (release).
     """
     num_rois = max(1, len(targets)) if num_rois is None else num_rois
     bce = F.binary_cross_entropy_with_logits(mask_logits.float(), targets, reduction="sum")

@@ -74,7 +74,7 @@ class Test(engine.Test):
     """Scores over 0.05, NMS at 0.5, best 100."""
 
     top_scores: Natural = 1000  # (anchor, class) pairs per level that are decoded, by score
-    all_classes: bool = False  # all classes of so many anchors instead of so many pairs
+    all_classes: bool = False  # decode all classes of so many anchors, not so many pairs
 
 
 TINY = dict(
@@ -85,7 +85,7 @@ TINY = dict(
     lr=6e-3,
     p2=True,
     anchor_scale=3.0,  # small objects: images are 128 px wide
-    focal_gamma=1.0,  # with few steps more is learned than with 2
+    focal_gamma=1.0,  # in few steps, 1 learns more than 2
 )
 
 
@@ -128,14 +128,14 @@ def init_towers(head: nn.Module, cls_logits: nn.Conv2d) -> None:
 
 
 class RetinaTowers(nn.Module):
-    """RetinaNet's head, the same for all levels: two towers of 3x3 convolutions, predictions.
+    """RetinaNet's head, the same for all levels: two towers of 3x3 convs, then predictions.
 
     L maps [B, C, H, W] -> cls_logits [B, N, K], deltas [B, N, 4], and the box tower's last L
     maps, from which another head can predict more; N = sum(H*W*A).
 
-    `groups` are those of a GroupNorm after each tower convolution; 0, as in the papers: no
-    norm. Training from scratch needs it, because a narrow tower that starts at N(0, 0.01)
-    passes almost no signal on.
+    With `groups`, a GroupNorm of so many groups follows each tower convolution; the papers have
+    none (0). Training from scratch needs the norm, because a narrow tower that starts at
+    N(0, 0.01) passes on almost no signal.
 
     >>> head = RetinaTowers(8, num_anchors=9, num_classes=3)
     >>> cls_logits, deltas, maps = head([torch.rand(2, 8, 4, 4), torch.rand(2, 8, 2, 2)])
@@ -143,7 +143,7 @@ class RetinaTowers(nn.Module):
     (torch.Size([2, 180, 3]), torch.Size([2, 180, 4]))
     """
 
-    names = ("cls_logits", "deltas", "box_features")  # of what forward returns
+    names = ("cls_logits", "deltas", "box_features")  # of forward's outputs
 
     def __init__(self, in_channels=256, num_anchors=9, num_classes=80, num_convs=4, groups=0):
         super().__init__()
@@ -185,14 +185,14 @@ def match_anchors(
 ) -> Assignment:
     """RetinaNet's assignment of anchors [N, 4] in images of sizes [B, 2].
 
-    An anchor's object is the one that it overlaps most, or the one whose best anchor it is. It
-    is positive from IoU `high` on, negative below `low`, ignored between. Every object keeps
-    its best anchor, whatever the IoU. Anchors centred in the padding are ignored. In an image
-    without objects gt_boxes are zeros.
+    An anchor's object is the one that it overlaps most, or the one whose best anchor it is. An
+    anchor is positive from IoU `high` on, negative below `low`, ignored between. An object's
+    best anchor is positive at any IoU above 0. Anchors centred in the padding are ignored. In
+    an image without objects, gt_boxes are zeros.
     """
     gt_boxes, gt_labels, valid, ignore = common.pad_targets(targets)
     inside = common.inside_image(anchors, sizes)
-    visible = anchors * inside[..., None]  # no area in the padding, so no object's best anchor
+    visible = anchors * inside[..., None]  # no area in the padding: never an object's best
     labels, gt, _ = common.match(visible, gt_boxes, high, low, valid, ignore, low_quality=0.0)
     labels[~inside] = -1
     # An anchor without overlap has object 0. If it is a crowd, its box must not be learned.
@@ -202,7 +202,7 @@ def match_anchors(
 
 
 def count_positives(labels: Tensor) -> Tensor:
-    """N_pos: positives among labels [B, N], at least one an image (MMDetection)."""
+    """N_pos: positives among labels [B, N], at least one per image (MMDetection)."""
     return common.shared_count((labels == 1).sum(1).clamp(min=1).sum())
 
 
@@ -222,7 +222,7 @@ class Positives:
 
     @classmethod
     def at(cls, index: tuple, assigned: Assignment, cls_logits: Tensor, boxes: Tensor):
-        """Those that `index` picks, given cls_logits [B, N, K] and their boxes [P, 4]."""
+        """The P anchors that `index` picks, given cls_logits [B, N, K] and boxes [P, 4]."""
         gt, gt_boxes = assigned.gt[index], assigned.gt_boxes[index]
         return cls(index, cls_logits[index], boxes, gt, gt_boxes, assigned.gt_labels[index])
 
@@ -234,11 +234,11 @@ def box_loss(
     beta: float = 0.11,
     num_positives: Tensor | int | None = None,
 ) -> Tensor:
-    """Smooth L1 of P positives' deltas, summed, over num_positives (default: P): a scalar.
+    """Smooth L1 of P positives' deltas, summed and divided by num_positives (default: P).
 
         smooth_L1(x) = x^2 / (2 beta)  if |x| < beta,  else |x| - beta / 2
 
-    deltas, anchors, gt_boxes [P, 4]. The right deltas move an anchor onto its gt.
+    deltas, anchors, gt_boxes [P, 4] -> a scalar. d*, the right deltas, move an anchor onto its gt.
 
     >>> anchor, gt = torch.tensor([[0., 0., 10., 10.]]), torch.tensor([[5., 0., 15., 10.]])
     >>> box_loss(torch.zeros(1, 4), anchor, gt, beta=0.2)  # dx should be 0.5
@@ -267,7 +267,7 @@ def best_of_levels(values: Tensor, per_level: list[int], most: int) -> list[tupl
 
 
 def best_pairs(scores: Tensor, anchor: Tensor, most: int | None) -> tuple[Tensor, ...]:
-    """The `most` best (anchor, class) pairs of each image, or all: anchor, label, score.
+    """The `most` best (anchor, class) pairs of each image, or all if None: anchor, label, score.
 
     scores [B, M, K] of anchors [B, M] -> three tensors [B, number of pairs].
     """
@@ -303,7 +303,7 @@ class OneStage(BaseDetector):
     def score(self, probs: Tensor, outputs: dict, index: tuple, test: Any) -> Tensor:
         """Class probabilities [..., K] of the anchors `index` -> scores [..., K].
 
-        A score must rise with its probability: `candidates` relies on it.
+        A score must rise with its probability, because `candidates` relies on this.
         """
         return probs
 
@@ -317,7 +317,7 @@ class OneStage(BaseDetector):
         -> boxes [N, 4], clipped; scores, labels, image and anchor [N].
         """
         logits, sizes = outputs["cls_logits"], outputs["sizes"]  # [B, N, K], [B, 2]
-        # The best pairs lie on the best anchors: other anchors' class scores are never made.
+        # The best pairs lie on the best anchors, so only these anchors' class scores are made.
         best = logits.amax(-1, keepdim=True).sigmoid()
         best = self.score(best, outputs, (slice(None), slice(None)), test).squeeze(-1)
         best = torch.where(common.inside_image(outputs["anchors"], sizes), best, 0)  # [B, N]
@@ -337,9 +337,9 @@ class OneStage(BaseDetector):
 
 
 class RetinaNet(OneStage):
-    """RetinaNet. Beside what `OneStage` names, a method may add `further_losses`.
+    """RetinaNet. Besides the changes that `OneStage` lists, a method may add `further_losses`.
 
-    `head` is RetinaTowers or derived from it; its `names` say what its forward returns.
+    `head` is RetinaTowers or a subclass; its `names` are those of forward's outputs.
     """
 
     settings: Model
@@ -357,7 +357,7 @@ class RetinaNet(OneStage):
         self.to(memory_format=torch.channels_last)
 
     def loss(self, images: list[Tensor], targets: list[dict]) -> dict[str, Tensor]:
-        """Weighted scalars: focal loss `cls`, smooth L1 `box`, each over N_pos, and others."""
+        """Weighted scalars: focal loss `cls` and smooth L1 `box`, over N_pos, and others."""
         settings, out = self.settings, self.outputs(images)
         assigned = self.assign(out, targets)
         num_positives = count_positives(assigned.labels)
@@ -392,7 +392,7 @@ class RetinaNet(OneStage):
         return {}
 
     def outputs(self, images: list[Tensor]) -> dict:
-        """cls_logits [B, N, K], deltas [B, N, 4] and what else the head returns.
+        """cls_logits [B, N, K], deltas [B, N, 4] and whatever else the head returns.
 
         Also the anchors [N, 4], their number per_level, and the images' sizes [B, 2].
         """

@@ -1,8 +1,8 @@
 """Does a data set that others wrote keep the contract of data/contract.py?
 
-`check_dataset` looks at its members and first items and `checked_truth` at its ground truth, both
-before the first step. Reading all items would take too long then, so `CheckedItems` checks each
-item as it is drawn. BadInput names the item or the member, and the reason.
+`check_dataset` checks its members and first items, and `checked_truth` its ground truth, before the
+first training step. Reading all items at that point would take too long, so `CheckedItems` checks
+each item as it is drawn. BadInput names the item or the member, and the reason.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ CLOSE = 2.0  # px; choice: how far an item's box and the one in coco() may diffe
 
 
 def check_dataset(data, what: str, scored: bool = False, masks: bool = False) -> None:
-    """Does a data set keep the contract? BadInput names everything that is missing or wrong.
+    """Raise BadInput, with everything missing or wrong, if a data set breaks the contract.
 
-    Looks at its members and, closely, at its first items. `what` ("training") names the data set
+    This checks its members and, closely, its first items. `what` ("training") names the data set
     in the message. `scored`: it needs coco(), but no objects; `masks`: its targets need masks.
     """
     try:
@@ -40,7 +40,7 @@ def check_dataset(data, what: str, scored: bool = False, masks: bool = False) ->
             problems = _without_objects(CheckedItems(data, masks))
     except BadInput:
         raise
-    except Exception as e:  # its author's code
+    except Exception as e:  # from its author's code
         raise BadInput(f"the {what} data set, {_name(data)}: {type(e).__name__}: {e}") from e
     if problems:
         raise BadInput("\n  ".join([f"the {what} data set ({_name(data)})", *problems]))
@@ -85,7 +85,7 @@ def _are_categories(categories) -> bool:
 
 
 def _of_one_kind(ids: list) -> bool:
-    """Whether all are numbers, or all are strings: mixed, they cannot be sorted."""
+    """Whether all are numbers, or all are strings; a mixture cannot be sorted."""
     numbers = (int, np.integer)
     return all(isinstance(i, numbers) for i in ids) or all(isinstance(i, str) for i in ids)
 
@@ -103,7 +103,7 @@ def _first_problems(items: CheckedItems) -> list[str]:
 
 
 def _without_objects(items: CheckedItems) -> list[str]:
-    """Whether there is nothing to learn. Reads items up to the first that has an object."""
+    """A problem if there is nothing to learn. Reads items up to the first that has an object."""
     if any(not items[i][1]["ignore"].all() for i in range(len(items))):
         return []
     return [f"none of its {len(items)} items has an object that is not ignored"]
@@ -113,7 +113,7 @@ def _without_objects(items: CheckedItems) -> list[str]:
 
 
 class CheckedItems(Dataset):
-    """A data set each of whose items is checked as it is drawn. `masks`: its targets need masks."""
+    """A data set that checks each item as it is drawn. `masks`: its targets need masks."""
 
     def __init__(self, data, masks: bool = False):
         self.data, self.masks = data, masks
@@ -132,12 +132,12 @@ class CheckedItems(Dataset):
         return self.data.coco()
 
     def look_at(self, index: int) -> tuple[tuple[Tensor, dict], list[str]]:
-        """An item, and what is wrong with it. Raises BadInput whatever the data set raises."""
+        """An item, and what is wrong with it. Any error of the data set becomes BadInput."""
         try:
             item = self.data[index]
         except BadInput:
             raise
-        except Exception as e:  # its author's code
+        except Exception as e:  # from its author's code
             why = f"{type(e).__name__}: {e}"
             raise BadInput(f"item {index} of {_name(self.data)} cannot be read: {why}") from e
         size, num_classes = self.sizes[index], len(self.categories)
@@ -145,7 +145,7 @@ class CheckedItems(Dataset):
 
 
 def item_problems(item, size, num_classes: int, masks: bool = False) -> list[str]:
-    """What is wrong with an item of a data set that has this size (h, w) and so many classes."""
+    """What is wrong with an item, if its data set promises this size (h, w) and these classes."""
     needed = {"boxes", "labels", "ignore", "image_id", "size"}
     if masks:
         needed.add("masks")
@@ -239,17 +239,17 @@ def label_problems(labels: Tensor, num_classes: int) -> list[str]:
 
 
 def checked_truth(data) -> dict:
-    """data.coco(), with which detections are scored.
+    """data.coco(), the ground truth for scoring detections.
 
-    BadInput if it is no COCO dictionary, or if its images and categories are not those of the
-    data set. The objects of the first items must be in it, with their categories.
+    Raises BadInput if it is no COCO dictionary, or if its images and categories are not those of
+    the data set. The objects of the first items must be in it, with their categories.
     """
     try:
         truth = data.coco()
         problem = _truth_problem(truth, data) or _strange_objects(truth, data)
     except BadInput:
         raise
-    except Exception as e:  # its author's code, or values that nothing can be done with
+    except Exception as e:  # from its author's code, or from unusable values
         raise BadInput(f"coco() of {_name(data)}: {type(e).__name__}: {e}") from e
     if problem:
         raise BadInput(f"coco() of {_name(data)}: {problem}")
@@ -292,7 +292,7 @@ def _truth_problem(truth, data) -> str:
 
 
 def _finite(values) -> list[float]:
-    """Values as floats; none of them if one is not a finite number."""
+    """Values as floats, or an empty list if any is not a finite number."""
     try:
         numbers = [float(v) for v in values]
     except (TypeError, ValueError):
@@ -309,7 +309,7 @@ def _strange_objects(truth: dict, data) -> str:
         image_id, (h, w) = target["image_id"], target["size"]
         if image_id not in images:
             return f"it has no image {image_id!r}, which is item {i}"
-        ends = torch.tensor([w, h, w, h])  # boxes may be clipped in one of the two places alone
+        ends = torch.tensor([w, h, w, h])  # boxes may be clipped in only one of the two places
         own = [a for a in annotations if a["image_id"] == image_id]
         boxes = target["boxes"].as_subclass(Tensor).float()
         for box, label, ignored in zip(boxes, target["labels"], target["ignore"]):

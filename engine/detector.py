@@ -11,15 +11,15 @@
 `images` of one call to `loss` or `outputs` are padded together; `candidates` are the boxes that
 enter the last NMS. Finding them may run the part of the network that depends on which boxes
 survive: D2Det's dense local regression, CPM R-CNN's grids. Every setting of the given `test` is
-honoured and nothing of it is stored: one `outputs` serves as many `Test` objects as one likes.
+honoured and none is stored, so one call of `outputs` serves any number of `Test` objects.
 
 A detector with masks has two more tensors among its candidates, masks [N, M, M] and mask_iou [N].
 Its detections then have masks [D, M, M], probabilities over the box (`data.masks.paste_mask`), and
-mask_scores [D]. Candidates may be numbered by the caller, in a tensor `index` [N]: then each
-detection has the number of the candidate that it was.
+mask_scores [D]. The caller may number the candidates in a tensor `index` [N]; each detection then
+has an `index` too, the number of its candidate.
 
-Building a detector with backbone_weights "imagenet", the default, downloads them. "none" starts
-from scratch, and "random" is for weights that a checkpoint brings.
+Building a detector with backbone_weights "imagenet", the default, downloads these weights. "none"
+starts from scratch, and "random" is for weights that a checkpoint brings.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class BaseDetector(nn.Module):
     """The backbone, and how candidates become detections. A method adds the rest."""
 
     settings: Model
-    default_test: type[Test] = Test  # of `predict`: a script names its own
+    default_test: type[Test] = Test  # for `predict`; each script sets its own
 
     def __init__(self, model: Model, num_classes: int, extra: str = "pool"):
         super().__init__()
@@ -61,10 +61,10 @@ class BaseDetector(nn.Module):
 
     @torch.no_grad()
     def predict(self, images: list[Tensor], test: Test | None = None) -> list[dict[str, Tensor]]:
-        """Detections in uint8 images [3, h, w] as the network gets them, boxes in their pixels.
+        """Detections in uint8 images [3, h, w], with boxes in pixels of these images.
 
-        Nothing is resized, and the model stays in the mode that it is in: call `eval()` first, or
-        use `engine.load(checkpoint).detect(image)`, which does both.
+        Nothing is resized, and the model stays in the mode that it is in. So call `eval()` first,
+        or use `engine.load(checkpoint).detect(image)`, which resizes and sets the mode.
         """
         test = test or self.default_test()
         (candidates,) = candidates_by_size(self, images, [test])
@@ -73,14 +73,14 @@ class BaseDetector(nn.Module):
     def detections(
         self, candidates: dict[str, Tensor], num_images: int, test: Test
     ) -> list[dict[str, Tensor]]:
-        """NMS within each image and class, then each image's best that score `min_score`."""
+        """NMS within each image and class, then each image's best of at least `min_score`."""
         image, labels = candidates["image"], candidates["labels"]
         groups = image * self.num_classes + labels
         keep, scores = self.suppress(candidates["boxes"], candidates["scores"], groups, test)
         usable = (keep >= 0) & (scores >= test.min_score)
         best = first_per_image(image[keep], num_images, test.max_detections) & usable
         counts = (F.one_hot(image[keep], num_images) * best[:, None]).sum(0)
-        counts = counts.to("cpu", non_blocking=True)  # has arrived when the host has waited here:
+        counts = counts.to("cpu", non_blocking=True)  # arrives while the host waits here:
         best = best.nonzero()[:, 0]
         keep, scores = keep[best], scores[best]
         flat = dict(boxes=candidates["boxes"][keep], scores=scores, labels=labels[keep])
@@ -91,15 +91,15 @@ class BaseDetector(nn.Module):
     def suppress(
         self, boxes: Tensor, scores: Tensor, groups: Tensor, test: Test
     ) -> tuple[Tensor, Tensor]:
-        """The last NMS: indices kept, best first, perhaps then -1s; and their final scores."""
+        """The last NMS: the indices kept, best first, maybe padded with -1; their final scores."""
         keep, _ = kernels.nms_padded(boxes, scores, groups, test.nms_iou)
         return keep, scores[keep]
 
     def compile_parts(self, **options) -> None:
         """torch.compile backbone and heads in place, each once for all image sizes and numbers.
 
-        Weights keep their names. Of a head whose parts are also called alone, these are compiled:
-        its trunk, or those named in its `called_alone`. `options` are those of `nn.Module.compile`.
+        Weights keep their names. If parts of a head are also called alone, these are compiled in
+        its place: its trunk, or those in its `called_alone`. `options`: of `nn.Module.compile`.
         """
         for part in self.children():
             several = isinstance(part, (nn.ModuleList, nn.ModuleDict))
@@ -116,7 +116,7 @@ def build_detector(detector: Callable[..., Any], model: Model, num_classes: int)
         return detector(model, num_classes)
     except BadInput:
         raise
-    except ValueError as e:  # of a GroupNorm or a convolution
+    except ValueError as e:  # from a GroupNorm or a convolution
         widths = {k: v for k, v in vars(model).items() if "groups" in k or "channels" in k}
         flags = " ".join(flag(k, v) for k, v in widths.items())
         raise BadInput(f"no network can be built with {flags}: {e}") from e
@@ -126,8 +126,8 @@ def build_detector(detector: Callable[..., Any], model: Model, num_classes: int)
 def candidates_by_size(model, images: list[Tensor], tests: list[Test]) -> list[dict[str, Tensor]]:
     """Candidates under each of `tests`, found in each group of images that pad to the same size.
 
-    An image padded to the size of a larger one would not be detected as it is alone: the padding
-    counts in GroupNorm's statistics, and behind the first convolution it is no longer zero.
+    Padding an image to the size of a larger one would change its detections: the padding counts in
+    GroupNorm's statistics, and after the first convolution it is no longer zero.
     """
     odd = {p.dtype for p in model.parameters()} - {torch.float32}
     if odd:
@@ -166,7 +166,7 @@ def first_per_image(image: Tensor, num_images: int, most: int) -> Tensor:
 
 
 def split_images(flat: dict[str, Tensor], image: Tensor, counts: list[int]) -> list[dict]:
-    """Flat detections [N, ...], best first, of images [N] -> a dict of the same names per image.
+    """Flat detections [N, ...], best first, of images [N] -> one dict of these for each image.
 
     counts: how many detections each image has.
     """

@@ -1,7 +1,7 @@
-"""What a checkpoint may hold. Every entry is checked before anything is made of it.
+"""What a checkpoint may hold. Every entry is checked before it is used.
 
-torch's loader runs no foreign code, but neither looks at checksums nor knows what belongs into a
-checkpoint: what somebody has edited, or a disk has damaged, would fail anywhere later, or train on.
+torch's loader runs no foreign code, but it neither verifies checksums nor knows what belongs in a
+checkpoint. A file that was edited or damaged would fail somewhere later, or train on unnoticed.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ WEIGHTS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.in
 
 
 def check_bits(path) -> None:
-    """BadInput if bits of the file have changed since it was written: its checksums tell."""
+    """Raise BadInput if checksums show that the file has changed since it was written."""
     if not zipfile.is_zipfile(path):
         return  # missing, of torch's older format or no checkpoint at all: the loader says which
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except Exception as e:  # also the archive's own tables may be damaged, in many ways
+    except Exception as e:  # the archive's own tables may be damaged too
         raise BadInput(f"{path}: the file is damaged: {e}") from e
     if damaged:
         raise BadInput(f"{path}: the file is damaged: {damaged} does not fit its checksum")
 
 
 def check_entries(state: Any, path) -> None:
-    """BadInput names the first entry that is missing or cannot be what `save_run` wrote."""
+    """Raise BadInput for the first entry that is missing or cannot come from `save_run`."""
     if not isinstance(state, dict) or not {"model", "categories", "settings"} <= state.keys():
         raise BadInput(
             f"{path}: not a checkpoint of this project (no model, categories and settings)"
@@ -51,14 +51,14 @@ def check_entries(state: Any, path) -> None:
 
 
 def check_saved_settings(settings: Any, path) -> None:
-    """BadInput unless these are settings as a checkpoint or config.json has them."""
+    """Raise BadInput unless these are settings as a checkpoint or config.json has them."""
     problem = _settings_problem(settings)
     if problem:
         raise BadInput(f"{path}: its {problem}")
 
 
 def check_run_entries(state: dict, path, model: nn.Module) -> None:
-    """BadInput names what is missing or odd among the entries that only resuming needs."""
+    """Raise BadInput if an entry that only resuming needs is missing or odd."""
     problem = ""
     missing = [name for name in ("optimizer", "step", "rng") if name not in state]
     step, rng, window = state.get("step"), state.get("rng"), state.get("window", [])
@@ -82,9 +82,9 @@ def check_run_entries(state: dict, path, model: nn.Module) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path) -> None:
-    """Fill the optimiser with what a checkpoint has of it, which must fit its weights.
+    """Load the optimiser's state from a checkpoint; it must fit the optimiser's weights.
 
-    Learning rate and the like are the settings', which are compared on their own.
+    Learning rate and the like come from the settings, which are compared elsewhere.
     """
     fresh = optimizer.state_dict()
     (group,) = optimizer.param_groups
@@ -112,9 +112,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path) -> None:
 
 
 def check_size(detector, settings: Model, state: dict, path) -> None:
-    """BadInput if the settings do not make the network whose weights the checkpoint has.
+    """Raise BadInput if the settings do not make the network whose weights the checkpoint has.
 
-    The network is built without memory, and no further than the weights reach: settings that
+    The network is built without memory, and only up to the number of weights: settings that
     somebody has edited may ask for a million layers.
     """
     most = 2 * len(state["model"]) + 100  # some layers are replaced while a network is built
@@ -140,7 +140,7 @@ def check_size(detector, settings: Model, state: dict, path) -> None:
 
 
 def fill(model: nn.Module, weights: dict, path, assign: bool = False) -> None:
-    """`load_state_dict`; BadInput if names or shapes differ."""
+    """Do `load_state_dict`, but raise BadInput if names or shapes differ."""
     try:
         model.load_state_dict(weights, assign=assign)
     except RuntimeError as e:
@@ -223,7 +223,7 @@ def _are_random_states(states: Any) -> bool:
 
 def _fits(value: Any, shape: torch.Size, name: str) -> bool:
     if value is None:
-        return name == "momentum_buffer"  # without momentum
+        return name == "momentum_buffer"  # when momentum is off
     if not isinstance(value, Tensor) or not _dense(value) or not value.is_floating_point():
         return False
     return value.shape == (torch.Size([]) if name == "step" else shape)

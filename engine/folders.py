@@ -20,9 +20,9 @@ except ImportError:  # Windows: runs are not kept apart there
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write into. A crash at any moment leaves the old file or the new one, whole.
+    """A file to write into. A crash at any moment leaves either the old or the new file, whole.
 
-    Raises BadInput with the reason if it cannot be written.
+    Raises BadInput with the reason if the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -39,7 +39,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         raise
     if os.name == "posix":  # elsewhere folders cannot be opened
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the rename itself
+        os.fsync(folder)  # so that the rename survives a crash
         os.close(folder)
 
 
@@ -53,7 +53,7 @@ def cannot_write(path: Path, error: BaseException) -> BadInput:
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename the folder of an earlier run, so that nothing is overwritten; its new name."""
+    """Rename the folder of an earlier run, so that nothing is overwritten; return its new name."""
     number = 1
     while folder.with_name(f"{folder.name}-{number}").exists():
         number += 1
@@ -77,13 +77,13 @@ def check_folder(out: Path) -> None:
 # ------------------------------------------------------------------------------ one run at a time
 
 
-_locks: list[IO[str]] = []  # those that this process holds
+_locks: list[IO[str]] = []  # the locks that this process holds
 
 
 def lock(folder: Path) -> IO[str]:
-    """The folder's lock, held until `unlock`; BadInput if another run holds it.
+    """Take the folder's lock until `unlock`; raise BadInput if another run holds it.
 
-    The system drops it when this process dies, however it dies.
+    The system releases the lock when this process dies, however it dies.
     """
     path = folder / ".lock"
     while True:
@@ -102,7 +102,7 @@ def lock(folder: Path) -> IO[str]:
             ) from None
         except OSError:
             pass  # a file system that has no locks
-        with contextlib.suppress(OSError):  # its owner may have removed or moved it meanwhile
+        with contextlib.suppress(OSError):  # another run may have removed or moved it meanwhile
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 break
         file.close()
@@ -120,7 +120,7 @@ def unlock(file: IO[str], folder: Path) -> None:
 
 
 def leave_locks() -> None:
-    """For a forked process, which would hold its parent's locks beyond the parent's death."""
+    """Close the locks in a forked process, which would hold them beyond its parent's death."""
     for file in _locks:
         file.close()
     _locks.clear()
@@ -128,9 +128,9 @@ def leave_locks() -> None:
 
 @contextlib.contextmanager
 def sole_writer(out: Path, set_aside_if: str = "") -> Iterator[None]:
-    """While the block runs, no other run may write into this folder, on pain of BadInput.
+    """Lock this folder while the block runs; raise BadInput if another run holds the lock.
 
-    `set_aside_if`: the folder of an earlier run, which has a file of that name, is renamed first.
+    A folder that already has a file named `set_aside_if`, from an earlier run, is renamed first.
     """
     problem, file = "", None
     if rank_and_world()[0] == 0:

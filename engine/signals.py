@@ -1,4 +1,4 @@
-"""What ends a run from outside: Ctrl-C, `kill`, a scheduler, a terminal that is closed."""
+"""Signals that end a run: from Ctrl-C, `kill`, a scheduler, or a terminal that is closed."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class Stopped(SystemExit):
     def __init__(self, number: int):
         super().__init__(128 + number)
         self.number = number
-        self.told = False  # whether the user knows
+        self.told = False  # whether the user has been told
 
 
 class Signals:
-    """Answers the signals: they end the program at once, by raising `Stopped`.
+    """The answer to a signal: raise `Stopped`, which ends the program at once.
 
-    While `hold` is true, a training step is under way, which must not be torn. Signals are then
-    only collected in `seen`, and the loop raises `Stopped` after the step. The third signal raises
-    even so: somebody insists, because the step hangs.
-    `outcome` says what was saved and how to go on. It is told to the user at the end.
+    While `hold` is true, a training step is under way, which must not be interrupted. Signals are
+    then only collected in `seen`, and the loop raises `Stopped` after the step. The third signal
+    raises even during the step: the user insists, because the step hangs.
+    `outcome` says what was saved and how to go on. The user reads it at the end.
     """
 
     def __init__(self, outcome: str):
@@ -43,7 +43,7 @@ class Signals:
         if len(self.seen) > 5:  # ending hangs as well
             os._exit(128 + number)
         if self.hold and len(self.seen) < 3:
-            if rank_and_world()[0] == 0:  # not print: the signal may have come amid another one
+            if rank_and_world()[0] == 0:  # not print: the signal may have interrupted a print
                 with contextlib.suppress(OSError):
                     os.write(2, b"signal %d: stopping when this step is done\n" % number)
         elif not self.ending:
@@ -55,7 +55,7 @@ class Signals:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Steps are taken in this block. A signal that is left over at its end acts then."""
+        """Hold signals while steps are taken in this block. Those still held act at its end."""
         self.hold = True
         try:
             yield
@@ -66,7 +66,7 @@ class Signals:
 
     @contextlib.contextmanager
     def released(self) -> Iterator[None]:
-        """Between two steps, while nothing can be torn: signals end the program at once."""
+        """Let signals end the program at once, between two steps, where nothing is half done."""
         self.hold = False
         if self.seen:
             self.end(self.seen[0])
@@ -78,10 +78,10 @@ class Signals:
 
 @contextlib.contextmanager
 def signals_answered(outcome: str, own_process: bool = False) -> Iterator[Signals]:
-    """`Signals` as the handler of SIGINT, SIGTERM and SIGHUP; prints one line if one stops us.
+    """Let `Signals` handle SIGINT, SIGTERM and SIGHUP; print one line if one stops the program.
 
-    `own_process`: nothing follows, so a second Ctrl-C cannot interrupt the exit with a traceback.
-    Outside the main thread, where Python allows no handlers, nothing is changed.
+    `own_process`: only the exit follows, and the handlers stay, so that a second Ctrl-C does not
+    interrupt it with a traceback. Outside the main thread Python allows no handlers: none is set.
     """
     signals = Signals(outcome)
     if threading.current_thread() is not threading.main_thread():
@@ -89,7 +89,7 @@ def signals_answered(outcome: str, own_process: bool = False) -> Iterator[Signal
         return
     before = {number: signal.getsignal(number) for number in NUMBERS}
     for number, handler in before.items():
-        # `nohup` ignores SIGHUP; shells also ignore SIGINT in the background, where `kill` sends it
+        # `nohup`'s ignored SIGHUP stays; ignored SIGINT does not: background jobs get it by `kill`
         if handler != signal.SIG_IGN or number == signal.SIGINT:
             signal.signal(number, signals.answer)
     try:
@@ -98,7 +98,7 @@ def signals_answered(outcome: str, own_process: bool = False) -> Iterator[Signal
         if not e.told:
             print_once(f"stopped by signal {e.number}: {signals.outcome}")
         e.told = True
-        for handler in before.values():  # of an outer block, which ends as well
+        for handler in before.values():  # an outer block ends as well
             if isinstance(outer := getattr(handler, "__self__", None), Signals):
                 outer.ending = True
         if own_process:

@@ -41,7 +41,7 @@ from engine.signals import Signals, signals_answered
 
 
 def learning_rate(run: Run, step: int, total: int, batch: int) -> float:
-    """Linear scaling rule, warm-up from warmup_factor; then a tenth at each drop, or a cosine."""
+    """A step's rate: linear in the batch, warmed up, then a tenth at each drop, or a cosine."""
     base = run.lr * batch / run.lr_batch
     warmup = min(run.warmup, total // 10)
     share = min(1.0, step / warmup) if warmup else 1.0
@@ -60,7 +60,7 @@ def make_optimizer(model: nn.Module, run: Run) -> torch.optim.Optimizer:
 
 
 class LossOnly(nn.Module):
-    """DDP synchronises what `forward` computes, so training calls the loss through this."""
+    """DDP synchronises what `forward` computes, so training calls `loss` through this class."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -71,7 +71,7 @@ class LossOnly(nn.Module):
 
 
 def take_step(wrapped, optimizer, rate: float, items: list, run: Run, device):
-    """One update of the weights -> losses and the gradients' norm, on their device; image ids."""
+    """Update the weights once -> losses and gradient norm, still on the device; image ids."""
     images, targets = to_device(items, device)
     try:
         with autocast(run.amp, device):
@@ -93,7 +93,7 @@ def take_step(wrapped, optimizer, rate: float, items: list, run: Run, device):
 
 
 class LossWatch:
-    """The losses since the log's last line; each travels to the host during the next step."""
+    """The losses since the log's last line; a step's are copied to the host during the next."""
 
     def __init__(self, window: list[Tensor]):
         self.window = window
@@ -123,7 +123,7 @@ class LossWatch:
                 raise FloatingPointError(f"step {step}, images {image_ids}: not finite: {shown}")
 
     def means(self) -> dict[str, float]:
-        """Each loss's mean over the window, which starts anew."""
+        """Each loss's mean over the window, which is then emptied."""
         self.check()
         means = torch.stack(self.window).mean(0).tolist()
         self.window.clear()
@@ -131,7 +131,7 @@ class LossWatch:
 
 
 def report(step: int, batches: TrainBatches, rate: float, means: dict, speed: float, device):
-    """The log's line of a step, and what is printed of it; speed in images/s."""
+    """A step's line for the log, and its text for the terminal; speed in images/s."""
     line: dict[str, Any] = {"step": step, "epoch": round(step / batches.per_epoch, 3), "lr": rate}
     line |= {"loss": sum(means.values()), "losses": means}
     line |= {"images_per_s": speed, "memory_mib": peak_memory(device) >> 20}
@@ -174,27 +174,27 @@ class Evaluations:
             self.steps = set()
 
     def due(self, step: int) -> bool:
-        """Whether a step is followed by an evaluation; the last step's is not among these."""
+        """Whether an evaluation follows a step; the one at the end of the run does not count."""
         return step in self.steps
 
     def run(self, step: int, save: Callable[[Path], None], bar=None) -> None:
-        """Evaluate, log the metrics, draw, and save best.pt if no AP before was as high."""
+        """Evaluate, log the metrics, draw, and save best.pt if no AP before was higher."""
         share_buffers(self.model)
         earlier = [line["AP"] or 0 for line in self.log.lines if "AP" in line]
         self.metrics = evaluate(self.model, self.data, self.settings, self.out, self.truth)
         best = gather((self.metrics["AP"] or 0) >= max(earlier, default=0))[0]
         if best and self.metrics["AP"] is not None:
             save(self.out / "best.pt")
-        if not self.log.has_metrics(step):  # from here on it is not made up for on resuming
+        if not self.log.has_metrics(step):  # once logged, it is not repeated on resuming
             self.log.write({"step": step, **self.metrics})
         self.log.draw()
         print_once(f"step {step}: {show_metrics(self.metrics)}", bar)
 
 
 def check_data(model: nn.Module, settings: Settings, train_data, val_data) -> dict | None:
-    """Raise BadInput if the data are not what training needs, or not of the model's classes.
+    """Raise BadInput if the data are unfit for training, or if their classes are not the model's.
 
-    Returns the ground truth of the validation data, in the first process alone.
+    Return the ground truth of the validation data, but in the first process only.
     """
     truth = None
     check_dataset(train_data, "training", masks=settings.model.masks)
@@ -229,11 +229,11 @@ def train(
     out: str | Path = "runs/model",
     resume: bool = False,
 ) -> dict:
-    """Train to the end of the schedule, or to SIGTERM; returns the last metrics ({} without data).
+    """Train until the schedule or a signal ends it; return the last metrics, {} without val_data.
 
-    OUT receives config.json, log.jsonl, last.pt, best.pt, curves.png and what `evaluate` writes.
-    With `resume` it continues where last.pt was written: on a CPU, with as many threads, exactly.
-    The data sets keep `data.DetectionDataset`; BadInput says what one lacks.
+    `out` receives config.json, log.jsonl, last.pt, best.pt, curves.png and what `evaluate` writes.
+    With `resume` the run goes on from last.pt: exactly, on a CPU with the same number of threads.
+    Data sets keep the contract `data.DetectionDataset`; BadInput says what is missing.
     """
     out = Path(out)
     truth = check_data(model, settings, train_data, val_data)
@@ -244,7 +244,7 @@ def train(
             return _train(model, settings, train_data, val_data, truth, out, resume, signals)
         except Exception as e:
             if signals.seen and isinstance(e, RuntimeError) and rank_and_world()[1] > 1:
-                signals.end(signals.seen[0])  # the error is that another process ended first
+                signals.end(signals.seen[0])  # it failed because another process ended first
             if signals.outcome != nothing:
                 print_once(signals.outcome)
             raise
@@ -260,7 +260,7 @@ def _train(
     resume: bool,
     signals: Signals,
 ) -> dict:
-    """`train` on data that were checked, in a folder where nobody else writes."""
+    """`train`, after the data were checked, in a folder where no other run writes."""
     device, run = next(model.parameters()).device, settings.run
     rank, world = rank_and_world()
     batch = per_process_batch(run) * world
@@ -306,7 +306,7 @@ def _train(
         if path == last:
             tell_saved()
 
-    # a run may have been killed during an evaluation
+    # make up for an evaluation during which the run was killed
     if evaluations.due(state.step) and not gather(log.has_metrics(state.step))[0]:
         evaluations.run(state.step, save)
     logged, clock = state.step, time.perf_counter()
@@ -325,7 +325,7 @@ def _train(
                 log.write(line)
                 print_once(text, bar)
                 logged, clock = step, time.perf_counter()
-            evaluated = evaluations.due(step)  # saved before, so that a kill loses little
+            evaluated = evaluations.due(step)  # save before it, so that a kill loses little
             if stop or evaluated or step == batches.total or step % run.save_every == 0:
                 save(last)
             if stop:
@@ -336,7 +336,7 @@ def _train(
                 with signals.released():
                     evaluations.run(step, save, bar)
                 clock += time.perf_counter() - paused
-    if val_data is not None:  # also where a run is resumed that had only this left to do
+    if val_data is not None:  # also if a resumed run had only this left to do
         evaluations.run(batches.total, save)
     log.draw()
     return evaluations.metrics
