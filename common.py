@@ -403,7 +403,7 @@ class ResNetFPN(nn.Module):
         scratch = weights == "none"
         if norm == "auto" or (norm == "eval_bn" and scratch):  # scratch has no statistics to keep
             norm = "gn" if scratch else "frozen_bn"
-        known = "IMAGENET1K_V1" if weights == "imagenet" else None  # the papers'; V2 does as well
+        known = "IMAGENET1K_V1" if weights == "imagenet" else None  # the papers'
         try:
             net = make_resnet(name, known, make_norm(norm))
             if weights not in ("imagenet", "none", "random"):
