@@ -71,7 +71,7 @@ TINY = dict(
     engine.TINY,
     fc_channels=256,
     rpn_samples=64,
-    rpn_floor=0.3,  # choice: as when docs/results.md was measured
+    rpn_floor=0.3,  # choice: as in the runs of docs/results
     roi_samples=16,
     roi_positive=0.5,
     proposals_train=200,

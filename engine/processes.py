@@ -81,7 +81,7 @@ def keep_memory() -> None:
     """Have glibc keep the memory that this process frees, for its next tensors.
 
     By default glibc returns each block of 32 MiB or more to the system, which hands it out again
-    page by page and zeroed: up to two fifths of a large prediction's time (docs/results.md). Kept
+    page by page and zeroed: up to two fifths of a large prediction's time (docs/log.md). Kept
     memory is up to half more memory held. Called by the command line alone, never by library code;
     does nothing where any of glibc's MALLOC_ variables is set, or without glibc.
     """
