@@ -79,7 +79,7 @@ PROTOCOLS = {
     "bccd": Protocol(
         title="BCCD: photographs of blood cells, 3 classes, 256 px",
         seeds=6,
-        flags="--preset tiny".split(),
+        flags="--preset tiny --scales 256 --test-scales 256 --max-size 448".split(),
         epochs={method: 12.0 * ONE_STAGE_LONGER.get(method, 1) for method in PAPERS},
     ),
     "fod": Protocol(
