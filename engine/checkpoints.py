@@ -40,20 +40,25 @@ def save_checkpoint(path: Path, state: dict) -> None:
         torch.save(state, file)
 
 
+def load_tensors(path: str | Path, problem: str):
+    """What a file of tensors and plain values holds; no code in it is run. BadInput: `problem`."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except Exception as e:  # pickle, zip and torch each have their own
+        why = str(e).partition("WeightsUnpickler error:")[2].split("\n")[0].strip()
+        why = why or type(e).__name__  # torch's other lines advise to load it unsafely
+        raise BadInput(f"{path}: {problem}: {why}") from e
+
+
 def load_checkpoint(path: str | Path) -> dict:
     """A checkpoint of `train`; its `settings` are grouped as `Settings.to_dict` groups them.
 
     Raises BadInput for a file that is no checkpoint, was damaged, or holds more than weights.
     """
     check_bits(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
-    except Exception as e:  # pickle, zip and torch each have their own
-        why = str(e).partition("WeightsUnpickler error:")[2].split("\n")[0].strip()
-        why = why or type(e).__name__  # torch's other lines advise to load it unsafely
-        raise BadInput(f"{path}: not a checkpoint that is safe to load: {why}") from e
+    state = load_tensors(path, "not a checkpoint that is safe to load")
     if isinstance(state, dict) and "config" in state:  # before settings had four objects
         state["settings"] = state.pop("config")
     check_entries(state, path)

@@ -25,7 +25,7 @@ import tyro
 from torch import Tensor
 
 from common import BadInput
-from engine.checkpoints import as_saved, save_checkpoint
+from engine.checkpoints import as_saved, load_tensors, save_checkpoint
 from studies.published_rules import SOURCES, UNUSED, Rule, Source
 
 # COCO's categories in the order of their ids, which are 1 to 90 without ten
@@ -79,13 +79,7 @@ BACKBONES = {  # blocks of the third stage; channels and channels a group of a 3
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """The tensors of a file by name, and what it says of itself. Raises BadInput."""
-    try:
-        file = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
-    except Exception as e:  # pickle, zip and torch each have their own
-        why = str(e).partition("WeightsUnpickler error:")[2].split("\n")[0].strip()
-        raise BadInput(f"{path}: holds more than weights: {why or type(e).__name__}") from e
+    file = load_tensors(path, "holds more than weights")
     about = file.get("meta") or {} if isinstance(file, dict) else {}
     for entry in ("state_dict", "model"):
         if isinstance(file, dict) and isinstance(file.get(entry), dict):
