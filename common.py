@@ -77,7 +77,7 @@ def decode_boxes(boxes: Tensor, deltas: Tensor, stds=(1.0, 1.0, 1.0, 1.0)) -> Te
 
 def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
     """Boxes [..., 4] cut to images of sizes [..., 2] (h, w), which broadcast over the boxes."""
-    limit = sizes.flip(-1).repeat_interleave(2, -1)[..., [0, 2, 1, 3]]  # (w, h, w, h)
+    limit = torch.cat([sizes.flip(-1)] * 2, -1)  # (w, h, w, h)
     return torch.minimum(boxes.clamp(min=0), limit)
 
 

@@ -180,7 +180,7 @@ def host_waits(net: nn.Module, work, amp: str, device) -> int | None:
         torch.cuda.set_sync_debug_mode("warn")
         run_once(net, work, amp, device)
         torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(w.message) for w in caught)
+    return sum("called a synchronizing" in str(w.message) for w in caught)
 
 
 @dataclass

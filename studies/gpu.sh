@@ -4,28 +4,30 @@
 # Writes OUT/report.txt, one file to send: machine, versions, checks, tables, and what did not fit
 # into the time. Beside it lie the runs and JSON files. DETECTION_DATA may name a folder with bccd/
 # and coco_tiny/; without, bccd is left out and the kernels' boxes are made up. SMALL=1 rehearses it
-# with networks and images as small as they go, on DEVICE (cpu unless given).
+# with networks and images as small as they go, on DEVICE (cpu unless given); all limits are longer.
 set -u
 out=${1:?usage: studies/gpu.sh OUT [MINUTES]}
-end=$((SECONDS + 60 * ${2:-10}))
+minutes=${2:-10}
 cd "$(dirname "$0")/.."
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 report=$out/report.txt
 data=${DETECTION_DATA:-}
 python=${PYTHON:-python}
-size=() short=() steps=200 repeat=10 workers=4 tests=""
+size=() short=() nccl=() steps=200 repeat=10 workers=4 tests="" slower=1
 if [ "${SMALL:-}" ]; then
   device=(--device "${DEVICE:-cpu}")
   size=(--preset tiny "${device[@]}" --image-size 64 --scales 64 --test-scales 64 --max-size 64)
   short=(--seconds 0.01 "${device[@]}" --only "1000 x 7x7 float32")
-  steps=3 repeat=1 workers=0 tests="-k hand"
+  nccl=(--device cpu) # a pretended GPU has no NCCL
+  steps=3 repeat=1 workers=0 tests="-k hand" slower=60
 fi
+end=$((SECONDS + 60 * minutes * slower))
 
 say() { echo "$@" | tee -a "$report"; }
 
 part() { # NAME SECONDS COMMAND...: at most so long, and not past the end
-  local name=$1 most=$2 left=$((end - SECONDS)) start=$SECONDS code=0
+  local name=$1 most=$(($2 * slower)) left=$((end - SECONDS)) start=$SECONDS code=0
   shift 2
   [ "$left" -lt "$most" ] && most=$left
   if [ "$most" -lt 5 ]; then
@@ -39,7 +41,7 @@ part() { # NAME SECONDS COMMAND...: at most so long, and not past the end
 
 : >"$report"
 say "$(date -u +%F) $(uname -sm) $(git rev-parse --short HEAD 2>/dev/null)"
-say "$(nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader 2>&1 | head -n 8)"
+say "$(nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader 2>/dev/null || echo "no nvidia-smi")"
 say "$("$python" -c "import torch, torchvision as v, triton; print('torch', torch.__version__, 'torchvision', v.__version__, 'triton', triton.__version__, 'cuda', torch.version.cuda, torch.cuda.device_count(), 'GPU')" 2>&1 | tail -n 1)"
 # The limits of all but the last part are 600 seconds together.
 # Are the kernels right, run natively? (most of the time goes into compiling them)
@@ -60,7 +62,7 @@ if [ -d "$data/bccd" ]; then
 fi
 # One process under torchrun: DDP's way of starting, over NCCL
 part ddp 30 "$python" -m torch.distributed.run --standalone --nproc_per_node 1 d2det.py --train \
-  --preset tiny --steps $steps --out "$out/ddp" "${size[@]}"
+  --preset tiny --steps $steps --out "$out/ddp" "${size[@]}" "${nccl[@]}"
 # The same through torch.compile, whose first step takes long; D2Det has the time that is left
 part compiled_iou_aware_retinanet 80 "$python" -m studies.bench iou_aware_retinanet --compile \
   --repeat $repeat --out "$out/compiled_iou_aware_retinanet" "${size[@]}"

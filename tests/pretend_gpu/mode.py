@@ -46,6 +46,8 @@ def on_cpu(x):
     """A CPU tensor over the memory of a tensor of the GPU; other arguments, moved to the CPU."""
     if isinstance(x, torch.device):
         return torch.device("cpu")
+    if isinstance(x, torch.Generator):  # each draw of a GPU's generator is the first here
+        return torch.Generator().manual_seed(x.initial_seed())
     if not isinstance(x, Tensor) or not x.is_cuda:
         return x
     storage = x.untyped_storage()
@@ -99,6 +101,7 @@ class PretendedGPU(TorchDispatchMode):
     def forget(self) -> None:
         """Begin to count anew."""
         self.counting = True
+        self.waited = library.pretend_waits()  # those that are noted
         self.waits: Counter = Counter()
         self.mixed: Counter = Counter()
 
@@ -110,6 +113,7 @@ class PretendedGPU(TorchDispatchMode):
         if not gpu and not any(isinstance(x, torch.device) and x.type == "cuda" for x in leaves):
             return func(*args, **kwargs)
         name = func._schema.name
+        self.note_waits("before " + name)  # indexing by a list copies it to the GPU first
         if name in OPDEFS:
             with self:
                 return self.launch(name.split("::")[1], OPDEFS[name]._init_fn, args)
@@ -119,19 +123,20 @@ class PretendedGPU(TorchDispatchMode):
             devices = {x.device for x in tensors if x.dim()}
             assert len(devices) == 1, f"{name}: {devices}"
             if name not in PRODUCTS:
-                torch.cuda.current_stream(gpu[0].device).synchronize()
-                self.note_wait(name, max(1, masked))
+                for _ in range(max(1, masked)):
+                    torch.cuda.current_stream(gpu[0].device).synchronize()
+                self.note_waits(name)
             return alone(func, name, args, kwargs, gpu[0])
-        before = library.pretend_waits()
         out = func(*args, **kwargs)
-        self.note_wait(name, library.pretend_waits() - before)
+        self.note_waits(name)
         if func.is_view or name in WITHOUT_VALUES:
             return out
         if name in ("aten::_to_copy", "aten::copy_") and arrives_by_itself(out, tensors):
             return out
         result = func(*tree_map(on_cpu, args), **tree_map(on_cpu, kwargs))
         for mine, value in zip(tree_leaves(out), tree_leaves(result)):
-            if isinstance(mine, Tensor) and value.numel():  # the CPU leaves some buffers empty
+            # each kind of device leaves some of an operator's buffers empty
+            if isinstance(mine, Tensor) and mine.numel() and value.numel():
                 if mine.data_ptr() != value.data_ptr():
                     on_cpu(mine).copy_(value)
         return out if isinstance(tree_leaves([out, None])[0], Tensor | None) else result
@@ -149,7 +154,10 @@ class PretendedGPU(TorchDispatchMode):
                 on_cpu(mine).copy_(value)
         return out
 
-    def note_wait(self, name: str, number: int) -> None:
+    def note_waits(self, name: str) -> None:
+        """Note the waits since the last note."""
+        number = library.pretend_waits() - self.waited
+        self.waited += number
         if number and self.counting:
             self.waits[f"{name} {place()}"] += number
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run a script, or `-m` and a module, as if the machine had a GPU.
+"""Run a script, `-m` and a module, or `-c` and code, as if the machine had a GPU.
 
 Needs Linux, gcc and a torch built for CUDA. See cuda.c for what is pretended, and its environment.
 
@@ -59,6 +59,8 @@ def main() -> None:
         if sys.argv[0] == "-m":
             sys.argv = sys.argv[1:]
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        elif sys.argv[0] == "-c":
+            exec(sys.argv[1])
         else:
             runpy.run_path(sys.argv[0], run_name="__main__")
 
