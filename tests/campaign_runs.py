@@ -155,7 +155,8 @@ def pairs(count, work: Path) -> None:
                 first.send_signal(signal.SIGCONT)
                 text = first.communicate(timeout=SLOW)[0]
                 verdict = "refused"
-                if done.returncode != 2 or "another run (process" not in done.stdout:
+                reasons = ("another run (process", f"a checkpoint of {script}, not of {other}")
+                if done.returncode != 2 or not any(r in done.stdout for r in reasons):
                     verdict = f"silent: {done.returncode}: {done.stdout[-200:]}"
                 if "Traceback" in done.stdout + text:
                     verdict = f"traceback: {(done.stdout + text)[-300:]}"
