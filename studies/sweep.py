@@ -1,4 +1,4 @@
-"""One forward pass, many settings: what a number or a choice at test time does to the AP.
+"""What does a number or a choice at test time do to the AP? One forward pass, many settings.
 
     python -m studies.sweep iou_aware_retinanet --weights CKPT   # alpha: Tables 3 and 4
     python -m studies.sweep cpm_rcnn --weights CKPT              # gamma: Figure 7
@@ -6,8 +6,8 @@
     torchrun --nproc_per_node 2 -m studies.sweep dc_loss_clnms --weights CKPT    # NMS: Table 3
 
 Prints a table and writes OUT/sweep.json; alpha and gamma are drawn in OUT/sweep.png. The network
-runs once; only scores, the choice of boxes and their suppression are repeated. The detections under
-all settings are in memory together: about 4 GB for twelve settings and COCO's 5,000 images.
+runs once; only scores, the choice of boxes and their suppression are repeated. Detections of
+all settings are kept in memory: about 4 GB for twelve settings and COCO's 5,000 images.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ import tyro
 from torch import nn
 
 from common import BadInput
-from engine.checkpoints import write_json
 from engine.metrics import detect_under, show_table, to_coco
 from engine.pictures import new_figure, percent
-from engine.processes import gather, print_once, rank_and_world
+from engine.processes import gather, rank_and_world
 from engine.settings import Test
-from studies.checkpoint import Options, Study, open_study, read_options, reported
+from studies.checkpoint import Options, Study, open_study, read_options, reported, write_results
 
 
 def alphas(model: nn.Module, test) -> dict[str, Test]:
@@ -116,10 +115,9 @@ def main(argv=None) -> dict[str, dict]:
         rows = metrics_under(study, SWEEPS[options.method](study.model, study.settings.test))
         if rows:
             show_table(rows)
-            write_json(study.out / "sweep.json", rows)
             if options.method in DRAWN:
                 draw(rows, *DRAWN[options.method], study.out / "sweep.png")
-            print_once(f"results: {study.out}/sweep.json")
+            write_results(study.out / "sweep.json", rows)
         return rows
 
 
