@@ -1,4 +1,4 @@
-"""What `studies.explain` draws of the one-stage methods: see inside_two_stage.py."""
+"""What does a one-stage method see around its detection? See inside_two_stage.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dc_loss_clnms import cl_nms_of_one_class
 from studies.assignment import without_iac
 from studies.seen import FOUND, OTHER, TRUTH, Seen, colour_scale, numbers_of, outline
 
-# ------------------------------------------------------------------------------ IoU-aware RetinaNet
+# ---------------------------------------------------------------------- IoU-aware RetinaNet
 
 
 def draw_iou_aware(seen: Seen) -> None:
@@ -70,7 +70,7 @@ def draw_ranking(seen: Seen, most: int = 12) -> None:
     axis.set_xticks((0, 1), ("class score", "fused"))
 
 
-# ------------------------------------------------------------------------------ DC loss and CL-NMS
+# ------------------------------------------------------------------------ DC loss and CL-NMS
 
 
 @torch.no_grad()
@@ -114,7 +114,8 @@ def draw_anchors(seen: Seen, own: Tensor) -> None:
     added = own & (without_iac(seen.model, out, [seen.target]).labels[0] != 1)
     seen.numbers |= dict(positives=int(own.sum()), added_by_iac=int(added.sum()))
     by_iou = own & ~added
-    title = f"its anchors: {int(by_iou.sum())} by IoU (blue)\n{int(added.sum())} by IAC (magenta)"
+    title = f"its anchors: {int(by_iou.sum())} by IoU (blue)\n"
+    title += f"{int(added.sum())} by IAC (magenta)"
     axis = seen.photo(title, [*out["anchors"][own], seen.truth])
     for mask, colour in ((by_iou, FOUND), (added, OTHER)):
         for anchor in out["anchors"][mask]:
@@ -139,14 +140,19 @@ def draw_cluster(seen: Seen) -> None:
     plain, cl = boxes[0], boxes[kept]  # the first has the best score
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
     centre = (scores[:, None] * centres).sum(0) / scores.sum()
-    seen.numbers |= dict(cluster=[numbers_of(b) for b in boxes], cluster_scores=numbers_of(scores))
-    seen.numbers |= dict(centre=numbers_of(centre), kept={"plain and soft": 0, "CL": int(kept)})
+    seen.numbers |= {
+        "cluster": [numbers_of(box) for box in boxes],
+        "cluster_scores": numbers_of(scores),
+        "centre": numbers_of(centre),
+        "kept": {"plain and soft": 0, "CL": int(kept)},
+    }
     by_plain = by_cl = ""
     if seen.truth is not None:
         plain_iou, cl_iou = (aligned_iou(box, seen.truth).item() for box in (plain, cl))
         seen.numbers |= dict(iou_plain=plain_iou, iou_cl=cl_iou)
         by_plain, by_cl = f" (IoU {plain_iou:.2f})", f" ({cl_iou:.2f})"
-    title = f"of {len(boxes)} boxes magenta is kept by\nplain NMS{by_plain}, blue by CL-NMS{by_cl}"
+    title = f"of {len(boxes)} boxes magenta is kept by\n"
+    title += f"plain NMS{by_plain}, blue by CL-NMS{by_cl}"
     axis = seen.photo(title, [*boxes, seen.truth])
     for box in boxes:
         outline(axis, box, "0.3", width=0.6, alpha=0.6)

@@ -1,7 +1,7 @@
-"""What `studies.explain` draws of the two-stage methods.
+"""What does a two-stage method see in its proposal? Columns of a page of `studies.explain`.
 
 draw_METHOD(seen) draws the columns of a detection's row and adds the numbers in them to
-`seen.numbers`. A head that the detector ran on many RoIs runs here on the detection's RoI alone.
+`seen.numbers`. A head that the detector ran on many RoIs runs here on one RoI.
 """
 
 from __future__ import annotations
@@ -39,8 +39,6 @@ def draw_d2det(seen: Seen) -> None:
         draw_samples(seen, roi)
     if settings.masks:
         mask, area = seen.detection["masks"], [seen.box, seen.truth]
-        coarse = F.adaptive_max_pool2d(mask[None], 7)[0]  # as the overlap prediction
-        seen.map("its mask,\npooled to 7x7", coarse, seen.box, area, alpha="value")
         seen.map("its mask, 28x28", mask, seen.box, area, alpha="value")
 
 
@@ -72,20 +70,23 @@ def draw_samples(seen: Seen, roi: Rois) -> None:
     if model.settings.drp_per_level:
         level = int(kernels.roi_level(roi.flat(), model.strides))
     module = model.drp[level]
-    offsets, norms = [], []  # what these layers return, as hooks get it
-    hooks = [module.fc.register_forward_hook(lambda *call: offsets.append(call[-1]))]
-    if model.settings.weighting:
-        hooks.append(module.pool.norm.register_forward_hook(lambda *call: norms.append(call[-1])))
+    layers = [module.fc, module.pool.norm] if model.settings.weighting else [module.fc]
+    results: list[Tensor] = []  # what these layers return, as hooks get it
+    hooks = [
+        layer.register_forward_hook(lambda *call: results.append(call[-1])) for layer in layers
+    ]
     model.class_features(seen.outputs["features"], roi)
     for hook in hooks:
         hook.remove()
     size = module.size
-    moves = offsets[0][0].float().view(2, size, size)
+    moves = results[0][0].float().view(2, size, size)
     step = module.gamma * (proposal[2:] - proposal[:2])[:, None, None]
     bins = d2det.cell_centres(roi.boxes, size)[0] + step * moves  # [2, S, S]
     moves = moves.repeat_interleave(2, 1).repeat_interleave(2, 2)  # [2, 2S, 2S]
     points = d2det.cell_centres(roi.boxes, 2 * size)[0] + step * moves
-    weight = relative_weight(norms[0][0]) if norms else torch.ones(2 * size, 2 * size)
+    weight = torch.ones(2 * size, 2 * size)
+    if model.settings.weighting:
+        weight = relative_weight(results[1][0])
     seen.numbers |= dict(bins=[numbers_of(p) for p in bins], weights=numbers_of(weight))
     title = "where DRP samples, and how\nmuch a sample weighs"
     axis = seen.photo(title, [proposal, seen.truth], margin=0.25)
@@ -177,7 +178,7 @@ def draw_stage(seen: Seen, stage: int, roi: Rois, area: list) -> Rois:
 
 
 def whole_grid(probs: Tensor) -> Tensor:
-    """Nine maps [9, S, S], each in its window, as one [2S, 2S]: the highest where they overlap."""
+    """Nine maps [9, S, S], each in its window, as one [2S, 2S]; the highest value wins."""
     S = probs.shape[-1]
     canvas = probs.new_zeros(2 * S, 2 * S)
     for (x, y), values in zip((grid_branch.unit_points() * S).long().tolist(), probs):
@@ -202,18 +203,17 @@ def draw_double_head(seen: Seen) -> None:
         size = model.settings.conv_scale if name.startswith("conv") else 1.0
         box = double_head.enlarge_rois(roi.flat(), size)[0, 1:]
         title = f"what each cell adds to the\n{name}-head's class, score {scores[name]:.2f}"
-        most = float(cells.abs().max())
-        how = dict(colours="coolwarm", limits=(-most, most))
+        how = dict(colours="coolwarm", most=float(cells.abs().max()))
         seen.map(title, cells, box, [box, seen.truth], roi.boxes[0], **how)
     draw_slide(seen)
 
 
 def cell_evidence(model, name: str, pooled: Tensor, label: int) -> Tensor:
-    """What each cell of one RoI, pooled [1, C, S, S], adds to a head's logit of a class: [S, S].
+    """What each cell of a RoI, pooled [1, C, S, S], adds to a head's logit of a class: [S, S].
 
-    conv-head averages over cells and ends in a linear layer: the cells and the bias add up to the
-    logit. In fc-head a cell adds to the first layer, and the logit's slope there says how much that
-    changes.
+    conv-head averages over cells and ends in a linear layer, so the cells and the bias add up
+    to the logit. In fc-head a cell adds to the first layer, whose share in the logit is here
+    its value times the logit's slope.
     """
     head, output = model.heads[name], model.cls[name]
     maps = head.maps(pooled)[0]  # [channels, S, S]
@@ -227,7 +227,7 @@ def cell_evidence(model, name: str, pooled: Tensor, label: int) -> Tensor:
 
 
 def draw_slide(seen: Seen, steps: int = 33) -> None:
-    """Both heads' scores and boxes as a proposal slides off the object (cf. 3.1, Figures 2, 7)."""
+    """Both heads' scores and boxes as a proposal slides off the object (3.1, Figures 2, 7)."""
     model = seen.model
     box = seen.box if seen.truth is None else seen.truth
     shift = torch.linspace(-1, 1, steps, device=box.device)

@@ -1,4 +1,4 @@
-"""What does a detector see in one image? For `explain`: its detections, and how to draw them."""
+"""What does a detector see in one image? Its detections, and how `explain` draws them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TRUTH, ENTERING, FOUND, OTHER = "white", "orange", "deepskyblue", "magenta"  # c
 
 @dataclass
 class Seen:
-    """A detection in an image, what the network returned on the way to it, and a row of axes."""
+    """A detection in an image, what the network returned on the way to it, and its row."""
 
     model: nn.Module
     test: object  # the Test that it was found under
@@ -51,17 +51,8 @@ class Seen:
     def photo(self, title: str, area=(), margin=0.15, grey=False):
         """The next column with the image, or the part that the boxes [4] of `area` lie in."""
         axis = self.column(title)
-        h, w = self.image.shape[1:]
-        extent = (0, w, h, 0)  # pixel i lies between i and i + 1, as boxes have it
         image = self.image.permute(1, 2, 0).cpu().numpy()
-        axis.imshow(image.mean(2) if grey else image, "gray", extent=extent, vmin=0, vmax=255)
-        axis.set(xticks=[], yticks=[], facecolor="0.8")  # the colour outside the image
-        known = [box for box in area if box is not None]
-        if known:
-            low, high = torch.stack(known)[:, :2].amin(0), torch.stack(known)[:, 2:].amax(0)
-            x, y = ((low + high) / 2).tolist()
-            half = (0.5 + margin) * float((high - low).max())  # of a square
-            axis.set(xlim=(x - half, x + half), ylim=(y + half, y - half))
+        show_image(axis, image.mean(2) if grey else image, area, margin, cmap="gray", vmax=255)
         return axis
 
     def outlines(self, axis, entering: Tensor | None = None) -> None:
@@ -97,6 +88,19 @@ def numbers_of(values: Tensor) -> list[float]:
     return [round(v, 4) for v in values.flatten().tolist()]
 
 
+def show_image(axis, image: np.ndarray, area=(), margin=0.15, **how) -> None:
+    """An image [h, w, 3] or [h, w], or the part that the boxes [4] of `area` lie in."""
+    h, w = image.shape[:2]
+    axis.imshow(image, extent=(0, w, h, 0), vmin=0, **how)  # pixel i lies between i and i + 1
+    axis.set(xticks=[], yticks=[], facecolor="0.8")  # the colour outside the image
+    known = [box for box in area if box is not None]
+    if known:
+        low, high = torch.stack(known)[:, :2].amin(0), torch.stack(known)[:, 2:].amax(0)
+        x, y = ((low + high) / 2).tolist()
+        half = (0.5 + margin) * float((high - low).max())  # of a square
+        axis.set(xlim=(x - half, x + half), ylim=(y + half, y - half))
+
+
 def outline(axis, box: Tensor | None, colour, style="-", width=2.0, alpha=1.0) -> None:
     """A box [4], if there is one, on a darker line, so that it shows on its own colour too."""
     if box is None:
@@ -110,19 +114,19 @@ def outline(axis, box: Tensor | None, colour, style="-", width=2.0, alpha=1.0) -
     axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, **how))
 
 
-def heat(axis, values: Tensor, box: Tensor, colours="viridis", alpha=0.75, limits=(0, 1), label=""):
+def heat(axis, values: Tensor, box: Tensor, colours="viridis", alpha=0.75, most=1, label=""):
     """A map [S, S] over a box [4] of the image, with a labelled colour scale beside it.
 
-    If `alpha` is "value", low values are transparent.
+    Colours run up to `most`, from 0 or with "coolwarm" from -most. If `alpha` is "value", low
+    values are transparent.
     """
     x1, y1, x2, y2 = box.tolist()
     values = values.detach().float().cpu().numpy()
-    low, high = limits
     if alpha == "value":
-        alpha = np.clip((values - low) / (high - low), 0, 1) ** 0.5
+        alpha = np.clip(values / most, 0, 1) ** 0.5
     view = dict(xlim=axis.get_xlim(), ylim=axis.get_ylim())
-    extent = (x1, x2, y2, y1)
-    drawn = axis.imshow(values, colours, extent=extent, alpha=alpha, vmin=low, vmax=high)
+    limits = dict(vmin=-most if colours == "coolwarm" else 0, vmax=most)
+    drawn = axis.imshow(values, colours, extent=(x1, x2, y2, y1), alpha=alpha, **limits)
     axis.set(**view)
     scale(axis, drawn, label)
 
