@@ -1,16 +1,17 @@
-"""How long do a training step and a prediction take, beside torchvision's detector of that size?
+"""How long do a training step and a prediction take, beside torchvision's detector?
 
-    python -m studies.bench d2det                  # Faster R-CNN beside it, ResNet-50, 800x1333 px
-    python -m studies.bench dc_loss_clnms --amp bf16                      # RetinaNet beside it
-    python -m studies.bench cpm_rcnn --compile                # ours through torch.compile
+    python -m studies.bench d2det               # beside Faster R-CNN, ResNet-50, 800x1333 px
+    python -m studies.bench dc_loss_clnms --amp bf16    # beside RetinaNet
+    python -m studies.bench cpm_rcnn --compile          # ours through torch.compile
 
-Both run in one process, on one image, in turns, with random weights. Prints and writes to
-OUT/bench.json median seconds, multiply-adds and peak memory, on a GPU also how often a call waits
-for it. `ours / this` above 1 says that ours takes longer.
+Both run in one process, on one image, in turns, with random weights. Prints median seconds,
+multiply-adds and peak memory, on a GPU also how often a call waits for it, and writes
+OUT/bench.json. `ours / this` above 1 says that ours takes longer.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from collections import OrderedDict
@@ -23,14 +24,12 @@ import tyro
 from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FasterRCNN
-from torchvision.models.detection.retinanet import RetinaNet as TorchvisionRetinaNet
+from torchvision.models.detection.retinanet import RetinaNet
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-import engine
-from baselines.retinanet import RetinaNet
-from common import BadInput, ResNetFPN, clip_boxes, make_norm
+from baselines.retinanet import OneStage
+from common import BadInput, clip_boxes, make_norm
 from data import SyntheticDetection
-from engine.deformable import make_deformable
 from engine.loader import to_device
 from engine.processes import (
     autocast,
@@ -52,49 +51,40 @@ from studies.checkpoint import (
 from studies.cost import flop_counter
 
 
-def torchvision_detector(
-    kind: str, model: engine.Model, num_classes: int | None, **options
-) -> nn.Module:
-    """torchvision's Faster R-CNN (kind "two_stage") or RetinaNet ("one_stage") of the same size.
+def torchvision_detector(ours: nn.Module, **options) -> nn.Module:
+    """torchvision's RetinaNet or Faster R-CNN, of the size of our one- or two-stage detector.
 
-    It has our ResNet, deformable or not, with the norm, frozen stages and pyramid width that
-    `model` asks for; the rest is torchvision's own. `options` go to its FasterRCNN or RetinaNet.
+    It has a copy of our ResNet, deformable or not, and a pyramid of our width, norm and levels;
+    the rest is torchvision's own. `options` go to its FasterRCNN or RetinaNet.
     """
-    scratch = model.backbone_weights == "none"
-    weights = "none" if scratch else "random"
-    ours = ResNetFPN(
-        model.backbone, weights=weights, norm=model.norm, frozen_stages=model.frozen_stages
-    )
-    if model.dcn != "none":
-        make_deformable(ours, model.dcn)
-    stages = {f"layer{i}": stage for i, stage in enumerate(ours.stages, 1)}
-    two_stage = kind == "two_stage"
-    first = 0 if two_stage or model.p2 else 1  # pyramids begin at C2 or at C3
-    channels = [conv[0].in_channels for conv in ours.fpn.inner_blocks][first:]
-    width = model.fpn_channels
-    norm = make_norm("gn" if model.norm in ("auto", "eval_bn") else model.norm) if scratch else None
+    settings, resnet = ours.settings, copy.deepcopy(ours.backbone)
+    stages = {f"layer{i}": stage for i, stage in enumerate(resnet.stages, 1)}
+    width, first = settings.fpn_channels, resnet.first  # the first level is of C2 or C3
+    norm = None
+    if settings.backbone_weights == "none":
+        norm = make_norm("gn" if settings.norm in ("auto", "eval_bn") else settings.norm)
     backbone = BackboneWithFPN(
-        nn.Sequential(OrderedDict(stem=ours.stem, **stages)),
+        nn.Sequential(OrderedDict(stem=resnet.stem, **stages)),
         {f"layer{i + 1}": str(i) for i in range(first, 4)},
-        channels,
+        [conv[0].in_channels for conv in resnet.fpn.inner_blocks],
         width,
         LastLevelP6P7(width, width) if first else LastLevelMaxPool(),
         norm,
     )
-    if two_stage:
-        labels = None if num_classes is None else num_classes + 1  # it counts the background
-        return FasterRCNN(backbone, labels, **options)
-    return TorchvisionRetinaNet(backbone, num_classes, **options)
+    if isinstance(ours, OneStage):
+        return RetinaNet(backbone, ours.num_classes, **options)
+    return FasterRCNN(backbone, ours.num_classes + 1, **options)  # it counts the background
 
 
-def one_image(settings: Settings, device):
-    """A synthetic image of the test size, h x w, and its objects: ([image], [target])."""
+def one_image(settings: Settings, device) -> tuple[list[Tensor], list[dict]]:
+    """A synthetic image of the test size, h x w, and its objects: [image], [target]."""
     image, target = SyntheticDetection(1, settings.data.max_size, 0)[0]
     image = image[:, : settings.data.scales[0]]
-    boxes = clip_boxes(target["boxes"].as_subclass(Tensor), torch.tensor(image.shape[1:]).float())
-    keep = (boxes[:, 2:] - boxes[:, :2] > 1).all(1)
-    target = {k: target[k][keep] for k in ("labels", "ignore")} | {"boxes": boxes[keep]}
-    return to_device([(image, {**target, "image_id": 0, "size": tuple(image.shape[1:])})], device)
+    size = tuple(image.shape[1:])
+    boxes = clip_boxes(target["boxes"].as_subclass(Tensor), torch.tensor(size).float())
+    seen = (boxes[:, 2:] - boxes[:, :2] > 1).all(1)
+    target = {k: target[k][seen] for k in ("labels", "ignore")} | {"boxes": boxes[seen]}
+    return to_device([(image, {**target, "image_id": 0, "size": size})], device)
 
 
 def bench(model: nn.Module, settings: Settings, device, repeat: int) -> list[dict]:
@@ -103,13 +93,14 @@ def bench(model: nn.Module, settings: Settings, device, repeat: int) -> list[dic
     Random weights propose and detect at random: the work is that of early training.
     """
     torch.manual_seed(0)
-    two_stage, amp = not isinstance(model, RetinaNet), settings.run.amp
+    amp = settings.run.amp
     images, targets = one_image(settings, device)
     sizes = dict(min_size=settings.data.scales[0], max_size=settings.data.max_size)
-    kind = "two_stage" if two_stage else "one_stage"
-    other = torchvision_detector(kind, settings.model, model.num_classes, **sizes).to(device)
-    # its two-stage detector has the background as label 0
-    shifted = [{"boxes": t["boxes"], "labels": t["labels"] + int(two_stage)} for t in targets]
+    other = torchvision_detector(model, **sizes).to(device)
+    if settings.run.compile:
+        model.compile_parts()
+    first = 0 if isinstance(model, OneStage) else 1  # its Faster R-CNN has background 0
+    shifted = [{"boxes": t["boxes"], "labels": t["labels"] + first} for t in targets]
     floats = [i.float() / 255 for i in images]
     jobs = {
         "training step": {
@@ -126,7 +117,7 @@ def bench(model: nn.Module, settings: Settings, device, repeat: int) -> list[dic
         found: dict[str, dict] = {}
         for name, (net, work) in both.items():
             net.train(job == "training step")
-            found[name] = {"job": job, "model": name} | first_calls(net, work, settings, device)
+            found[name] = dict(job=job, model=name) | first_calls(net, work, settings, device)
         seconds: dict[str, list] = {name: [] for name in both}
         for _ in progress(range(repeat), job, repeat):
             for name, (net, work) in both.items():
@@ -196,10 +187,7 @@ def main(argv=None) -> list[dict]:
         out = results_folder(options.out or f"runs/{options.method}/studies")
         model, settings = random_detector(options.method, flags)
         device = start_processes(settings.run.device)
-        model.to(device)
-        if settings.run.compile:
-            model.compile_parts()
-        rows = bench(model, settings, device, options.repeat)
+        rows = bench(model.to(device), settings, device, options.repeat)
         name = f"{torch.get_num_threads()} threads"
         if device.type == "cuda":
             name = torch.cuda.get_device_name(device)
@@ -209,8 +197,8 @@ def main(argv=None) -> list[dict]:
         print_once(where)
         for row in rows:
             line = f"{row['job']:14} {row['model']:12} {row['seconds']:8.3f} s  "
-            line += f"{row['giga_multiply_adds']:8.1f} G multiply-adds  {row['peak_mib']:6d} MiB  "
-            line += f"ours / this: {row['ratio']:.2f}"
+            line += f"{row['giga_multiply_adds']:8.1f} G multiply-adds  "
+            line += f"{row['peak_mib']:6d} MiB  ours / this: {row['ratio']:.2f}"
             if row["waits"] is not None:
                 line += f"  waits: {row['waits']}"
             print_once(line)

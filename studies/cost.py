@@ -1,10 +1,10 @@
-"""How many parameters and multiply-adds do a method and its baseline have, at the paper's size?
+"""How many parameters and multiply-adds has a method, beside its baseline?
 
-    python -m studies.cost            # ResNet-50, one 800x1333 image, 80 classes; no data, no GPU
+    python -m studies.cost            # ResNet-50, one 800x1333 image, 80 classes; no data
     python -m studies.cost d2det --backbone resnet101
 
-Prints a table and writes OUT/cost.json. A prediction is counted with random weights and a score
-threshold of 0, so that as many boxes go through each head as the method allows. PyTorch counts
+Prints a table and writes OUT/cost.json. A prediction is counted with random weights and a
+score threshold of 0, so each head gets as many boxes as the method allows. PyTorch counts
 convolutions and matrix products; a deformable convolution counts as a plain one of its size.
 Pooling, NMS and elementwise operations do not count.
 """
@@ -35,7 +35,7 @@ from studies.checkpoint import (
 
 @dataclass
 class CostOptions:
-    methods: Annotated[tuple[Literal[PAPERS], ...], tyro.conf.Positional] = PAPERS  # which ones
+    methods: Annotated[tuple[Literal[PAPERS], ...], tyro.conf.Positional] = PAPERS
     image: tuple[int, int] = (800, 1333)  # height and width of the image
     out: str = "runs/cost"  # results folder
 
@@ -79,8 +79,8 @@ def main(argv=None) -> dict[str, dict]:
             parameters, multiply_adds = (own[key] - base[key] for key in own)
             more = f"{parameters:+.1f} M, {multiply_adds:+.0f} G"
             for label, found, extra in ((f"{name}, baseline", base, ""), (name, own, more)):
-                parameters, multiply_adds = found.values()
-                print(f"| {label} | {parameters:.1f} | {multiply_adds:.0f} | {extra} |", flush=True)
+                counts = "{:.1f} | {:.0f}".format(*found.values())
+                print(f"| {label} | {counts} | {extra} |", flush=True)
                 costs[label] = found
         write_results(out / "cost.json", costs)
         return costs

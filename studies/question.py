@@ -145,7 +145,7 @@ def draw(path: Path, image: Tensor, gt: Tensor, found: dict, kept: list[Kept]) -
         iou = float(aligned_iou(box, gt))
         outline(axes[i], boxes[number], "0.3", ":", 1.0)
         outline(axes[i], box, colour_of(iou), width=2.4)
-        title = dict(loc="left", fontsize=11, weight="bold", pad=28)
+        title = dict(loc="left", fontsize=22 / len(upper), weight="bold", pad=28)
         axes[i].set_title(f"{method}: box {number + 1}", **title)
         axes[i].text(0, 1.04, how, fontsize=8, color="0.3", transform=axes[i].transAxes)
         badge = dict(fc=colour_of(iou), ec="none", pad=2.5)
