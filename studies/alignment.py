@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 2 -m studies.alignment retinanet --weights CKPT --data DIR
 
 Prints a table with a line for each checkpoint, writes OUT/alignment.json and draws
-OUT/alignment.png. Checkpoints of --also see the images of the first one, under their own settings.
+OUT/alignment.png. Checkpoints of --also keep their settings and see the first one's images.
 
     AP        as the detector ranks its boxes: by score.
     oracle    AP if boxes, also in NMS, are ranked by score * true IoU with the best object of
@@ -19,10 +19,10 @@ OUT/alignment.png. Checkpoints of --also see the images of the first one, under 
     Loc       its part for position: 1 - IoU of the boxes on an object, on average.
     FP, FN    its parts for boxes on no object and for objects without a box, as shares.
 
-D2Det and CPM R-CNN run NMS on proposals, so "before NMS" means their final boxes. Soft-NMS lowers
-the score of a second box on an object even if it fits well, which weakens the correlation after
-NMS. IoU-aware RetinaNet has a line before fusion and one after. Its oracle replaces the predicted
-IoU in p^alpha IoU^(1 - alpha), and its boxes are those whose class score passes the threshold.
+D2Det and CPM R-CNN run NMS on proposals, so "before NMS" means their final boxes. Soft-NMS
+lowers the score of a second box on an object even if it fits well, which weakens the
+correlation after NMS. IoU-aware RetinaNet has a line before fusion and one after; its oracle
+replaces the predicted IoU, and its boxes are those whose class score passes the threshold.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def measure(study: Study) -> tuple[dict, dict]:
 
 
 def numbers_of(points: dict, results: dict, study: Study) -> dict:
-    """What `measure` returns as numbers by score. `study` has the truth and says how AP counts."""
+    """What `measure` returns as numbers by score, by the truth and settings of `study`."""
     metrics = {name: study.metrics(rows) for name, rows in results.items()}
     numbers: dict = {}
     for (name, stage), pairs in points.items():
@@ -171,7 +171,8 @@ def lines_of(found: dict[str, dict]) -> dict[str, dict]:
 
 def show_lines(lines: dict[str, dict]) -> None:
     """Print the table, in percent except for the correlations; nan: undefined."""
-    titles = "AP AP50 AP75 AP90 oracle cost matched all matched all D-ECE oLRP Loc FP FN".split()
+    titles = ["AP", "AP50", "AP75", "AP90", "oracle", "cost", *["matched", "all"] * 2, "D-ECE"]
+    titles += LRP_KEYS
     width = max(map(len, lines))
     print_once(" " * width + f"{'Pearson before NMS':>64}{'after NMS':>16}")
     print_once(" " * width + "".join(f"{title:>8}" for title in titles))
@@ -255,7 +256,8 @@ def open_beside(first: Study, entry: str) -> Study:
     """The checkpoint of a METHOD=CKPT, to be run on the first one's images."""
     method, _, weights = entry.partition("=")
     if method not in METHODS or not weights:
-        raise BadInput(f"--also {entry}: METHOD=CKPT, where METHOD is one of {', '.join(METHODS)}")
+        known = ", ".join(METHODS)
+        raise BadInput(f"--also {entry}: METHOD=CKPT, where METHOD is one of {known}")
     study = open_model(checkpoint.Options(method, weights), ["--device", str(first.device)])
     if study.categories != first.categories:
         raise BadInput(f"--also {entry}: other categories than the images have")

@@ -1,12 +1,13 @@
-"""Which anchors does the IAC score make positive? DC loss's section 2.2, over validation images.
+"""Which anchors does the IAC score make positive? DC loss's section 2.2.
 
     python -m studies.assignment dc_loss_clnms --weights CKPT
 
-Prints, and writes to OUT/assignment.json, for the anchors that RetinaNet's rule makes positive (IoU
-over 0.5) and for those that the IAC score adds: how many they are, how sure the classifier
-already is of them (p, of the object's class), and how well their predicted boxes fit (iou). Of the
-added ones also the share that RetinaNet would have ignored (IoU 0.4 to 0.5). For a model trained
-without the score these are the anchors that it would add.
+Prints, over validation images, for the anchors that RetinaNet's rule makes positive (IoU
+over 0.5) and for those that the IAC score adds: how many they are, how sure the
+classifier already is (p of the object's class), and how well their predicted boxes fit
+(iou). "else ignored" is the share of the added ones that RetinaNet would ignore (IoU 0.4
+to 0.5). A model trained without the score is asked which ones it would add. Writes
+OUT/assignment.json.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ def without_iac(model: nn.Module, out: dict, targets: list[dict]) -> Assignment:
 
 @torch.no_grad()
 def positives(model: nn.Module, images: list, targets: list[dict]) -> dict[str, Tensor]:
-    """The P positive anchors of a batch: `added` [P] by the IAC score, `ignored` [P] without it.
+    """Of the P positive anchors of a batch, each [P]: does the IAC score add it?
 
-    `p` [P] is that of the object's class, `iou` [P] that of the predicted box with the object.
+    `ignored`: by RetinaNet's rule; `p`: of the object's class; `iou`: of the predicted box.
     """
     out = model.outputs(images)
     plain = without_iac(model, out, targets)

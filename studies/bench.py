@@ -54,8 +54,8 @@ from studies.cost import flop_counter
 def torchvision_detector(ours: nn.Module, **options) -> nn.Module:
     """torchvision's RetinaNet or Faster R-CNN, of the size of our one- or two-stage detector.
 
-    It has a copy of our ResNet, deformable or not, and a pyramid of our width, norm and levels;
-    the rest is torchvision's own. `options` go to its FasterRCNN or RetinaNet.
+    It has a copy of our ResNet, deformable or not, and a pyramid of our width, norm and
+    levels; the rest is torchvision's own. `options` go to its FasterRCNN or RetinaNet.
     """
     settings, resnet = ours.settings, copy.deepcopy(ours.backbone)
     stages = {f"layer{i}": stage for i, stage in enumerate(resnet.stages, 1)}

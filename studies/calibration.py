@@ -1,10 +1,9 @@
 """What are a detector's scores worth, and what is wrong with its detections? For `alignment`.
 
-IoU: how well does each box fit its object?
-D-ECE (Küppers et al., "Multivariate Confidence Calibration for Object Detection", CVPRW 2020, of
-the score alone): is a detection of score 0.8 right in 80 % of cases?
-LRP error (Oksuz et al., "Localization Recall Precision", ECCV 2018): at the best score threshold
-of a class, how far off are its boxes, how many are false, how many objects are missed?
+D-ECE: is a detection of score 0.8 right in 80 % of cases? Küppers et al., "Multivariate
+Confidence Calibration for Object Detection", CVPRW 2020; here of the score alone.
+LRP error: at the best score threshold of a class, how far off are its boxes, how many are
+false, how many objects are missed? Oksuz et al., "Localization Recall Precision", ECCV 2018.
 
 "(release)" is github.com/EFS-OpenSource/calibration-framework for D-ECE, and
 github.com/kemaloksuz/LRP-Error for LRP.
@@ -49,7 +48,7 @@ def is_counted(annotation: dict) -> bool:
 
 
 def objects_by_image(data: Dataset) -> dict:
-    """image id -> boxes [G, 4] and labels [G] of the objects to be found, in pixels on disk."""
+    """image id -> boxes [G, 4], in pixels on disk, and labels [G] of the objects to be found."""
     label = {c["id"]: i for i, c in enumerate(data.categories)}
     found = {}
     for image_id, of_image in annotations_by_image(data).items():
@@ -114,10 +113,10 @@ class Matched(NamedTuple):
 
 
 def match_detections(truth: dict, results: list[dict], most: int = 100) -> Matched:
-    """COCO's own matching: in each image and class, best score first, each takes a free object.
+    """COCO's own matching: in each image and class, best first, each takes a free object.
 
-    Truth and results as for `engine.metrics.coco_metrics`. The `most` best detections of an image
-    and class can take an object, at IoU >= TAU.
+    Truth and results as for `engine.metrics.coco_metrics`. The `most` best detections of
+    an image and class can take an object, at IoU >= TAU.
     """
     found = coco_evaluation(complete_truth(truth), results, (most,), sides=(), ious=(TAU,))
     place = {category: i for i, category in enumerate(found.params.catIds)}

@@ -17,12 +17,12 @@ import tyro
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-import engine
 from common import BadInput
 from data.transforms import TestImages
-from engine.checkpoints import write_json
+from engine.checkpoints import load_checkpoint, load_weights, write_json
 from engine.command import load_data, parse
 from engine.detector import build_detector
+from engine.entries import check_size
 from engine.folders import check_folder
 from engine.loader import to_device
 from engine.metrics import coco_metrics
@@ -131,9 +131,12 @@ def open_model(options: Options, flags: list[str]) -> Study:
     out = results_folder(options.out or Path(command.weights).parent / "studies")
     device = start_processes(settings.run.device)
     torch.manual_seed(settings.run.seed)
-    given = settings.flat() | {"device": str(device)}
-    loaded = engine.load(command.weights, method=script, **given)
-    return Study(loaded.model, settings, loaded.categories, command.weights, out)
+    state, model_settings = load_checkpoint(command.weights), settings.model.without_download()
+    check_size(script.Detector, model_settings, state, command.weights)
+    model = build_detector(script.Detector, model_settings, len(state["categories"]))
+    load_weights(model, state, command.weights)
+    categories = state["categories"]
+    return Study(model.to(device).eval(), settings, categories, command.weights, out)
 
 
 def open_study(options: Options, flags: list[str]) -> Study:
@@ -165,7 +168,7 @@ def random_detector(method: str, flags: list[str]) -> tuple[nn.Module, Settings]
 
 
 def write_results(path: Path, numbers) -> None:
-    """Write a JSON file, and name it with the pictures beside it. The first process alone does."""
+    """Have the first process write a JSON file, and name it with the pictures beside it."""
     if rank_and_world()[0] == 0:
         write_json(path, numbers)
         print_once(f"results: {path.with_suffix('')}*")

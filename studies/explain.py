@@ -3,9 +3,10 @@
     python -m studies.explain d2det photo.jpg --weights CKPT
     python -m studies.explain dc_loss_clnms 3 --weights CKPT --data DIR --detection 2
 
-The image is a file, or a number: that image of the validation data, whose objects are then drawn
-too, in white. A page has one row a detection; each column shows a step of the method
-(studies/inside_*_stage.py). Writes OUT/explain_METHOD_IMAGE.png, and its numbers as .json.
+The image is a file, or the number of a validation image, whose objects are then drawn in
+white. A page has a row for each detection; each column shows a step of the method
+(studies/inside_*_stage.py). Writes OUT/explain_METHOD_IMAGE.png, and its numbers as
+.json.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from engine.processes import rank_and_world
 from studies import checkpoint
 from studies import inside_one_stage as one_stage
 from studies import inside_two_stage as two_stage
-from studies.checkpoint import network_images, open_study, read_options, reported, write_results
+from studies.checkpoint import network_images, open_study, read_options, reported
 from studies.seen import ENTERING, FOUND, TRUTH, Seen, look
 
 DRAW = {  # each draws what it saw of a detection
@@ -101,7 +102,7 @@ def main(argv=None) -> list[dict]:
         path = study.out / f"explain_{options.method}_{Path(options.image).stem}"
         names = [c["name"] for c in study.categories]
         numbers = draw_page(picks, names, DRAW[options.method], path.with_suffix(".png"))
-        write_results(path.with_suffix(".json"), numbers)
+        checkpoint.write_results(path.with_suffix(".json"), numbers)
         return numbers
 
 

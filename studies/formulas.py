@@ -9,8 +9,8 @@ import html
 import re
 
 GREEK = "alpha beta gamma delta eps theta lambda phi omega sum".split()
-SYMBOLS = dict(zip(GREEK, "αβγδεθλφω∑")) | {"-": "−", "*": "·", ".": "·", "..": "…"}
-SYMBOLS |= {">=": "≥", "<=": "≤", "'": "′"}
+SYMBOLS = dict(zip(GREEK, "αβγδεθλφω∑"))
+SYMBOLS |= {"-": "−", "*": "·", ".": "·", "..": "…", ">=": "≥", "<=": "≤", "'": "′"}
 SIGNS = r"[<>]=|[-+=<>,;:]|\.\."  # they stand between terms
 NAME = r"(\d[\d.]*\b|[A-Za-z]+(?:'s)?)(\d?)((?:['~*](?![A-Za-z0-9(]))?)(?:_(\w+))?"
 TOKEN = re.compile(rf" / |\s+|{NAME}|{SIGNS}|.")

@@ -89,7 +89,7 @@ def recognise(names, path) -> str:
     raise BadInput(f"{path}: {len(layers)} layers, such as {first}. None of {known}")
 
 
-def rename(tensors: dict[str, Tensor], rules: list[Rule]) -> tuple[dict[str, Tensor], list[str]]:
+def rename(tensors: dict[str, Tensor], rules: list[Rule]) -> tuple[dict, list[str]]:
     """Our names and rows of the tensors, and the names for which there is no rule."""
     state, unknown = {}, []
     for name, value in tensors.items():
@@ -112,7 +112,8 @@ def some(names) -> str:
 def read_sizes(state: dict[str, Tensor], path) -> dict:
     """The settings that the tensors' shapes tell."""
     conv = state.get("backbone.stages.0.0.conv2.weight")
-    blocks = sum(bool(re.fullmatch(r"backbone\.stages\.2\.\d+\.conv1\.weight", k)) for k in state)
+    third = re.compile(r"backbone\.stages\.2\.\d+\.conv1\.weight")
+    blocks = sum(bool(third.fullmatch(name)) for name in state)
     kind = (blocks, *conv.shape[:2]) if conv is not None else (blocks, 0, 0)
     if kind not in BACKBONES:
         raise BadInput(f"{path}: its backbone is none of {', '.join(BACKBONES.values())}")
@@ -138,7 +139,8 @@ def convert(tensors: dict[str, Tensor], path="", method: str = "", mmdet: int = 
     name = recognise(tensors, path)
     source = SOURCES[name]
     unused = [k for k in tensors if re.fullmatch(UNUSED, k)]
-    state, unknown = rename({k: v for k, v in tensors.items() if k not in unused}, source.rules)
+    needed = {k: v for k, v in tensors.items() if k not in unused}
+    state, unknown = rename(needed, source.rules)
     if unknown:
         raise BadInput(f"{path}: {name}? It has no {some(unknown)}")
     changes = {**read_sizes(state, path), "mmdet": mmdet}

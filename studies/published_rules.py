@@ -1,8 +1,8 @@
 """How each source of published weights names and orders the tensors that we have.
 
-A line of a table has a layer's name there (a regular expression whose dots are dots), our name, and
-how its rows turn, if they do. Whatever needs other tensors or numbers is done in the source's
-`finish`. Names and orders were read in the sources' programs.
+A line of a table has a layer's name there (a regular expression whose dots are dots), our
+name, and how its rows turn, if they do. Whatever needs other tensors or numbers is done
+in the source's `finish`. Names and orders were read in the sources' programs.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def resnet(there: str) -> list[Rule]:
     for n in range(1, 5):
         block, ours = rf"{there}layer{n}.(\d+)", rf"backbone.stages.{n - 1}.\1"
         found += rules(rf"""
-            {block}.(conv\d|bn\d|downsample.\d)                           {ours}.\2
-            {block}.conv2(?:.conv_offset|.conv_offset_mask|_offset)       {ours}.conv2.conv_offset
+            {block}.(conv\d|bn\d|downsample.\d)                      {ours}.\2
+            {block}.conv2(?:.conv_offset|.conv_offset_mask|_offset)  {ours}.conv2.conv_offset
         """)
     return found
 
@@ -217,9 +217,9 @@ DETECTRON = ["caffe_stride", "caffe_pixels", "rounded_sides", "unaligned", "last
 def move_anchors(state: dict, layer: str, scales: list[float]) -> None:
     """MMDetection 2 centres anchors on the cells' corners, half a stride from ours.
 
-    From an anchor that lies (s/2, s/2) further right and down, the same box needs deltas that are
-    smaller by s / (2 w) and s / (2 h). An anchor's w and h are constant shares of the stride s, so
-    this changes the layer's bias by a constant.
+    From an anchor that lies (s/2, s/2) further right and down, the same box needs deltas that
+    are smaller by s / (2 w) and s / (2 h). An anchor's w and h are constant shares of the
+    stride s, so this changes the layer's bias by a constant.
     """
     ratio = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64).sqrt()[:, None]
     scale = torch.tensor(scales, dtype=torch.float64)
@@ -233,8 +233,9 @@ def move_anchors(state: dict, layer: str, scales: list[float]) -> None:
 def finish_d2det(state: dict, changes: dict) -> None:
     """The release samples a bin's sub-bins at their starts, we in their centres.
 
-    That is half a sub-bin further left and up, a constant share of the RoI: 14 bins a side, and
-    `drp_samples` sub-bins each. DRP's last layer moves bins by gamma = 0.1 RoIs, so its bias can.
+    That is half a sub-bin further left and up, a constant share of the RoI: a side has 14
+    bins of `drp_samples` sub-bins. DRP's last layer moves bins by gamma = 0.1 RoIs, so
+    its bias can.
     """
     changes["legacy"] = [*MMDET_1, "unaligned"]
     changes["masks"] = "mask_branch.logits.weight" in state
@@ -254,7 +255,7 @@ def finish_d2det_2(state: dict, changes: dict) -> None:
 
 
 def finish_cpm(state: dict, changes: dict) -> None:
-    """BatchNorm was merged: weight and bias alone are left. ResNeXt has its stride in the 3x3."""
+    """BatchNorm was merged into weight and bias. ResNeXt has its stride in the 3x3."""
     for name in [k for k in state if re.search(r"(stem\.1|\.bn\d|\.downsample\.1)\.bias$", k)]:
         bias = state[name]
         state.setdefault(name.replace("bias", "running_mean"), torch.zeros_like(bias))
@@ -290,7 +291,8 @@ def finish_retinanet(state: dict, changes: dict) -> None:
 
 def finish_gfl(state: dict, changes: dict) -> None:
     if changes["mmdet"] >= 2:
-        raise BadInput("a GFL of MMDetection 2: its points lie on the cells' corners, ours do not")
+        why = "its points lie on the cells' corners, ours do not"
+        raise BadInput(f"a GFL of MMDetection 2: {why}")
     changes |= dict(legacy=["pixel_centres", "last_pixel"], all_classes=True)
     scales = sorted(k for k in state if k.startswith("head.scales."))
     state["head.scales"] = torch.stack([state.pop(k).reshape(()) for k in scales])
@@ -318,9 +320,17 @@ SOURCES = {
         d2det("roi_head.", class_rows="as_it_is", mask_rows="no_last_row"),
         finish_d2det_2,
     ),
-    "CPM R-CNN": Source("Grid_Cascade_RCNN.Output_cls.cls_score", "cpm_rcnn", cpm(), finish_cpm),
+    "CPM R-CNN": Source(
+        "Grid_Cascade_RCNN.Output_cls.cls_score",
+        "cpm_rcnn",
+        cpm(),
+        finish_cpm,
+    ),
     "MMDetection's Double-Head": Source(
-        "roi_head.bbox_head.conv_branch.0.conv1", "double_head", double_head(), finish_double_head
+        "roi_head.bbox_head.conv_branch.0.conv1",
+        "double_head",
+        double_head(),
+        finish_double_head,
     ),
     "maskrcnn-benchmark's Faster R-CNN": Source(
         "roi_heads.box.predictor.bbox_pred",

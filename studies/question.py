@@ -1,14 +1,15 @@
 """Which of ten boxes on one object does each method keep, or make better? docs/question.png.
 
-    for method in iou_aware_retinanet double_head cpm_rcnn d2det; do python $method.py --train; done
+    for m in iou_aware_retinanet double_head cpm_rcnn d2det; do python $m.py --train; done
     python -m studies.question --image 1886 --object 2      # of the validation images
 
-The networks are runs/METHOD/last.pt; the last three may be missing. The ten boxes are candidates
-of IoU-aware RetinaNet with the object's label: the best class scores, none within IoU 0.85 of a
-better one. Plain NMS, the fused score and CL-NMS choose among the ten. A two-stage network gets
-them as its only proposals and tests them as usual. The case was picked from 2,000 images because
-every choice helps in it, which is rare: for averages see docs/results.md. The picture in docs/
-was made without the second and the third network.
+The networks are runs/METHOD/last.pt; the last three may be missing. The ten boxes are
+candidates of IoU-aware RetinaNet with the object's label: the best class scores, none
+within IoU 0.85 of a better one. Plain NMS, the fused score and CL-NMS choose among the
+ten. A two-stage network gets them as its only proposals and tests them as usual. The case
+was picked from 2,000 images because every choice helps in it, which is rare: for averages
+see docs/results.md. The picture in docs/ was made without the second and the third
+network.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def ten_candidates(study: Study, image: Tensor, label: int, gt: Tensor) -> dict[
 
 
 def after_two_stages(study: Study, image: Tensor, label: int, boxes: Tensor) -> tuple:
-    """The best detection with this label of these proposals: its proposal's number, its box."""
+    """The best detection with this label of these proposals: which of them, its new box."""
     model, rois = study.model, Rois(torch.zeros(len(boxes), dtype=torch.long), boxes)
     outputs = {**model.outputs([image]), "rois": rois}
     features = outputs["features"]
@@ -87,7 +88,8 @@ def look(studies: dict[str, Study], image_number: int, object_number: int):
     gt, label = target["boxes"][object_number], int(target["labels"][object_number])
     found = ten_candidates(study, image, label, gt)
     boxes, p = found["boxes"], found["cls_probs"]
-    fused = int(detection_confidence(p, found["iou_probs"], study.settings.test.alpha).argmax())
+    alpha = study.settings.test.alpha
+    fused = int(detection_confidence(p, found["iou_probs"], alpha).argmax())
     central = int(cl_nms_of_one_class(boxes, p)[0])
     kept = [
         Kept("plain NMS", "keeps the best\nclass score", 0, boxes[0]),

@@ -2,11 +2,12 @@
 
     python -m studies.sections double_head --weights CKPT
 
-Every head judges windows that slide around each object (3.1). The means of its scores and of its
-boxes' IoUs, by the window's IoU, are Figures 2 and 7 (sections_bins.png). Pearson's correlation of
-score and IoU is over these windows, the RPN's proposals and each head's own final boxes (Figure 3).
-sections_weights.png is Figure 4. The paper looks at two models with one head each; an Ext model has
-both in one. All numbers are in OUT/sections.json.
+Every head judges windows that slide around each object (3.1). sections_bins.png shows the
+means of its scores and of its boxes' IoUs by the window's IoU (Figures 2 and 7),
+sections_weights.png the correlation of the weights of cells (Figure 4). The correlation
+(Pearson) of score and IoU is over these windows, the RPN's proposals and each head's own
+final boxes (Figure 3). The paper looks at two models with one head each; an Ext model has
+both in one. Numbers: OUT/sections.json.
 """
 
 from __future__ import annotations
@@ -42,23 +43,24 @@ from studies.calibration import (
     listed,
     with_iou,
 )
-from studies.checkpoint import Study, each_image, open_study, read_options, reported, write_results
+from studies.checkpoint import Study, each_image, open_study, read_options, reported
 
 SIZES = ("small objects", "medium objects", "large objects")
 CLASSES = ("easy classes", "medium classes", "hard classes")
 GROUPS = ("all objects", *SIZES, *CLASSES)
+HeadTables = Iterator[tuple[str, Tensor]]  # of each head its name and a row for each box
 CHUNK = 1024  # windows that go through the heads at once: bounds memory
 
 
-# ------------------------------------------------------------------------------ windows and objects
+# ------------------------------------------------------------------------------ windows
 
 
 def sliding_windows(gt_boxes: Tensor, steps: int = 11) -> Tensor:
     """Windows around each gt (3.1): [G, 4] -> [G, steps^4, 4]; steps^4 is 14,641 for 11.
 
-    Every combination of shifts in x and y (up to one side of the gt) with widths and heights (half
-    to double). The gt is the middle window. choice: the steps widen quadratically from it, because
-    even steps would leave the bins next to IoU 1 empty.
+    Every combination of shifts in x and y (up to one side of the gt) with widths and heights
+    (half to double). The gt is the middle window. choice: the steps widen quadratically from
+    it, because even steps would leave the bins next to IoU 1 empty.
 
     >>> sliding_windows(torch.tensor([[0., 0., 10., 20.]]))[0, 14641 // 2]
     tensor([ 0.,  0., 10., 20.])
@@ -92,7 +94,8 @@ def size_group(areas: Tensor) -> Tensor:
 
 def groups_of_classes(per_class: dict[str, float | None]) -> dict[str, list[str]]:
     """Thirds of the classes by falling AP (3.1), without the classes that have no AP."""
-    known = sorted((k for k, v in per_class.items() if v is not None), key=lambda k: -per_class[k])
+    known = [name for name, ap in per_class.items() if ap is not None]
+    known.sort(key=lambda name: -per_class[name])
     edges = [round(i * len(known) / 3) for i in range(4)]
     return {name: known[a:b] for name, a, b in zip(CLASSES, edges, edges[1:])}
 
@@ -100,13 +103,12 @@ def groups_of_classes(per_class: dict[str, float | None]) -> dict[str, list[str]
 # ------------------------------------------------------------------------------ measured
 
 
-def windows(
-    model: Detector, outputs: dict, target: dict, chosen: list[int]
-) -> Iterator[tuple[str, Tensor]]:
+def windows(model: Detector, outputs: dict, target: dict, chosen: list[int]) -> HeadTables:
     """Each head's tables [N, 5] of N windows around the chosen objects of an image.
 
-    Columns: the object's label and group of size (`target["sizes"]`), the IoU of the window with
-    it, the score of its class, the IoU of the regressed box. nan: the head lacks this output.
+    Columns: the object's label and group of size (`target["sizes"]`), the IoU of the window
+    with it, the score of its class, the IoU of the regressed box. nan: the head has no such
+    output.
     """
     if not chosen:
         return
@@ -129,11 +131,11 @@ def windows(
             yield name, torch.stack([labels, target["sizes"][own], iou, score, regressed], 1)
 
 
-def proposals(outputs: dict, target: dict) -> Iterator[tuple[str, Tensor]]:
+def proposals(outputs: dict, target: dict) -> HeadTables:
     """Each head's score and IoU [N, 2] of an image's proposals.
 
-    choice: the object is the one that a proposal overlaps most. A proposal that overlaps none is
-    left out: it has no class whose score could be looked at.
+    choice: the object is the one that a proposal overlaps most. A proposal that overlaps none
+    is left out: it has no class whose score could be looked at.
     """
     iou, gt = F.pad(box_iou(outputs["rois"].boxes, target["boxes"]), (0, 1)).max(1)
     real = (iou > 0) & ~F.pad(target["ignore"], (0, 1))[gt]
@@ -142,8 +144,8 @@ def proposals(outputs: dict, target: dict) -> Iterator[tuple[str, Tensor]]:
         yield name, torch.cat([probs[real].gather(1, labels), iou[real, None]], 1)
 
 
-def final_boxes(model: Detector, outputs: dict, target: dict, test) -> Iterator[tuple[str, Tensor]]:
-    """Score and IoU [N, 2] of what each head detects alone, by the best object of its class."""
+def final_boxes(model: Detector, outputs: dict, target: dict, test) -> HeadTables:
+    """Score and IoU with the best object of its class [N, 2] of what a head detects alone."""
     for name in model.cls:
         alone = dataclasses.replace(test, alone=name)
         (found,) = model.detections(model.candidates(outputs, alone), 1, alone)
@@ -153,7 +155,7 @@ def final_boxes(model: Detector, outputs: dict, target: dict, test) -> Iterator[
 
 
 def statistics(table: Tensor) -> dict:
-    """A table of `windows` as numbers: Pearson; count, means and deviations by the window's IoU."""
+    """A table of `windows` as numbers: Pearson; counts, means and deviations by the IoU."""
     _, _, iou, score, regressed = table.double().unbind(1)
     count, s, ss, r, rr = in_bins(iou, score, score**2, regressed, regressed**2)
     return {
@@ -232,7 +234,7 @@ def sections(study: Study, objects: int = 0) -> dict:
     draw_bins(summary["windows"], study.out / "sections_bins.png")
     if fc_heads:
         draw_weights(summary["weight_correlation"], study.out / "sections_weights.png")
-    write_results(study.out / "sections.json", summary)
+    checkpoint.write_results(study.out / "sections.json", summary)
     return summary
 
 
@@ -240,7 +242,8 @@ def draw_bins(windows: dict[str, dict], path: Path) -> None:
     """Figures 2 and 7: each head's score and regressed IoU over a proposal's IoU."""
     figure, axes = new_figure(22, 6, 2, 7, sharex=True, sharey="row")
     centres = (np.arange(BINS) + 0.5) / BINS
-    for row, what, title in zip(axes, ("score", "iou"), ("class score", "regressed box's IoU")):
+    titles = {"score": "class score", "iou": "regressed box's IoU"}
+    for row, (what, title) in zip(axes, titles.items()):
         for axis, group in zip(row, GROUPS):
             for head, by_group in windows.items():
                 # None, an empty bin, becomes nan
