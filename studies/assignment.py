@@ -41,9 +41,10 @@ def without_iac(model: nn.Module, out: dict, targets: list[dict]) -> Assignment:
 
 @torch.no_grad()
 def positives(model: nn.Module, images: list, targets: list[dict]) -> dict[str, Tensor]:
-    """Of the P positive anchors of a batch, each [P]: does the IAC score add it?
+    """What is known of the P positive anchors of a batch, each tensor [P].
 
-    `ignored`: by RetinaNet's rule; `p`: of the object's class; `iou`: of the predicted box.
+    `added`: by the IAC score; `ignored`: by RetinaNet's rule; `p`: of the object's class;
+    `iou`: of the predicted box with the object.
     """
     out = model.outputs(images)
     plain = without_iac(model, out, targets)

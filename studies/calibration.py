@@ -48,7 +48,7 @@ def is_counted(annotation: dict) -> bool:
 
 
 def objects_by_image(data: Dataset) -> dict:
-    """image id -> boxes [G, 4], in pixels on disk, and labels [G] of the objects to be found."""
+    """image id -> boxes [G, 4] (pixels on disk) and labels [G] of the objects to be found."""
     label = {c["id"]: i for i, c in enumerate(data.categories)}
     found = {}
     for image_id, of_image in annotations_by_image(data).items():

@@ -5,8 +5,7 @@
 
 The image is a file, or the number of a validation image, whose objects are then drawn in
 white. A page has a row for each detection; each column shows a step of the method
-(studies/inside_*_stage.py). Writes OUT/explain_METHOD_IMAGE.png, and its numbers as
-.json.
+(studies/inside_*_stage.py). Writes OUT/explain_METHOD_IMAGE.png and, as .json, its numbers.
 """
 
 from __future__ import annotations
