@@ -137,7 +137,7 @@ def measure(study: Study) -> tuple[dict, dict]:
 
 
 def numbers_of(points: dict, results: dict, study: Study) -> dict:
-    """What `measure` returns, as numbers by score; `study` has the truth and says how AP counts."""
+    """What `measure` returns as numbers by score. AP counts as the settings of `study` say."""
     metrics = {name: study.metrics(rows) for name, rows in results.items()}
     numbers: dict = {}
     for (name, stage), pairs in points.items():
