@@ -4,32 +4,32 @@
     python -m studies.alignment d2det --weights A --also d2det=B double_head=C   # side by side
     torchrun --nproc_per_node 2 -m studies.alignment retinanet --weights CKPT --data DIR
 
-Prints a table with one line a checkpoint, writes OUT/alignment.json and draws OUT/alignment.png.
-Checkpoints of --also see the images of the first one, under their own settings.
+Prints a table with a line for each checkpoint, writes OUT/alignment.json and draws
+OUT/alignment.png. Checkpoints of --also keep their settings and see the first one's images.
 
-    AP        under the detector's own ranking, by score.
-    oracle    AP of the same boxes ranked by score * true IoU with the best object of any class. No
-              detector can know this ranking. NMS uses it too.
-    cost      oracle's AP minus AP: what it costs that the score does not follow the IoU.
-    Pearson   correlation of the score with the IoU of the best object of the box's own class, over
+    AP        as the detector ranks its boxes: by score.
+    oracle    AP if boxes, also in NMS, are ranked by score * true IoU with the best object of
+              any class. No detector knows this IoU.
+    cost      oracle's AP minus AP: the AP lost because the score does not follow the IoU.
+    Pearson   correlation of the score with the IoU of the best object of the box's class, over
               the boxes before and after NMS: the matched ones (IoU of 0.5 or more), and all.
-    D-ECE     mean distance between a detection's score and the share of such detections that lie on
-              an object, over scores of 0.3 or more (studies/calibration.py).
-    oLRP      LRP error, from 0 (perfect) to 100 %, each class at its best score threshold.
-    Loc       there: what boxes on an object lack to IoU 1, on average.
-    FP, FN    there: the share of boxes that lie on no object, and of objects without a box.
+    D-ECE     the mean distance between the score of a detection and the share of detections
+              with that score that lie on an object, over scores of 0.3 or more.
+    oLRP      LRP error, 0 (perfect) to 100 %, each class at its best score threshold.
+    Loc       its part for position: 1 - IoU of the boxes on an object, on average.
+    FP, FN    its parts for boxes on no object and for objects without a box, as shares.
 
-D2Det and CPM R-CNN run NMS on proposals, so their "before NMS" means their final boxes. Soft-NMS
-lowers the score of a second box on an object however well it fits, which weakens the correlation
-after it. IoU-aware RetinaNet's oracle puts the true IoU in the place of the predicted one in
-p^alpha IoU^(1 - alpha); its boxes are those whose class score alone passes the threshold, and it
-has one line before fusion and one after.
+D2Det and CPM R-CNN run NMS on proposals, so "before NMS" means their final boxes. Soft-NMS
+lowers the score of a second box on an object even if it fits well, which weakens the
+correlation after NMS. IoU-aware RetinaNet has a line before fusion and one after; its oracle
+replaces the predicted IoU, and its boxes are those whose class score passes the threshold.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,12 +37,12 @@ import torch
 from torch import Tensor, nn
 
 from common import BadInput
-from engine.checkpoints import write_json
 from engine.detector import split_images
 from engine.metrics import detect, to_coco
 from engine.pictures import new_figure, percent
 from engine.processes import gather, print_once, rank_and_world
 from iou_aware_retinanet import detection_confidence
+from studies import checkpoint
 from studies.calibration import (
     LOWEST,
     LRP_KEYS,
@@ -53,14 +53,21 @@ from studies.calibration import (
     objects_by_image,
     with_iou,
 )
-from studies.checkpoint import METHODS, Study, open_model, open_study, read_options, reported
-from studies.checkpoint import Options as CheckpointOptions
+from studies.checkpoint import (
+    METHODS,
+    Study,
+    open_model,
+    open_study,
+    read_options,
+    reported,
+    write_results,
+)
 
 STAGES = ("before NMS", "after NMS")
 
 
 @dataclass
-class Options(CheckpointOptions):
+class Options(checkpoint.Options):
     also: tuple[str, ...] = ()  # further checkpoints, each METHOD=CKPT, beside the first
 
 
@@ -104,33 +111,33 @@ def measure(study: Study) -> tuple[dict, dict]:
     if hasattr(test, "alpha"):  # candidates by their class score alone
         settings = settings.replace(alpha=1.0, product=False)
     objects = objects_by_image(study.data)
-    points: dict[tuple, list[Tensor]] = {}
-    results: dict[str, list[dict]] = {}
-
-    def add(name: str, stage: str, scores: Tensor, iou: Tensor) -> None:
-        points.setdefault((name, stage), []).append(torch.stack([scores, iou], 1))
-
+    points, results = defaultdict(list), defaultdict(list)
     for target, found in detect(BeforeNMS(model), study.data, settings):
         found = with_iou(found, objects[target["image_id"]])
-        found["image"] = torch.zeros_like(found["labels"])  # each is the only one of its batch
+        found["image"] = torch.zeros_like(found["labels"])  # the only one of its batch
         found["index"] = torch.arange(len(found["labels"]))
         for name, scores in scores_of(model, found, test).items():
             (kept,) = model.detections({**found, "scores": scores}, 1, test)
-            rows = to_coco(target["image_id"], kept, study.data.categories)
-            results.setdefault(name, []).extend(rows)
+            results[name] += to_coco(target["image_id"], kept, study.data.categories)
             if name != "oracle":
-                add(name, STAGES[0], scores, found["iou"])
-                add(name, STAGES[1], kept["scores"], found["iou"][kept["index"]])
+                before = scores, found["iou"]
+                after = kept["scores"], found["iou"][kept["index"]]
+                points[name, STAGES[0]].append(torch.stack(before, 1))
+                points[name, STAGES[1]].append(torch.stack(after, 1))
         if "iou_probs" in found and model.settings.iou_head:
-            add("predicted IoU", STAGES[0], found["iou_probs"], found["iou"])
-    shares = gather(({k: torch.cat(v) for k, v in points.items()}, results))
-    shares = [share for share in shares if share[0]]  # a process may have had no image
-    together = {k: torch.cat([p[k] for p, _ in shares]) for k in shares[0][0]}
-    return together, {k: [r for _, share in shares for r in share[k]] for k in shares[0][1]}
+            pair = found["iou_probs"], found["iou"]
+            points["predicted IoU", STAGES[0]].append(torch.stack(pair, 1))
+    all_points, all_results = defaultdict(list), defaultdict(list)
+    for some_points, some_results in gather((points, results)):
+        for key, pairs in some_points.items():
+            all_points[key] += pairs
+        for name, rows in some_results.items():
+            all_results[name] += rows
+    return {key: torch.cat(pairs) for key, pairs in all_points.items()}, dict(all_results)
 
 
 def numbers_of(points: dict, results: dict, study: Study) -> dict:
-    """What `measure` returns, as numbers by score; `study` has the truth and says how AP counts."""
+    """What `measure` returns as numbers by score. AP counts as the settings of `study` say."""
     metrics = {name: study.metrics(rows) for name, rows in results.items()}
     numbers: dict = {}
     for (name, stage), pairs in points.items():
@@ -151,30 +158,30 @@ def numbers_of(points: dict, results: dict, study: Study) -> dict:
 
 
 def lines_of(found: dict[str, dict]) -> dict[str, dict]:
-    """A line for each score of each checkpoint: its numbers, and its own and the oracle's AP."""
+    """A line for each score of each checkpoint: its numbers, its own and the oracle's AP."""
     lines = {}
     for name, numbers in found.items():
         metrics = numbers["metrics"]
-        scores = list(metrics)[:-1]  # the oracle is the last
+        *scores, oracle = metrics
         for score in scores:
             label = name if len(scores) == 1 else f"{name}, {score}"
-            lines[label] = {**numbers[score], "own": metrics[score], "oracle": metrics["oracle"]}
+            lines[label] = {**numbers[score], "own": metrics[score], "oracle": metrics[oracle]}
     return lines
 
 
 def show_lines(lines: dict[str, dict]) -> None:
     """Print the table, in percent except for the correlations; nan: undefined."""
-    titles = "AP AP50 AP75 AP90 oracle cost matched all matched all D-ECE oLRP Loc FP FN".split()
+    titles = ["AP", "AP50", "AP75", "AP90", "oracle", "cost", *["matched", "all"] * 2, "D-ECE"]
+    titles += LRP_KEYS
     width = max(map(len, lines))
     print_once(" " * width + f"{'Pearson before NMS':>64}{'after NMS':>16}")
     print_once(" " * width + "".join(f"{title:>8}" for title in titles))
     for label, line in lines.items():
         aps = [*(line["own"][key] for key in titles[:4]), line["oracle"]["AP"], line["cost"]]
         pearson = [line[stage][part] for stage in STAGES for part in ("matched", "all")]
-        errors = [line["D-ECE"], *line["LRP"].values()]
-        cells = [f"{percent(v):8.1f}" for v in aps]
-        cells += [f"{math.nan if v is None else v:8.2f}" for v in pearson]
-        cells += [f"{percent(v):8.1f}" for v in errors]
+        cells = [f"{percent(value):8.1f}" for value in aps]
+        cells += [f"{math.nan if value is None else value:8.2f}" for value in pearson]
+        cells += [f"{percent(v):8.1f}" for v in (line["D-ECE"], *line["LRP"].values())]
         print_once(f"{label:{width}}" + "".join(cells))
 
 
@@ -184,7 +191,7 @@ def show_lines(lines: dict[str, dict]) -> None:
 def draw_alignment(lines: dict[str, dict], points: dict[str, Tensor], path: Path) -> None:
     """AP by IoU threshold, the reliability diagram and LRP's parts; each line has a colour.
 
-    To their left, each score of `points` [n, 2] against the IoU, over the matched boxes.
+    Left of these, each score of `points` [n, 2] against the IoU, over the matched boxes.
     """
     columns = len(points) + 3
     figure, (axes,) = new_figure(5 * columns, 4.5, 1, columns)
@@ -210,7 +217,8 @@ def draw_alignment(lines: dict[str, dict], points: dict[str, Tensor], path: Path
     title = "AP (dotted: the oracle's)"
     curves.set(xlabel="IoU threshold in %", ylabel="AP in %", title=title, ylim=0)
     diagram.set(xlabel="mean score", ylabel="share that lies on an object (IoU 0.5)")
-    diagram.set(title=f"reliability; D-ECE is right of {LOWEST}", xlim=(0, 1), ylim=(-0.02, 1.02))
+    diagram.set(title=f"reliability; D-ECE is right of {LOWEST}")
+    diagram.set(xlim=(0, 1), ylim=(-0.02, 1.02))
     bars.set(title="LRP error and its parts", ylabel="in %, lower is better")
     bars.set_xticks(range(len(LRP_KEYS)), LRP_KEYS)
     handles = curves.get_lines()[::2]  # without the oracles
@@ -237,11 +245,10 @@ def alignment(studies: dict[str, Study]) -> dict[str, dict]:
         return {}
     lines = lines_of(found)
     show_lines(lines)
-    write_json(first.out / "alignment.json", found)
-    scores = list(results)[:-1] if len(found) == 1 else []  # of several there would be too many
+    scores = list(results)[:-1] if len(found) == 1 else []  # several have no room
     clouds = {score: points[score, STAGES[0]] for score in scores}
     draw_alignment(lines, clouds, first.out / "alignment.png")
-    print_once(f"results: {first.out}/alignment.json, .png")
+    write_results(first.out / "alignment.json", found)
     return found
 
 
@@ -249,8 +256,9 @@ def open_beside(first: Study, entry: str) -> Study:
     """The checkpoint of a METHOD=CKPT, to be run on the first one's images."""
     method, _, weights = entry.partition("=")
     if method not in METHODS or not weights:
-        raise BadInput(f"--also {entry}: METHOD=CKPT, where METHOD is one of {', '.join(METHODS)}")
-    study = open_model(CheckpointOptions(method, weights), ["--device", str(first.device)])
+        known = ", ".join(METHODS)
+        raise BadInput(f"--also {entry}: METHOD=CKPT, where METHOD is one of {known}")
+    study = open_model(checkpoint.Options(method, weights), ["--device", str(first.device)])
     if study.categories != first.categories:
         raise BadInput(f"--also {entry}: other categories than the images have")
     settings = dataclasses.replace(study.settings, run=first.settings.run)

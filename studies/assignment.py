@@ -1,12 +1,13 @@
-"""Which anchors does the IAC score make positive? DC loss's section 2.2, over validation images.
+"""Which anchors does the IAC score make positive? DC loss's section 2.2.
 
     python -m studies.assignment dc_loss_clnms --weights CKPT
 
-Compares the anchors that RetinaNet's rule makes positive (IoU over 0.5) with those that the IAC
-score adds: how many there are, how sure the classifier already is of them (p of the gt's class),
-how well their predicted boxes fit the gt (IoU), and what share of the added ones RetinaNet would
-have ignored (IoU 0.4 to 0.5). For a model that was trained without the score, the study says what
-the score would add. Writes OUT/assignment.json.
+Prints, over validation images, for the anchors that RetinaNet's rule makes positive (IoU
+over 0.5) and for those that the IAC score adds: how many they are, how sure the
+classifier already is (p of the object's class), and how well their predicted boxes fit
+(iou). "else ignored" is the share of the added ones that RetinaNet would ignore (IoU 0.4
+to 0.5). A model trained without the score is asked which ones it would add. Writes
+OUT/assignment.json.
 """
 
 from __future__ import annotations
@@ -18,32 +19,36 @@ import torch
 import tyro
 from torch import Tensor, nn
 
+from baselines.retinanet import Assignment
 from common import aligned_iou
 from dc_loss_clnms import ThreeProposals
-from engine.checkpoints import write_json
-from engine.loader import to_device
-from engine.processes import print_once, progress, rank_and_world
-from studies.checkpoint import Options as CheckpointOptions
-from studies.checkpoint import network_images, open_study, read_options, reported
+from engine.processes import print_once, rank_and_world
+from studies import checkpoint
+from studies.checkpoint import each_image, open_study, read_options, reported, write_results
 
 GROUPS = ("by IoU", "added")
 
 
 @dataclass
-class Options(CheckpointOptions):
+class Options(checkpoint.Options):
     method: Annotated[Literal["dc_loss_clnms"], tyro.conf.Positional] = "dc_loss_clnms"
+
+
+def without_iac(model: nn.Module, out: dict, targets: list[dict]) -> Assignment:
+    """The assignment of the model's base, without the positives that the IAC score adds."""
+    return super(ThreeProposals, model).assign(out, targets)
 
 
 @torch.no_grad()
 def positives(model: nn.Module, images: list, targets: list[dict]) -> dict[str, Tensor]:
-    """The P positive anchors of a batch: `added` [P] by the IAC score, `ignored` [P] without it.
+    """What is known of the P positive anchors of a batch, each tensor [P].
 
-    `p` [P] is that of the gt's class, `iou` [P] that of the predicted box with the gt.
+    `added`: by the IAC score; `ignored`: by RetinaNet's rule; `p`: of the object's class;
+    `iou`: of the predicted box with the object.
     """
     out = model.outputs(images)
-    plain = super(ThreeProposals, model).assign(out, targets)  # the base's
-    labels = model.add_positives(out, plain).labels
-    at = (labels == 1).nonzero(as_tuple=True)
+    plain = without_iac(model, out, targets)
+    at = (model.add_positives(out, plain).labels == 1).nonzero(as_tuple=True)
     probs = out["cls_logits"][at].sigmoid()  # [P, K]
     return {
         "added": plain.labels[at] != 1,
@@ -69,15 +74,13 @@ def main(argv=None) -> dict:
         study = open_study(*read_options("assignment", Options, __doc__, argv))
         if rank_and_world()[0]:
             return {}  # the first process does all
-        images, parts = network_images(study), []
-        for i in progress(range(len(images)), "looking", len(images)):
-            parts.append(positives(study.model, *to_device(images[i], study.device)))
+        parts = [positives(study.model, image, target) for image, target in each_image(study)]
         together = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
-        numbers = dict(images=len(images)) | summarise(together)
-        write_json(study.out / "assignment.json", numbers)
+        numbers = dict(images=len(parts)) | summarise(together)
         for name in GROUPS:
             print_once(f"{name:7}: " + " ".join(f"{k} {v}" for k, v in numbers[name].items()))
-        print_once(f"{numbers['more']:.1%} more positives; results: {study.out}/assignment.json")
+        print_once(f"{numbers['more']:.1%} more positives")
+        write_results(study.out / "assignment.json", numbers)
         return numbers
 
 

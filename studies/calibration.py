@@ -1,9 +1,9 @@
-"""How well boxes fit their objects, what their scores are worth, and what is wrong with detections.
+"""What are a detector's scores worth, and what is wrong with its detections? For `alignment`.
 
-D-ECE (Küppers et al., "Multivariate Confidence Calibration for Object Detection", CVPRW 2020, with
-the score alone): is a detection of score 0.8 right in 80 % of cases? LRP error (Oksuz et al.,
-"Localization Recall Precision", ECCV 2018): at the best score threshold of a class, how far off are
-its boxes, how many are false, and how many objects are missed?
+D-ECE: is a detection of score 0.8 right in 80 % of cases? Küppers et al., "Multivariate
+Confidence Calibration for Object Detection", CVPRW 2020; here of the score alone.
+LRP error: at the best score threshold of a class, how far off are its boxes, how many are
+false, how many objects are missed? Oksuz et al., "Localization Recall Precision", ECCV 2018.
 
 "(release)" is github.com/EFS-OpenSource/calibration-framework for D-ECE, and
 github.com/kemaloksuz/LRP-Error for LRP.
@@ -30,11 +30,11 @@ TAU = 0.5  # a detection is right from this IoU with its object on
 LRP_KEYS = ("oLRP", "Loc", "FP", "FN")
 
 
-# ------------------------------------------------------------------------------ boxes and objects
+# ------------------------------------------------------------------------------ objects
 
 
 def annotations_by_image(data: Dataset) -> dict:
-    """image id -> the annotations of its objects in the data set's order, each with an area."""
+    """image id -> its objects' annotations in the data set's order, each with an area."""
     truth = complete_truth(data.coco())
     found: dict = {image["id"]: [] for image in truth["images"]}
     for annotation in truth["annotations"]:
@@ -48,23 +48,23 @@ def is_counted(annotation: dict) -> bool:
 
 
 def objects_by_image(data: Dataset) -> dict:
-    """image id -> boxes [G, 4] and labels [G] of the objects to be found, in the image's pixels."""
+    """image id -> boxes [G, 4] (pixels on disk) and labels [G] of the objects to be found."""
     label = {c["id"]: i for i, c in enumerate(data.categories)}
     found = {}
-    for image_id, all_of_it in annotations_by_image(data).items():
-        counted = [a for a in all_of_it if is_counted(a)]
+    for image_id, of_image in annotations_by_image(data).items():
+        counted = [a for a in of_image if is_counted(a)]
         labels = torch.tensor([label[a["category_id"]] for a in counted], dtype=torch.long)
         found[image_id] = dict(boxes=xywh_to_xyxy([a["bbox"] for a in counted]), labels=labels)
     return found
 
 
 def with_iou(found: dict[str, Tensor], objects: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The n boxes found in an image, with their IoU beside them.
+    """The n boxes found in an image and their IoUs, 0 if there is no object.
 
-    `iou` [n] is with the best object of the box's own label, which is `gt` [n] among the objects;
-    `iou_any` [n] is with the best object of any label. Both are 0 if there is none.
+    `iou` [n] is with the best object of the box's label, number `gt` [n] of the objects;
+    `iou_any` [n] is with the best object of any label.
     """
-    ious = F.pad(box_iou(found["boxes"], objects["boxes"]), (0, 1))  # [n, G + 1], the last: none
+    ious = F.pad(box_iou(found["boxes"], objects["boxes"]), (0, 1))  # [n, G + 1], 0 at the end
     own = found["labels"][:, None] == F.pad(objects["labels"], (0, 1), value=-1)
     iou, gt = (ious * own).max(1)
     return {**found, "iou": iou, "gt": gt, "iou_any": ious.amax(1)}
@@ -79,14 +79,16 @@ def correlation(x: Tensor, y: Tensor) -> float | None:
     >>> correlation(torch.tensor([1., 2., 3.]), torch.tensor([2., 4., 6.]))
     1.0
     """
-    value = torch.corrcoef(torch.stack([x, y]).double())[0, 1].item() if len(x) > 1 else math.nan
+    if len(x) < 2:
+        return None
+    value = torch.corrcoef(torch.stack([x, y]).double())[0, 1].item()
     return None if math.isnan(value) else round(value, 4)
 
 
 def in_bins(x: Tensor, *values: Tensor, bins: int = BINS) -> list[Tensor]:
-    """How many of x [n], in [0, 1], lie in each of equal bins, and the means of `values` [n] there.
+    """How many of x [n], in [0, 1], lie in each of equal bins, and the means of `values` [n].
 
-    A mean is nan where the bin is empty.
+    The mean of an empty bin is nan.
 
     >>> in_bins(torch.tensor([.25, .75, 1.]), torch.tensor([True, True, False]), bins=2)
     [tensor([1, 2]), tensor([1.0000, 0.5000], dtype=torch.float64)]
@@ -102,7 +104,7 @@ def listed(values: Tensor) -> list[float | None]:
 
 
 class Matched(NamedTuple):
-    """Final detections and their objects; those on crowds and difficult objects are left out."""
+    """Final detections and their objects, without those on crowds and difficult objects."""
 
     scores: Tensor  # [D]
     classes: Tensor  # [D]
@@ -111,10 +113,10 @@ class Matched(NamedTuple):
 
 
 def match_detections(truth: dict, results: list[dict], most: int = 100) -> Matched:
-    """COCO's own matching: in each image and class, best score first, each takes a free object.
+    """COCO's own matching: in each image and class, best first, each takes a free object.
 
-    Truth and results are those of `engine.metrics.coco_metrics`. An object is taken at IoU >= TAU,
-    by one of the `most` best detections of an image and class.
+    Truth and results as for `engine.metrics.coco_metrics`. The `most` best detections of
+    an image and class can take an object, at IoU >= TAU.
     """
     found = coco_evaluation(complete_truth(truth), results, (most,), sides=(), ious=(TAU,))
     place = {category: i for i, category in enumerate(found.params.catIds)}
@@ -138,10 +140,10 @@ def match_detections(truth: dict, results: list[dict], most: int = 100) -> Match
 def calibration_error(found: Matched) -> dict:
     """D-ECE: the distance between mean score and precision of a bin, averaged over detections.
 
-    Returns D-ECE, in [0, 1] or None where no detection counts, and `reliability`, of all scores.
+    Returns D-ECE, in [0, 1] or None if no detection counts, and `reliability`, of all scores.
     """
-    # choice: all classes in one diagram, and every bin counts. The release has one a class and
-    # leaves out bins of fewer than 8 detections: on a few hundred images that would be most bins.
+    # choice: one diagram for all classes, and every bin counts. The release has one for each
+    # class and drops bins of fewer than 8 detections: most bins of a few hundred images.
     count, score, precision = in_bins(found.scores, found.scores, found.iou > 0)
     shown = (torch.arange(BINS) >= round(LOWEST * BINS)) & (count > 0)
     total = int(count[shown].sum())
@@ -151,13 +153,13 @@ def calibration_error(found: Matched) -> dict:
 
 
 def optimal_lrp(scores: Tensor, iou: Tensor, num_objects: int) -> dict[str, float | None]:
-    """One class's LRP error at the score threshold where it is least, and its parts, all in [0, 1].
+    """One class's LRP error at its best score threshold, and its parts, all in [0, 1].
 
         LRP = (sum over TP of (1 - IoU) / (1 - tau) + FP + FN) / (TP + FP + FN)
         Loc = mean of 1 - IoU over TP,  FP = 1 - precision,  FN = 1 - recall
 
-    scores, iou [D] as in `Matched`. {} without objects. If no threshold finds an object, oLRP and
-    FN are 1 and there are no other parts (release).
+    scores, iou [D] as in `Matched`. {} without objects. If nothing is found, oLRP and FN are 1
+    and the other parts are missing (release).
 
     >>> optimal_lrp(torch.tensor([.9, .8]), torch.tensor([.75, 0.]), num_objects=1)
     {'oLRP': 0.5, 'Loc': 0.25, 'FP': 0.0, 'FN': 0.0}

@@ -1,4 +1,4 @@
-"""What every study starts with: its command line, a checkpoint, and the validation images."""
+"""What the studies share: command line, checkpoint, validation images, files of results."""
 
 from __future__ import annotations
 
@@ -7,24 +7,32 @@ import functools
 import importlib
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import tyro
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from common import BadInput
 from data.transforms import TestImages
-from engine.checkpoints import load_checkpoint, load_weights
+from engine.checkpoints import load_checkpoint, load_weights, write_json
 from engine.command import load_data, parse
 from engine.detector import build_detector
 from engine.entries import check_size
 from engine.folders import check_folder
+from engine.loader import to_device
 from engine.metrics import coco_metrics
-from engine.processes import end_processes, start_processes
+from engine.processes import (
+    end_processes,
+    print_once,
+    progress,
+    rank_and_world,
+    start_processes,
+)
 from engine.settings import Settings
 
 # The flags that leave out what each paper adds.
@@ -113,8 +121,8 @@ def results_folder(out: str | Path) -> Path:
 
 def open_model(options: Options, flags: list[str]) -> Study:
     """The detector in a checkpoint, under the flags given; no images yet."""
-    script = script_of(options.method)
     weights = ["--weights", options.weights] if options.weights else []
+    script = script_of(options.method)
     command, settings = parse(options.method, script.Settings, ["--eval", *weights, *flags])
     if command.train or command.predict or command.rows or command.export:
         raise BadInput("a study neither trains nor predicts: it looks at --weights")
@@ -123,14 +131,12 @@ def open_model(options: Options, flags: list[str]) -> Study:
     out = results_folder(options.out or Path(command.weights).parent / "studies")
     device = start_processes(settings.run.device)
     torch.manual_seed(settings.run.seed)
-    state = load_checkpoint(command.weights)
-    num_classes = len(state["categories"])
-    model_settings = settings.model.without_download()
+    state, model_settings = load_checkpoint(command.weights), settings.model.without_download()
     check_size(script.Detector, model_settings, state, command.weights)
-    model = build_detector(script.Detector, model_settings, num_classes)
+    model = build_detector(script.Detector, model_settings, len(state["categories"]))
     load_weights(model, state, command.weights)
-    model = model.to(device).eval()
-    return Study(model, settings, state["categories"], command.weights, out)
+    categories = state["categories"]
+    return Study(model.to(device).eval(), settings, categories, command.weights, out)
 
 
 def open_study(options: Options, flags: list[str]) -> Study:
@@ -144,6 +150,28 @@ def network_images(study: Study, data: Dataset | None = None) -> TestImages:
     """The study's images, or `data`, at the first test scale: items are [(image, target)]."""
     settings, scales = study.settings, study.settings.test.test_scales[:1]
     return TestImages(data or study.data, scales, settings.data.max_size, settings.data.scales)
+
+
+def each_image(study: Study) -> Iterator[tuple[list[Tensor], list[dict]]]:
+    """The study's images one at a time, as the network takes them: [image], [target]."""
+    images = network_images(study)
+    for i in progress(range(len(images)), "looking", len(images)):
+        yield to_device(images[i], study.device)
+
+
+def random_detector(method: str, flags: list[str]) -> tuple[nn.Module, Settings]:
+    """A detector of the paper's size for 80 classes, with random weights, and its settings."""
+    settings = settings_of(method, ["--preset", "paper", *flags])
+    torch.manual_seed(settings.run.seed)
+    detector = script_of(method).Detector
+    return build_detector(detector, settings.model.without_download(), 80), settings
+
+
+def write_results(path: Path, numbers) -> None:
+    """Have the first process write a JSON file, and name it with the pictures beside it."""
+    if rank_and_world()[0] == 0:
+        write_json(path, numbers)
+        print_once(f"results: {path.with_suffix('')}*")
 
 
 @contextlib.contextmanager

@@ -1,12 +1,12 @@
-"""Parameters and multiply-adds of every method and of its baseline, at the paper's size.
+"""How many parameters and multiply-adds has a method, beside its baseline?
 
-    python -m studies.cost            # ResNet-50, one 800x1333 image, 80 classes; no data, no GPU
+    python -m studies.cost            # ResNet-50, one 800x1333 image, 80 classes; no data
     python -m studies.cost d2det --backbone resnet101
 
-A prediction is counted with random weights and a score threshold of 0, so that as many boxes go
-through each head as the method allows. Convolutions and matrix products count, as PyTorch's counter
-sees them, and a deformable convolution as a plain one of its size; pooling, NMS and elementwise
-operations do not. Prints a table, writes OUT/cost.json.
+Prints a table and writes OUT/cost.json. A prediction is counted with random weights and a
+score threshold of 0, so each head gets as many boxes as the method allows. PyTorch counts
+convolutions and matrix products; a deformable convolution counts as a plain one of its size.
+Pooling, NMS and elementwise operations do not count.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from common import BadInput
-from engine.checkpoints import write_json
-from engine.detector import build_detector
+from engine.settings import Settings
 from studies.checkpoint import (
     BASELINES,
     PAPERS,
+    random_detector,
     read_options,
     reported,
     results_folder,
-    script_of,
-    settings_of,
+    write_results,
 )
 
 
 @dataclass
 class CostOptions:
-    methods: Annotated[tuple[Literal[PAPERS], ...], tyro.conf.Positional] = PAPERS  # which ones
+    methods: Annotated[tuple[Literal[PAPERS], ...], tyro.conf.Positional] = PAPERS
     image: tuple[int, int] = (800, 1333)  # height and width of the image
     out: str = "runs/cost"  # results folder
 
@@ -54,16 +54,15 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=known)
 
 
-def cost(name: str, flags: list[str], size: tuple[int, int]) -> tuple[float, float]:
-    """Millions of parameters and 10^9 multiply-adds of a prediction, under these flags."""
-    settings = settings_of(name, ["--preset", "paper", *flags])
-    torch.manual_seed(0)
-    model = build_detector(script_of(name).Detector, settings.model.without_download(), 80).eval()
+def cost(model: nn.Module, settings: Settings, size: tuple[int, int]) -> dict[str, float]:
+    """Parameters and multiply-adds of a prediction in one image of `size` (h, w)."""
     test = dataclasses.replace(settings.test, score_threshold=0.0)
     with torch.no_grad(), flop_counter() as counter:
-        model.predict([torch.randint(0, 256, (3, *size), dtype=torch.uint8)], test)
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    return parameters, counter.get_total_flops() / 2e9
+        model.eval().predict([torch.randint(0, 256, (3, *size), dtype=torch.uint8)], test)
+    return {
+        "million_parameters": sum(p.numel() for p in model.parameters()) / 1e6,
+        "giga_multiply_adds": counter.get_total_flops() / 2e9,
+    }
 
 
 def main(argv=None) -> dict[str, dict]:
@@ -73,16 +72,17 @@ def main(argv=None) -> dict[str, dict]:
             raise BadInput(f"--image {options.image}: at least 32")
         out = results_folder(options.out)
         costs = {}
-        print("| | parameters, M | multiply-adds, G | over the baseline |")
-        print("|---|---|---|---|")
+        print("| | parameters, M | multiply-adds, G | over the baseline |\n|---|---|---|---|")
         for name in options.methods:
-            base = cost(name, [*BASELINES[name], *flags], options.image)
-            own = cost(name, flags, options.image)
-            more = f"{own[0] - base[0]:+.1f} M, {own[1] - base[1]:+.0f} G"
-            for label, numbers, extra in ((f"{name}, baseline", base, ""), (name, own, more)):
-                print(f"| {label} | {numbers[0]:.1f} | {numbers[1]:.0f} | {extra} |", flush=True)
-                costs[label] = dict(zip(("million_parameters", "giga_multiply_adds"), numbers))
-        write_json(out / "cost.json", costs)
+            base = cost(*random_detector(name, [*BASELINES[name], *flags]), options.image)
+            own = cost(*random_detector(name, flags), options.image)
+            parameters, multiply_adds = (own[key] - base[key] for key in own)
+            more = f"{parameters:+.1f} M, {multiply_adds:+.0f} G"
+            for label, found, extra in ((f"{name}, baseline", base, ""), (name, own, more)):
+                counts = "{:.1f} | {:.0f}".format(*found.values())
+                print(f"| {label} | {counts} | {extra} |", flush=True)
+                costs[label] = found
+        write_results(out / "cost.json", costs)
         return costs
 
 

@@ -1,4 +1,4 @@
-"""Formulas as our docstrings write them, set by the browser: plain text -> MathML, for `pages`.
+"""How does a formula of a docstring look in a browser? Plain text -> MathML, for `pages`.
 
 L_IoU, c0, lambda', w*, F~     subscripts, primes, stars and tildes
 a / b c                        a fraction of all that is multiplied; in a/b c only a and b
@@ -8,7 +8,8 @@ x^alpha, sqrt(x), sum_i        powers, roots, sums
 import html
 import re
 
-SYMBOLS = dict(zip("alpha beta gamma delta eps theta lambda phi omega sum".split(), "αβγδεθλφω∑"))
+GREEK = "alpha beta gamma delta eps theta lambda phi omega sum".split()
+SYMBOLS = dict(zip(GREEK, "αβγδεθλφω∑"))
 SYMBOLS |= {"-": "−", "*": "·", ".": "·", "..": "…", ">=": "≥", "<=": "≤", "'": "′"}
 SIGNS = r"[<>]=|[-+=<>,;:]|\.\."  # they stand between terms
 NAME = r"(\d[\d.]*\b|[A-Za-z]+(?:'s)?)(\d?)((?:['~*](?![A-Za-z0-9(]))?)(?:_(\w+))?"
@@ -22,7 +23,8 @@ def formula(text: str) -> str:
     '<mfrac><mrow><mn>1</mn></mrow><mrow><mi>e</mi><mo>+</mo><mi>ε</mi></mrow></mfrac></math>'
     """
     text = re.sub(rf"\s*({SIGNS})\s*", r"\1", text)
-    return f"<math displaystyle='true'>{expression([m[0] for m in TOKEN.finditer(text)])}</math>"
+    tokens = [match[0] for match in TOKEN.finditer(text)]
+    return f"<math displaystyle='true'>{expression(tokens)}</math>"
 
 
 def expression(tokens: list[str], end: str = "") -> str:

@@ -1,7 +1,7 @@
-"""What `studies.explain` draws of the two-stage methods.
+"""What does a two-stage method see in its proposal? Columns of a page of `studies.explain`.
 
-METHOD_panels(seen) returns the columns of a detection's row and adds the numbers in them to
-`seen.numbers`. A head that the detector ran on many RoIs runs here on the detection's RoI alone.
+draw_METHOD(seen) draws the columns of a detection's row and adds the numbers in them to
+`seen.numbers`. A head that the detector ran on many RoIs runs here on one RoI.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import kernels
 from baselines import grid_branch
 from baselines.faster_rcnn import RCNN_STDS, Rois
 from common import BadInput, aligned_iou, decode_boxes
-from studies.seen import ENTERING, FOUND, TRUTH, Panel, Seen, heat, numbers_of, outline, scale
+from studies.seen import ENTERING, FOUND, TRUTH, Seen, heat, numbers_of, outline, scale
 
 
 def proposal_of(seen: Seen) -> Rois:
@@ -28,25 +28,21 @@ def proposal_of(seen: Seen) -> Rois:
 
 
 @torch.no_grad()
-def d2det_panels(seen: Seen) -> list[Panel]:
-    settings, roi, panels = seen.model.settings, proposal_of(seen), []
+def draw_d2det(seen: Seen) -> None:
+    settings, roi = seen.model.settings, proposal_of(seen)
     if not (settings.dlr or settings.drp):
         raise BadInput("this checkpoint has neither DLR nor DRP: it is the baseline")
     seen.numbers["proposal"] = roi.boxes[0].tolist()
     if settings.dlr:
-        panels += dlr(seen, roi)
+        draw_cells(seen, roi)
     if settings.drp:
-        panels.append(drp(seen, roi))
+        draw_samples(seen, roi)
     if settings.masks:
-        mask = seen.detection["masks"]
-        coarse = F.adaptive_max_pool2d(mask[None], 7)[0]  # as the overlap prediction
-        for title, values in (("its mask,\npooled to 7x7", coarse), ("its mask, 28x28", mask)):
-            area = [seen.box, seen.truth]
-            panels.append(seen.map_panel(title, values, seen.box, area, alpha="value"))
-    return panels
+        mask, area = seen.detection["masks"], [seen.box, seen.truth]
+        seen.map("its mask, 28x28", mask, seen.box, area, alpha="value")
 
 
-def dlr(seen: Seen, roi: Rois) -> list[Panel]:
+def draw_cells(seen: Seen, roi: Rois) -> None:
     """The boxes of the cells of a detection's proposal, and which of them are averaged."""
     model, proposal = seen.model, roi.boxes[0]
     offsets, overlap_logits = model.regress(model.pool(seen.outputs["features"], roi, 14))
@@ -55,54 +51,49 @@ def dlr(seen: Seen, roi: Rois) -> list[Panel]:
     used = overlap.flatten() > 0.5
     if not model.settings.overlap:
         used = torch.ones_like(used)
-    area = [proposal, seen.box, seen.truth]
-    seen.numbers |= dict(overlap=numbers_of(overlap), used=int(used.sum()))
+    area, count = [proposal, seen.box, seen.truth], int(used.sum())
+    seen.numbers |= dict(overlap=numbers_of(overlap), used=count)
     seen.numbers["cells"] = [numbers_of(c) for c in cells]
-
-    def draw(axis):
-        seen.show(axis, area)
-        for box, on in zip(cells, used):
-            outline(axis, box, FOUND if on else "0.35", width=0.7 if on else 0.4, alpha=0.7)
-        seen.outlines(axis, proposal)
-
-    panels = [(f"each cell's box; {int(used.sum())} cells of {len(cells)}\nare averaged", draw)]
+    axis = seen.photo(f"each cell's box; {count} cells of {len(cells)}\nare averaged", area)
+    for box, on in zip(cells, used):
+        outline(axis, box, FOUND if on else "0.35", width=0.7 if on else 0.4, alpha=0.7)
+    seen.outlines(axis, proposal)
     if model.settings.overlap:
         title = "is the cell on the object?\n(overlap prediction)"
-        panels.append(seen.map_panel(title, overlap, proposal, area, proposal))
-    return panels
+        seen.map(title, overlap, proposal, area, proposal)
 
 
-def drp(seen: Seen, roi: Rois) -> Panel:
+def draw_samples(seen: Seen, roi: Rois) -> None:
     """The samples that classify a proposal."""
     model, proposal = seen.model, roi.boxes[0]
     level = 0
     if model.settings.drp_per_level:
         level = int(kernels.roi_level(roi.flat(), model.strides))
     module = model.drp[level]
-    offsets, norms = [], []  # what these layers return, as hooks get it
-    hooks = [module.fc.register_forward_hook(lambda *call: offsets.append(call[-1]))]
-    if model.settings.weighting:
-        hooks.append(module.pool.norm.register_forward_hook(lambda *call: norms.append(call[-1])))
+    layers = [module.fc, module.pool.norm] if model.settings.weighting else [module.fc]
+    results: list[Tensor] = []  # what these layers return, as hooks get it
+    hooks = [
+        layer.register_forward_hook(lambda *call: results.append(call[-1])) for layer in layers
+    ]
     model.class_features(seen.outputs["features"], roi)
     for hook in hooks:
         hook.remove()
     size = module.size
-    moves = offsets[0][0].float().view(2, size, size)
+    moves = results[0][0].float().view(2, size, size)
     step = module.gamma * (proposal[2:] - proposal[:2])[:, None, None]
     bins = d2det.cell_centres(roi.boxes, size)[0] + step * moves  # [2, S, S]
     moves = moves.repeat_interleave(2, 1).repeat_interleave(2, 2)  # [2, 2S, 2S]
     points = d2det.cell_centres(roi.boxes, 2 * size)[0] + step * moves
-    weight = relative_weight(norms[0][0]) if norms else torch.ones(2 * size, 2 * size)
+    weight = torch.ones(2 * size, 2 * size)
+    if model.settings.weighting:
+        weight = relative_weight(results[1][0])
     seen.numbers |= dict(bins=[numbers_of(p) for p in bins], weights=numbers_of(weight))
-
-    def draw(axis):
-        seen.show(axis, [proposal, seen.truth], margin=0.25)
-        outline(axis, seen.truth, TRUTH)
-        outline(axis, proposal, ENTERING, "--")
-        x, y = points.flatten(1).cpu()
-        scale(axis, axis.scatter(x, y, s=12, c=weight.flatten().cpu(), cmap="plasma", lw=0))
-
-    return "where DRP samples, and how\nmuch a sample weighs", draw
+    title = "where DRP samples, and how\nmuch a sample weighs"
+    axis = seen.photo(title, [proposal, seen.truth], margin=0.25)
+    outline(axis, seen.truth, TRUTH)
+    outline(axis, proposal, ENTERING, "--")
+    x, y = points.flatten(1).cpu()
+    scale(axis, axis.scatter(x, y, s=12, c=weight.flatten().cpu(), cmap="plasma", lw=0))
 
 
 def relative_weight(norm: Tensor) -> Tensor:
@@ -127,30 +118,26 @@ def relative_weight(norm: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def cpm_panels(seen: Seen) -> list[Panel]:
+def draw_cpm(seen: Seen) -> None:
     if not hasattr(seen.model, "grids"):
         raise BadInput("--base cascade has no heat maps to show")
+    settings, roi = seen.model.settings, proposal_of(seen)
+    area = [grid_of(roi, settings.ratios[0]), seen.truth]  # the first is the largest
+    seen.numbers["stages"] = []
+    for stage in range(seen.test.test_stage or settings.num_stages):
+        roi = draw_stage(seen, stage, roi, area)
     scores = {k: seen.candidates[k][seen.row].item() for k in ("cls", "ism", "rsm", "scores")}
+    names = ["class score", "IoU by ISM", "class by RSM", "fused, Eq. 4"]
     if seen.truth is not None:
         scores["IoU with object"] = aligned_iou(seen.box, seen.truth).item()
+        names.append("IoU with object")
     seen.numbers |= scores
-
-    def bars(axis):
-        names = dict(cls="class score", ism="IoU by ISM", rsm="class by RSM", scores="fused, Eq. 4")
-        colours = ["tab:blue", "tab:blue", "tab:blue", "tab:red", "tab:gray"][: len(scores)]
-        drawn = axis.barh([names.get(k, k) for k in scores], scores.values(), color=colours)
-        axis.bar_label(drawn, fmt="%.2f", padding=2, fontsize=9)
-        axis.set(xlim=(0, 1.2))
-        axis.invert_yaxis()
-
-    model, roi, panels = seen.model, proposal_of(seen), []
-    area = [grid_of(roi, model.settings.ratios[0]), seen.truth]  # the first is the largest
-    stages = seen.test.test_stage or model.settings.num_stages
-    seen.numbers["stages"] = []
-    for stage in range(stages):
-        panel, roi = stage_panel(seen, stage, roi, area)
-        panels.append(panel)
-    return [*panels, ("scores of the box", bars)]
+    axis = seen.column("scores of the box")
+    colours = ["tab:blue", "tab:blue", "tab:blue", "tab:red", "tab:gray"][: len(scores)]
+    bars = axis.barh(names, scores.values(), color=colours)
+    axis.bar_label(bars, fmt="%.2f", padding=2, fontsize=9)
+    axis.set(xlim=(0, 1.2))
+    axis.invert_yaxis()
 
 
 def grid_of(roi: Rois, ratio: float) -> Tensor:
@@ -159,12 +146,12 @@ def grid_of(roi: Rois, ratio: float) -> Tensor:
     return torch.cat([corner, corner + wh], -1)[0, 0]
 
 
-def stage_panel(seen: Seen, stage: int, roi: Rois, area: list) -> tuple[Panel, Rois]:
-    """The nine heat maps of a stage, and the box that they draw, which enters the next one."""
+def draw_stage(seen: Seen, stage: int, roi: Rois, area: list) -> Rois:
+    """The nine heat maps of a stage, and the box that they give, which enters the next one."""
     model, outputs, ratio = seen.model, seen.outputs, seen.model.settings.ratios[stage]
     logits, _ = model.grids[stage](model.pool(outputs["features"], roi, 14))
-    drawn = roi.moved(grid_branch.decode_grid(roi.boxes, logits, ratio, outputs["sizes"]))
-    box, decoded, probs = roi.boxes[0], drawn.boxes[0], logits[0].float().sigmoid()
+    moved = roi.moved(grid_branch.decode_grid(roi.boxes, logits, ratio, outputs["sizes"]))
+    box, decoded, probs = roi.boxes[0], moved.boxes[0], logits[0].float().sigmoid()
     grid = grid_of(roi, ratio)
     canvas = whole_grid(probs / probs.amax((1, 2), keepdim=True))  # best cells are bright
     S, cell = probs.shape[-1], probs.flatten(1).argmax(1)
@@ -180,21 +167,18 @@ def stage_panel(seen: Seen, stage: int, roi: Rois, area: list) -> tuple[Panel, R
         title += f"; IoU {before:.2f} to {after:.2f}"
         numbers |= dict(iou_before=before, iou_after=after)
     seen.numbers["stages"].append(numbers)
-
-    def draw(axis):
-        seen.show(axis, area, margin=0.03, grey=True)
-        heat(axis, canvas, grid, "inferno", "value", label="share of the map's best cell")
-        axis.plot(*points.T.cpu(), "+", color="lime", ms=7, mew=1.2)
-        outline(axis, grid, "yellow", ":", 1.2)
-        outline(axis, seen.truth, TRUTH)
-        outline(axis, box, ENTERING, "--")
-        outline(axis, decoded, FOUND)
-
-    return (title, draw), drawn
+    axis = seen.photo(title, area, margin=0.03, grey=True)
+    heat(axis, canvas, grid, "inferno", "value", label="share of the map's best cell")
+    axis.plot(*points.T.cpu(), "+", color="lime", ms=7, mew=1.2)
+    outline(axis, grid, "yellow", ":", 1.2)
+    outline(axis, seen.truth, TRUTH)
+    outline(axis, box, ENTERING, "--")
+    outline(axis, decoded, FOUND)
+    return moved
 
 
 def whole_grid(probs: Tensor) -> Tensor:
-    """Nine maps [9, S, S], each in its window, as one [2S, 2S]: the highest where they overlap."""
+    """Nine maps [9, S, S], each in its window, as one [2S, 2S]; the highest value wins."""
     S = probs.shape[-1]
     canvas = probs.new_zeros(2 * S, 2 * S)
     for (x, y), values in zip((grid_branch.unit_points() * S).long().tolist(), probs):
@@ -207,8 +191,8 @@ def whole_grid(probs: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def double_head_panels(seen: Seen) -> list[Panel]:
-    model, roi, panels = seen.model, proposal_of(seen), []
+def draw_double_head(seen: Seen) -> None:
+    model, roi = seen.model, proposal_of(seen)
     at = seen.candidates["roi"][seen.row]
     scores = {k: v[at, seen.label].item() for k, v in seen.outputs["probs"].items()}
     seen.numbers |= dict(proposal=roi.boxes[0].tolist(), class_score=scores)
@@ -219,18 +203,17 @@ def double_head_panels(seen: Seen) -> list[Panel]:
         size = model.settings.conv_scale if name.startswith("conv") else 1.0
         box = double_head.enlarge_rois(roi.flat(), size)[0, 1:]
         title = f"what each cell adds to the\n{name}-head's class, score {scores[name]:.2f}"
-        most, area = float(cells.abs().max()), [box, seen.truth]
-        how = dict(colours="coolwarm", limits=(-most, most))
-        panels.append(seen.map_panel(title, cells, box, area, roi.boxes[0], **how))
-    return panels + slide(seen)
+        how = dict(colours="coolwarm", most=float(cells.abs().max()))
+        seen.map(title, cells, box, [box, seen.truth], roi.boxes[0], **how)
+    draw_slide(seen)
 
 
 def cell_evidence(model, name: str, pooled: Tensor, label: int) -> Tensor:
-    """What each cell of one RoI, pooled [1, C, S, S], adds to a head's logit of a class: [S, S].
+    """What each cell of a RoI, pooled [1, C, S, S], adds to a head's logit of a class: [S, S].
 
-    conv-head averages over cells and ends in a linear layer: the cells and the bias add up to the
-    logit. In fc-head a cell adds to the first layer, and the logit's slope there says how much that
-    changes.
+    conv-head averages over cells and ends in a linear layer, so the cells and the bias add up
+    to the logit. In fc-head a cell adds to the first layer, whose share in the logit is here
+    its value times the logit's slope.
     """
     head, output = model.heads[name], model.cls[name]
     maps = head.maps(pooled)[0]  # [channels, S, S]
@@ -243,8 +226,8 @@ def cell_evidence(model, name: str, pooled: Tensor, label: int) -> Tensor:
     return torch.einsum("dyx,d->yx", maps, slope)
 
 
-def slide(seen: Seen, steps: int = 33) -> list[Panel]:
-    """Both heads' scores and boxes as a proposal slides off the object (cf. 3.1, Figures 2, 7)."""
+def draw_slide(seen: Seen, steps: int = 33) -> None:
+    """Both heads' scores and boxes as a proposal slides off the object (3.1, Figures 2, 7)."""
     model = seen.model
     box = seen.box if seen.truth is None else seen.truth
     shift = torch.linspace(-1, 1, steps, device=box.device)
@@ -266,17 +249,12 @@ def slide(seen: Seen, steps: int = 33) -> list[Panel]:
     }
     proposal = {"IoU of the proposal": aligned_iou(moved, box)}
     colours = {"IoU of the proposal": "0.6", "fused": "k", "fc": "tab:blue", "conv": "tab:red"}
-    panels = []
-    for title, values in (
-        ("score as the proposal slides", scores),
-        ("IoU of the regressed box\nas the proposal slides", regressed),
+    for title, lines in (
+        ("score as the proposal slides", proposal | scores),
+        ("IoU of the regressed box\nas the proposal slides", proposal | regressed),
     ):
-
-        def draw(axis, lines=proposal | values):
-            for name, value in lines.items():
-                axis.plot(shift.cpu(), value.float().cpu(), label=name, color=colours.get(name))
-            axis.set(xlabel="shift in widths", ylim=(-0.02, 1.35), yticks=(0, 0.5, 1))
-            axis.legend(fontsize=8, loc="upper center", ncols=2)
-
-        panels.append((title, draw))
-    return panels
+        axis = seen.column(title)
+        for name, value in lines.items():
+            axis.plot(shift.cpu(), value.float().cpu(), label=name, color=colours.get(name))
+        axis.set(xlabel="shift in widths", ylim=(-0.02, 1.35), yticks=(0, 0.5, 1))
+        axis.legend(fontsize=8, loc="upper center", ncols=2)

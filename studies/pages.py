@@ -1,11 +1,11 @@
-"""The method files as pages: prose and formulas on the left, beside them the code they are about.
+"""How does a method's file read as a page, its prose and formulas beside the code?
 
     pip install pygments
-    python -m studies.pages OUT            # OUT/index.html, and OUT/METHOD.html for each method
+    python -m studies.pages OUT         # OUT/index.html, and OUT/METHOD.html for each method
 
-The Python files are the only source. A docstring, or a comment that stands above code, becomes
-prose; an indented block of a docstring becomes formulas; code and examples stay what they are.
-This needs no torch, and the pages need no JavaScript.
+The Python files are the only source. Docstrings, and comments above code, become prose; an
+indented block of a docstring becomes formulas; code and examples stay as they are. This needs
+no torch, and the pages need no JavaScript.
 """
 
 import ast
@@ -25,8 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("iou_aware_retinanet", "dc_loss_clnms", "double_head", "cpm_rcnn", "d2det")
 DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
 COLOURS = HtmlFormatter(nowrap=True, style="friendly")
-HEAD = '<!doctype html><html lang="en"><meta charset="utf-8"><title>{}</title><style>{}</style>'
-HEAD += '<meta name="viewport" content="width=device-width, initial-scale=1"><nav>{}</nav>'
+HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{}</title>
+<style>{}</style><meta name="viewport" content="width=device-width, initial-scale=1">
+<nav>{}</nav>"""
 
 
 # ------------------------------------------------------------------------------ prose
@@ -34,20 +35,20 @@ HEAD += '<meta name="viewport" content="width=device-width, initial-scale=1"><na
 
 def inline(text: str, names: re.Pattern) -> str:
     """A line of prose: `code`, web links, and links to the definitions of this page."""
-    text = re.sub(r"(https?://\S*[^\s.,])", r'<a href="\1">\1</a>', html.escape(text, quote=False))
+    text = html.escape(text, quote=False)
+    text = re.sub(r"(https?://\S*[^\s.,])", r'<a href="\1">\1</a>', text)
     text = re.sub(r" (Papers?:|Releases?:)", r"<br>\1", text)
-    linked = lambda code: names.sub(r'<a href="#\1">\1</a>', code[0].strip("`"))  # noqa: E731
-    return re.sub("`.+?`", lambda code: f"<code>{linked(code)}</code>", text)
+
+    def linked(code: re.Match) -> str:
+        return "<code>" + names.sub(r'<a href="#\1">\1</a>', code[1]) + "</code>"
+
+    return re.sub("`(.+?)`", linked, text)
 
 
 def table(lines: list[str], names: re.Pattern) -> str:
     """Columns, two blanks or more apart; whatever looks like a formula is set as one."""
-    rows: list[list[str]] = []
-    for line in lines:
-        if line.startswith(" " * 24):  # the last column of the row above goes on
-            rows[-1][-1] += f" {line.strip()}"
-        else:
-            rows.append(re.split(r"\s{2,}", line.strip()))
+    joined = re.sub(r"\n {24} *", " ", "\n".join(lines))  # the last column of a row goes on
+    rows = [re.split(r"\s{2,}", line.strip()) for line in joined.split("\n")]
 
     def cell(text: str) -> str:
         if re.search(r"[=^|<>]| [-+/] ", text) and '"' not in text:
@@ -60,8 +61,9 @@ def table(lines: list[str], names: re.Pattern) -> str:
 
 def prose(text: str, names: re.Pattern) -> str:
     """A docstring: its paragraphs, formulas and sketches."""
-    text = re.sub(r":\n +", ":\n\n", text)  # a paragraph begins behind a colon that ends a line,
-    text = re.sub(r"(\n +.*)\n(?=\S)", r"\1\n\n", text)  # and where indentation ends
+    # a paragraph begins behind a colon that ends a line, and where indentation ends
+    text = re.sub(r":\n +", ":\n\n", text)
+    text = re.sub(r"(\n +.*)\n(?=\S)", r"\1\n\n", text)
     made = []
     for block in re.split(r"\n\s*\n", text):
         if block[:1] == " " and re.search(r"->|\|--", block):
@@ -77,7 +79,7 @@ def prose(text: str, names: re.Pattern) -> str:
 
 
 def first_line(node, lines: list[str]) -> int:
-    """Where a statement begins, with its decorators and the comments above it; counted from 0."""
+    """Where a statement begins, with decorators and comments above it; counted from 0."""
     line = min(n.lineno for n in (node, *getattr(node, "decorator_list", ()))) - 1
     while re.match(r"\s*(#|$)", lines[line - 1]):
         line -= 1
@@ -85,7 +87,7 @@ def first_line(node, lines: list[str]) -> int:
 
 
 def row(name: str, docstring: str, lines: list[str], names: re.Pattern) -> str:
-    """A piece of code beside its prose; above both the heading of a section that begins here."""
+    """A piece of code beside its prose; above both the heading, if a section begins here."""
     heading, comment = "", []
     while re.match(r"#|$", lines[0].strip()):
         line = lines.pop(0).strip("# ")

@@ -3,10 +3,9 @@
     python -m studies.published FILE --out d2det_r50.pt
     python d2det.py --predict photo.jpg --weights d2det_r50.pt
 
-A file is recognised by its keys. Every tensor of it is used or named as unused, and every tensor of
-our network is filled, or the conversion fails and says which are not. docs/weights.md lists the
-files and says what a converted network does not reproduce.
-
+A file is recognised by its names. Each of its tensors is used or named as unused, and each
+tensor of our network is filled; otherwise the conversion fails and says which are not.
+docs/weights.md lists the files and says what a converted network does not reproduce.
 studies/published_rules.py has the names and orders of each source.
 """
 
@@ -16,27 +15,16 @@ import importlib
 import math
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import tyro
 from torch import Tensor
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from common import BadInput
 from engine.checkpoints import as_saved, load_tensors, save_checkpoint
-from studies.published_rules import SOURCES, UNUSED, Rule, Source
-
-# COCO's categories in the order of their ids, which are 1 to 90 without ten
-COCO = """person bicycle car motorcycle airplane bus train truck boat traffic_light fire_hydrant
-stop_sign parking_meter bench bird cat dog horse sheep cow elephant bear zebra giraffe backpack
-umbrella handbag tie suitcase frisbee skis snowboard sports_ball kite baseball_bat baseball_glove
-skateboard surfboard tennis_racket bottle wine_glass cup fork knife spoon bowl banana apple sandwich
-orange broccoli carrot hot_dog pizza donut cake chair couch potted_plant bed dining_table toilet tv
-laptop mouse remote keyboard cell_phone microwave oven toaster sink refrigerator book clock vase
-scissors teddy_bear hair_drier toothbrush""".split()
-NO_CATEGORY = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
+from studies.published_rules import SOURCES, UNUSED, Rule
 
 
 def coco_categories() -> list[dict]:
@@ -45,8 +33,8 @@ def coco_categories() -> list[dict]:
     >>> coco_categories()[0], coco_categories()[-1]
     ({'id': 1, 'name': 'person'}, {'id': 90, 'name': 'toothbrush'})
     """
-    ids = [i for i in range(1, 91) if i not in NO_CATEGORY]
-    return [{"id": i, "name": name.replace("_", " ")} for i, name in zip(ids, COCO)]
+    names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # torchvision's, by id
+    return [{"id": i, "name": name} for i, name in enumerate(names) if i and name != "N/A"]
 
 
 # Sizes of the network, read off the shapes of our tensors: setting, tensor, dimension
@@ -90,26 +78,26 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     return tensors, about
 
 
-def recognise(names, path) -> Source:
+def recognise(names, path) -> str:
     """The source that has a layer of these tensors' names. Raises BadInput."""
     layers = {name.rpartition(".")[0] for name in names}
-    for source in SOURCES:
-        if any(re.fullmatch(source.sign, layer) for layer in layers):
-            return source
-    known = ", ".join(source.name for source in SOURCES)
+    for name, source in SOURCES.items():
+        if source.sign in layers:
+            return name
     first = ", ".join(sorted(layers)[:3])
+    known = ", ".join(SOURCES)
     raise BadInput(f"{path}: {len(layers)} layers, such as {first}. None of {known}")
 
 
-def rename(tensors: dict[str, Tensor], rules: list[Rule]) -> tuple[dict[str, Tensor], list[str]]:
+def rename(tensors: dict[str, Tensor], rules: list[Rule]) -> tuple[dict, list[str]]:
     """Our names and rows of the tensors, and the names for which there is no rule."""
     state, unknown = {}, []
     for name, value in tensors.items():
         layer, _, leaf = name.rpartition(".")
-        for pattern, ours, turn in rules:
-            match = re.fullmatch(pattern, layer)
+        for there, ours, turn in rules:
+            match = re.fullmatch(there, layer)
             if match:
-                state[f"{match.expand(ours)}.{leaf}"] = turn(value) if turn else value
+                state[f"{match.expand(ours)}.{leaf}"] = turn(value)
                 break
         else:
             unknown.append(name)
@@ -124,7 +112,8 @@ def some(names) -> str:
 def read_sizes(state: dict[str, Tensor], path) -> dict:
     """The settings that the tensors' shapes tell."""
     conv = state.get("backbone.stages.0.0.conv2.weight")
-    blocks = sum(bool(re.fullmatch(r"backbone\.stages\.2\.\d+\.conv1\.weight", k)) for k in state)
+    third = re.compile(r"backbone\.stages\.2\.\d+\.conv1\.weight")
+    blocks = sum(bool(third.fullmatch(name)) for name in state)
     kind = (blocks, *conv.shape[:2]) if conv is not None else (blocks, 0, 0)
     if kind not in BACKBONES:
         raise BadInput(f"{path}: its backbone is none of {', '.join(BACKBONES.values())}")
@@ -147,58 +136,64 @@ def convert(tensors: dict[str, Tensor], path="", method: str = "", mmdet: int = 
 
     mmdet: the version of MMDetection that RetinaNet's file was made with. Raises BadInput.
     """
-    source = recognise(tensors, path)
+    name = recognise(tensors, path)
+    source = SOURCES[name]
     unused = [k for k in tensors if re.fullmatch(UNUSED, k)]
-    state, unknown = rename({k: v for k, v in tensors.items() if k not in unused}, source.rules)
+    needed = {k: v for k, v in tensors.items() if k not in unused}
+    state, unknown = rename(needed, source.rules)
     if unknown:
-        raise BadInput(f"{path}: {source.name}? It has no {some(unknown)}")
-    changes = {**read_sizes(state, path), **source.changes, "mmdet": mmdet}
+        raise BadInput(f"{path}: {name}? It has no {some(unknown)}")
+    changes = {**read_sizes(state, path), "mmdet": mmdet}
     try:
         source.finish(state, changes)
     except KeyError as e:
-        raise BadInput(f"{path}: {source.name}, but without {e.args[0]}") from e
+        raise BadInput(f"{path}: {name}, but without {e.args[0]}") from e
     script = importlib.import_module(method or changes.get("method", source.method))
     settings = script.Settings()
     if hasattr(settings.model, "iou_head"):
         changes["iou_head"] = "head.iou_logits.weight" in state
-    settings = settings.replace(**{k: v for k, v in changes.items() if k in settings.flat()})
+    known = settings.flat()
+    settings = settings.replace(**{k: v for k, v in changes.items() if k in known})
+    categories = coco_categories()
     with torch.device("meta"):
-        ours = script.Detector(settings.model.without_download(), len(COCO)).state_dict()
+        model = script.Detector(settings.model.without_download(), len(categories))
+    ours = model.state_dict()
     counters = [k for k in state if k.endswith("num_batches_tracked") and k not in ours]
     state = {k: v for k, v in state.items() if k not in counters}
     if ours.keys() != state.keys():
         missing, more = some(ours.keys() - state.keys()), some(state.keys() - ours.keys())
-        raise BadInput(f"{path}: {source.name}, but without {missing or '-'}; with {more or '-'}")
+        raise BadInput(f"{path}: {name}, but without {missing or '-'}; with {more or '-'}")
     odd = [k for k, v in state.items() if v.shape != ours[k].shape]
     if odd:
         shapes = f"{[*state[odd[0]].shape]}, not {[*ours[odd[0]].shape]}"
-        raise BadInput(f"{path}: {source.name} of COCO's 80 classes? {odd[0]} is {shapes}")
+        raise BadInput(f"{path}: {name} of COCO's 80 classes? {odd[0]} is {shapes}")
     return {
         "model": {k: state[k].contiguous() for k in ours},
         "settings": as_saved(settings),
         "method": script.__name__,
-        "categories": coco_categories(),
-        "source": source.name,
+        "categories": categories,
+        "source": name,
         "unused": [*unused, *counters],
     }
 
 
-@dataclass
-class Options:
-    """Convert a file of weights that a paper's authors, or MMDetection, published."""
-
-    file: Annotated[str, tyro.conf.Positional]  # as downloaded
-    out: str  # the checkpoint to write, .pt
-    method: str = ""  # for RetinaNet's: iou_aware_retinanet or dc_loss_clnms, which start from it
-
-
 def main(argv: list[str] | None = None) -> None:
-    options = tyro.cli(Options, args=argv, description=__doc__)
+    tyro.cli(convert_file, args=argv, description=__doc__)
+
+
+def convert_file(file: tyro.conf.Positional[str], out: str, method: str = "") -> None:
+    """Convert a file and say what was found in it.
+
+    Args:
+        file: as downloaded
+        out: the checkpoint to write, .pt
+        method: for RetinaNet's: iou_aware_retinanet or dc_loss_clnms, which start from it
+    """
     try:
-        tensors, about = read(options.file)
+        tensors, about = read(file)
         version = str(about.get("mmdet_version", "1"))
-        checkpoint = convert(tensors, options.file, options.method, int(version[0] == "2") + 1)
-        save_checkpoint(Path(options.out), checkpoint)
+        checkpoint = convert(tensors, file, method, int(version[0] == "2") + 1)
+        save_checkpoint(Path(out), checkpoint)
     except BadInput as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
@@ -210,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"not needed: {len(unused)} of {len(tensors)} tensors: {some(unused) or 'none'}")
     script = checkpoint["method"]
     script = f"python -m {script}" if "." in script else f"python {script}.py"
-    print(f"next: {script} --predict PHOTO.jpg --weights {options.out}")
+    print(f"next: {script} --predict PHOTO.jpg --weights {out}")
 
 
 if __name__ == "__main__":

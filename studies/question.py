@@ -1,21 +1,19 @@
-"""docs/question.png: ten boxes on one object. Which of them does each method keep, or make better?
+"""Which of ten boxes on one object does each method keep, or make better? docs/question.png.
 
-    for method in iou_aware_retinanet double_head cpm_rcnn d2det; do python $method.py --train; done
+    for m in iou_aware_retinanet double_head cpm_rcnn d2det; do python $m.py --train; done
     python -m studies.question --image 1886 --object 2      # of the validation images
 
-All of it comes from these small networks (runs/METHOD/last.pt; the last three may be missing). The
-ten boxes are candidates of IoU-aware RetinaNet: those with the best class scores among boxes with
-the object's label, none within IoU 0.85 of a better one. Plain NMS, the fused score and CL-NMS
-choose among the ten. A two-stage network gets the ten as its only proposals, and does with them
-what it does in testing. The case was picked from 2,000 images because every choice helps in it.
-Such cases are rare; what the methods gain on average is in docs/results.md. The picture in docs/
-was made without the second and the third network.
+The networks are runs/METHOD/last.pt; the last three may be missing. The ten boxes are
+candidates of IoU-aware RetinaNet with the object's label: the best class scores, none
+within IoU 0.85 of a better one. Plain NMS, the fused score and CL-NMS choose among the
+ten. A two-stage network gets them as its only proposals and tests them as usual. The case
+was picked from 2,000 images because every choice helps in it, which is rare: for averages
+see docs/results.md. The picture in docs/ was made without Double-Head and CPM R-CNN.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +27,7 @@ from common import BadInput, aligned_iou
 from dc_loss_clnms import cl_nms_of_one_class
 from iou_aware_retinanet import detection_confidence
 from studies.checkpoint import Options, Study, network_images, open_study, reported
-from studies.seen import TRUTH, outline
+from studies.seen import TRUTH, outline, show_image
 
 TWO_STAGES = {
     "double_head": ("Double-Head", "one head scores it,\nanother moves it"),
@@ -58,16 +56,19 @@ def ten_candidates(study: Study, image: Tensor, label: int, gt: Tensor) -> dict[
     return {name: values[keep] for name, values in found.items()}
 
 
-def after_two_stages(study: Study, image: Tensor, label: int, boxes: Tensor) -> tuple[int, Tensor]:
-    """The best detection with this label from these proposals: the proposal's number, its box."""
+def after_two_stages(study: Study, image: Tensor, label: int, boxes: Tensor) -> tuple:
+    """The best detection with this label of these proposals: which of them, its new box."""
     model, rois = study.model, Rois(torch.zeros(len(boxes), dtype=torch.long), boxes)
     outputs = {**model.outputs([image]), "rois": rois}
     features = outputs["features"]
     if hasattr(model, "predictions"):  # Double-Head
         outputs |= model.predictions(features, rois)
     else:
-        pool = getattr(model, "class_features", partial(model.pool, size=7))  # DRP, or RoIAlign
-        outputs["probs"] = model.classify(pool(features, rois)).float().softmax(1)[:, :-1]
+        if hasattr(model, "class_features"):  # D2Det's DRP
+            pooled = model.class_features(features, rois)
+        else:
+            pooled = model.pool(features, rois, 7)
+        outputs["probs"] = model.classify(pooled).float().softmax(1)[:, :-1]
     found = model.candidates(outputs, study.settings.test)
     (best,) = model.detections({**found, "index": found["roi"]}, 1, study.settings.test)
     own = best["labels"] == label
@@ -86,19 +87,17 @@ def look(studies: dict[str, Study], image_number: int, object_number: int):
     gt, label = target["boxes"][object_number], int(target["labels"][object_number])
     found = ten_candidates(study, image, label, gt)
     boxes, p = found["boxes"], found["cls_probs"]
-    fused = detection_confidence(p, found["iou_probs"], study.settings.test.alpha)
-    chosen = {
-        ("plain NMS", "keeps the best\nclass score"): 0,
-        ("IoU-aware", "the best class score\nand predicted IoU"): int(fused.argmax()),
-        ("CL-NMS", "class score and near-\nness to the centre"): int(
-            cl_nms_of_one_class(boxes, p)[0]
-        ),
-    }
-    kept = [Kept(*names, number, boxes[number]) for names, number in chosen.items()]
+    alpha = study.settings.test.alpha
+    fused = int(detection_confidence(p, found["iou_probs"], alpha).argmax())
+    central = int(cl_nms_of_one_class(boxes, p)[0])
+    kept = [
+        Kept("plain NMS", "keeps the best\nclass score", 0, boxes[0]),
+        Kept("IoU-aware", "the best class score\nand predicted IoU", fused, boxes[fused]),
+        Kept("CL-NMS", "class score and near-\nness to the centre", central, boxes[central]),
+    ]
     for method, names in TWO_STAGES.items():
         if method in studies:
-            moved = after_two_stages(studies[method], image, label, boxes)
-            kept.append(Kept(*names, *moved))
+            kept.append(Kept(*names, *after_two_stages(studies[method], image, label, boxes)))
     return image, gt, found, kept
 
 
@@ -107,66 +106,61 @@ def draw(path: Path, image: Tensor, gt: Tensor, found: dict, kept: list[Kept]) -
     from matplotlib.colors import LinearSegmentedColormap, Normalize
     from matplotlib.figure import Figure
 
-    scale = ScalarMappable(Normalize(0.5, 1), LinearSegmentedColormap.from_list("", COLOURS))
-    boxes, p = found["boxes"], found["cls_probs"].tolist()
-    ious = aligned_iou(boxes, gt).tolist()
-    colours = scale.to_rgba(ious)
-    low, high = boxes[:, :2].amin(0), boxes[:, 2:].amax(0)
-    (x, y), half = ((low + high) / 2).tolist(), 0.58 * float((high - low).max())
+    colour_of = ScalarMappable(
+        Normalize(0.5, 1), LinearSegmentedColormap.from_list("", COLOURS)
+    ).to_rgba
+    boxes, ious = found["boxes"], aligned_iou(found["boxes"], gt).tolist()
     pale = (0.75 * image.permute(1, 2, 0) / 255 + 0.25).numpy()
-
-    def photo(axis) -> None:
-        axis.imshow(pale, extent=(0, pale.shape[1], pale.shape[0], 0), interpolation="bicubic")
-        axis.set(xticks=[], yticks=[], xlim=(x - half, x + half), ylim=(y + half, y - half))
-        axis.set_facecolor("0.85")  # beyond the image
-        outline(axis, gt, TRUTH, "--", 1.5)
-
-    half_of_them = (len(kept) + 1) // 2
-    upper, lower = [*range(half_of_them)], [*range(half_of_them, 2 * half_of_them)]
+    upper = [*range((len(kept) + 1) // 2)]
+    lower = [len(upper) + i for i in upper]
     figure = Figure(figsize=(8, 6), layout="constrained")  # at 800 px a point is 1.4 px
     figure.suptitle("Ten boxes on one object: which should stay?", fontsize=17, weight="bold")
     ratios = (2, *(1 for _ in upper))
     axes = figure.subplot_mosaic([["all", *upper], ["list", *lower]], width_ratios=ratios)
-    bars, middle = axes["list"], dict(va="center", fontsize=8)
-    bars.set(xlim=(-0.15, 1.35), ylim=(len(boxes) - 0.4, -1.6))
-    bars.axis("off")
-    bars.text(0, -1.1, "class score", fontsize=8.5, color="0.3")
-    bars.text(1.35, -1.1, "fit (IoU)", fontsize=8.5, color="0.3", ha="right")
-    photo(axes["all"])
-    axes["all"].set_xlabel("white: the object     colour: how well a box fits it", fontsize=8.5)
+    bars = axes.pop("list")
+    for axis in axes.values():
+        show_image(axis, pale, boxes, margin=0.08, interpolation="bicubic")
+        outline(axis, gt, TRUTH, "--", 1.5)
+    caption = "white: the object     colour: how well a box fits it"
+    axes["all"].set_xlabel(caption, fontsize=8.5)
     for i in reversed(range(len(boxes))):
-        outline(axes["all"], boxes[i], colours[i], width=1.8)
+        colour = colour_of(ious[i])
+        outline(axes["all"], boxes[i], colour, width=1.8)
         x1, y1, x2, y2 = boxes[i].tolist()  # each number at another place of its box's outline
         side, share = divmod((1.48 * i + 0.24) % 4, 1)
         u, v = [(share, 0), (1, share), (1 - share, 1), (0, 1 - share)][int(side)]
-        badge = dict(boxstyle="circle,pad=0.2", fc=colours[i], lw=0.6)
+        badge = dict(boxstyle="circle,pad=0.2", fc=colour, lw=0.6)
         at = x1 + u * (x2 - x1), y1 + v * (y2 - y1)
         axes["all"].text(*at, i + 1, fontsize=7, ha="center", va="center", bbox=badge)
-        bars.barh(i, p[i], 0.78, color=colours[i], ec="black", lw=0.5)
-        bars.text(-0.05, i, i + 1, ha="right", weight="bold", **middle)
-        bars.text(0.03, i, f"{p[i]:.2f}", **middle)
-        bars.text(1.35, i, f"{ious[i]:.2f}", ha="right", weight="bold", **middle)
+    places, scores = range(len(boxes)), found["cls_probs"].tolist()
+    drawn = bars.barh(places, scores, 0.78, color=colour_of(ious), ec="black", lw=0.5)
+    bars.bar_label(drawn, fmt="%.2f", padding=3, fontsize=8)
+    bars.set(xlim=(0, 1.2), xticks=[])
+    bars.set_yticks(places, [str(i + 1) for i in places], weight="bold", fontsize=8)
+    fits = [f"{iou:.2f}" for iou in ious]
+    bars.secondary_yaxis("right").set_yticks(places, fits, weight="bold", fontsize=8)
+    bars.set_title("class score", loc="left", fontsize=8.5)
+    bars.set_title("fit (IoU)", loc="right", fontsize=8.5)
+    bars.invert_yaxis()
     for i, (method, how, number, box) in enumerate(kept):
-        photo(axes[i])
         iou = float(aligned_iou(box, gt))
         outline(axes[i], boxes[number], "0.3", ":", 1.0)
-        outline(axes[i], box, scale.to_rgba(iou), width=2.4)
-        axes[i].set_title(
-            f"{method}: box {number + 1}", loc="left", fontsize=11, weight="bold", pad=28
-        )
+        outline(axes[i], box, colour_of(iou), width=2.4)
+        title = dict(loc="left", fontsize=22 / len(upper), weight="bold", pad=28)
+        axes[i].set_title(f"{method}: box {number + 1}", **title)
         axes[i].text(0, 1.04, how, fontsize=8, color="0.3", transform=axes[i].transAxes)
-        badge = dict(fc=scale.to_rgba(iou), ec="none", pad=2.5)
+        badge = dict(fc=colour_of(iou), ec="none", pad=2.5)
         axes[i].set_xlabel(f"IoU {iou:.2f}", fontsize=10.5, weight="bold", bbox=badge)
     figure.savefig(path, dpi=200)
 
 
-def main(image: int = 1886, object: int = 2, runs: str = "runs", out: str = "docs") -> list[Kept]:
+def main(image: int = 1886, object: int = 2, runs: str = "runs", out: str = "docs"):
     with reported():
         flags = ["--device", "cpu", "--num-val", f"{image + 1}"]
+        methods = [method for method in TWO_STAGES if Path(runs, method).exists()]
         studies = {
             method: open_study(Options(method, f"{runs}/{method}/last.pt"), flags)
-            for method in ("iou_aware_retinanet", *TWO_STAGES)
-            if method not in TWO_STAGES or Path(runs, method).exists()
+            for method in ("iou_aware_retinanet", *methods)
         }
         *seen, kept = look(studies, image, object)
         draw(Path(out) / "question.png", *seen, kept)

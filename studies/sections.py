@@ -1,17 +1,20 @@
-"""Double-Head R-CNN's Section 3 on a checkpoint: which head's score and box follow the IoU?
+"""Which head's score and box follow the IoU? Double-Head R-CNN's Section 3 on a checkpoint.
 
     python -m studies.sections double_head --weights CKPT
 
-Windows are slid around each object (3.1) and judged by every head, and so are the detector's own
-proposals and each head's own final boxes. The paper looks at two models with one head each; an Ext
-model has both in one. Writes OUT/sections.json and, as sections_*.png, Figures 2 and 7 (bins) and
-Figure 4 (weights).
+Every head judges windows that slide around each object (3.1). sections_bins.png shows the
+means of its scores and of its boxes' IoUs by the window's IoU (Figures 2 and 7),
+sections_weights.png the correlation of the weights of cells (Figure 4). The correlation
+(Pearson) of score and IoU is over these windows, the RPN's proposals and each head's own
+final boxes (Figure 3). The paper looks at two models with one head each; an Ext model has
+both in one. Numbers: OUT/sections.json.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +25,15 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
-from torchvision.ops import box_area, box_iou
+from torchvision.ops import box_iou
 
 from baselines.faster_rcnn import RCNN_STDS, Rois
 from common import BadInput, aligned_iou, clip_boxes, decode_boxes
 from double_head import Detector, FCHead
-from engine.checkpoints import write_json
-from engine.loader import to_device
 from engine.metrics import evaluate
 from engine.pictures import new_figure
-from engine.processes import autocast, print_once, progress, rank_and_world
+from engine.processes import autocast, print_once, rank_and_world
+from studies import checkpoint
 from studies.calibration import (
     BINS,
     annotations_by_image,
@@ -41,30 +43,24 @@ from studies.calibration import (
     listed,
     with_iou,
 )
-from studies.checkpoint import (
-    Options,
-    Study,
-    network_images,
-    open_study,
-    read_options,
-    reported,
-)
+from studies.checkpoint import Study, each_image, open_study, read_options, reported
 
 SIZES = ("small objects", "medium objects", "large objects")
 CLASSES = ("easy classes", "medium classes", "hard classes")
 GROUPS = ("all objects", *SIZES, *CLASSES)
+HeadTables = Iterator[tuple[str, Tensor]]  # of each head its name and a row for each box
 CHUNK = 1024  # windows that go through the heads at once: bounds memory
 
 
-# ------------------------------------------------------------------------------ windows and objects
+# ------------------------------------------------------------------------------ windows
 
 
 def sliding_windows(gt_boxes: Tensor, steps: int = 11) -> Tensor:
     """Windows around each gt (3.1): [G, 4] -> [G, steps^4, 4]; steps^4 is 14,641 for 11.
 
-    Every combination of shifts in x and y (up to one side of the gt) with widths and heights (half
-    to double). The gt is the middle window. choice: the steps widen quadratically from it, because
-    even steps would leave the bins next to IoU 1 empty.
+    Every combination of shifts in x and y (up to one side of the gt) with widths and heights
+    (half to double). The gt is the middle window. choice: the steps widen quadratically from
+    it, because even steps would leave the bins next to IoU 1 empty.
 
     >>> sliding_windows(torch.tensor([[0., 0., 10., 20.]]))[0, 14641 // 2]
     tensor([ 0.,  0., 10., 20.])
@@ -80,17 +76,14 @@ def choose_objects(annotations: dict[Any, list[dict]], most: int) -> dict[Any, l
 
     annotations: those of `annotations_by_image`. Crowds are never chosen.
     """
-    eligible = [
-        (image_id, i)
-        for image_id, objects in annotations.items()
-        for i, annotation in enumerate(objects)
-        if is_counted(annotation)
-    ]
+    eligible = []
+    for image_id, objects in annotations.items():
+        eligible += [(image_id, i) for i, a in enumerate(objects) if is_counted(a)]
     count = min(most or len(eligible), len(eligible))
     chosen: dict[Any, list[int]] = {image_id: [] for image_id in annotations}
-    for i in range(count):
-        image_id, position = eligible[i * len(eligible) // count]
-        chosen[image_id].append(position)
+    for k in range(count):
+        image_id, i = eligible[k * len(eligible) // count]
+        chosen[image_id].append(i)
     return chosen
 
 
@@ -101,50 +94,22 @@ def size_group(areas: Tensor) -> Tensor:
 
 def groups_of_classes(per_class: dict[str, float | None]) -> dict[str, list[str]]:
     """Thirds of the classes by falling AP (3.1), without the classes that have no AP."""
-    known = sorted((k for k, v in per_class.items() if v is not None), key=lambda k: -per_class[k])
+    known = [name for name, ap in per_class.items() if ap is not None]
+    known.sort(key=lambda name: -per_class[name])
     edges = [round(i * len(known) / 3) for i in range(4)]
     return {name: known[a:b] for name, a, b in zip(CLASSES, edges, edges[1:])}
 
 
 # ------------------------------------------------------------------------------ measured
 
-# A table [N, 5] holds N boxes that a head has judged, each by an object: label and group of size of
-# the object, IoU of the box with it, score of its class, and IoU of the regressed box. Where a head
-# does not have the task there is nan. Targets also have `sizes` [G], the objects' groups of size.
 
+def windows(model: Detector, outputs: dict, target: dict, chosen: list[int]) -> HeadTables:
+    """Each head's tables [N, 5] of N windows around the chosen objects of an image.
 
-def judged(found: dict, boxes: Tensor, target: dict, gt: Tensor, limit: Tensor) -> dict:
-    """The table of each head for boxes [N, 4], judged by the objects gt [N].
-
-    found: what `Detector.predictions` found in the boxes.
+    Columns: the object's label and group of size (`target["sizes"]`), the IoU of the window
+    with it, the score of its class, the IoU of the regressed box. nan: the head has no such
+    output.
     """
-    labels, gt_boxes = target["labels"][gt], target["boxes"][gt]
-    iou, rows = aligned_iou(boxes, gt_boxes), torch.arange(len(gt), device=gt.device)
-    tables = {}
-    for name in found["probs"] | found["deltas"]:
-        score = regressed = torch.full_like(iou, math.nan)
-        if name in found["probs"]:
-            score = found["probs"][name][rows, labels]
-        if name in found["deltas"]:
-            moved = decode_boxes(boxes, found["deltas"][name][rows, labels], RCNN_STDS)
-            regressed = aligned_iou(clip_boxes(moved, limit), gt_boxes)
-        tables[name] = torch.stack([labels, target["sizes"][gt], iou, score, regressed], 1)
-    return tables
-
-
-def proposals(outputs: dict, target: dict) -> dict[str, Tensor]:
-    """Each head's table of an image's proposals."""
-    # choice: a proposal is judged by the object that it overlaps most. One that overlaps none has
-    # no class whose score could be looked at.
-    boxes = outputs["rois"].boxes
-    best, gt = F.pad(box_iou(boxes, target["boxes"]), (0, 1)).max(1)
-    real = (best > 0) & ~F.pad(target["ignore"], (0, 1))[gt]
-    found = {k: {n: v[real] for n, v in outputs[k].items()} for k in ("probs", "deltas")}
-    return judged(found, boxes[real], target, gt[real], outputs["sizes"])
-
-
-def windows(model: Detector, outputs: dict, target: dict, chosen: list[int]) -> Iterator[dict]:
-    """Each head's tables of windows around the chosen objects of an image."""
     if not chosen:
         return
     limit = outputs["sizes"]
@@ -154,31 +119,43 @@ def windows(model: Detector, outputs: dict, target: dict, chosen: list[int]) -> 
     real = (boxes[:, 2:] > boxes[:, :2]).all(1)
     for part, own in zip(boxes[real].split(CHUNK), gt[real].split(CHUNK)):
         found = model.predictions(outputs["features"], Rois(torch.zeros_like(own), part))
-        yield judged(found, part, target, own, limit)
+        labels, gt_boxes = target["labels"][own], target["boxes"][own]
+        iou, rows = aligned_iou(part, gt_boxes), torch.arange(len(own), device=own.device)
+        for name in found["probs"] | found["deltas"]:
+            score = regressed = torch.full_like(iou, math.nan)
+            if name in found["probs"]:
+                score = found["probs"][name][rows, labels]
+            if name in found["deltas"]:
+                moved = decode_boxes(part, found["deltas"][name][rows, labels], RCNN_STDS)
+                regressed = aligned_iou(clip_boxes(moved, limit), gt_boxes)
+            yield name, torch.stack([labels, target["sizes"][own], iou, score, regressed], 1)
 
 
-def final_boxes(model: Detector, outputs: dict, target: dict, test) -> dict[str, Tensor]:
-    """Each head's table of what it detects alone, nothing regressed.
+def proposals(outputs: dict, target: dict) -> HeadTables:
+    """Each head's score and IoU [N, 2] of an image's proposals.
 
-    A box is judged by the best object of its own class; without one, by its own size.
+    choice: the object is the one that a proposal overlaps most. A proposal that overlaps none
+    is left out: it has no class whose score could be looked at.
     """
-    scale = torch.tensor(target["size"], device=outputs["sizes"].device) / outputs["sizes"][0]
-    tables = {}
+    iou, gt = F.pad(box_iou(outputs["rois"].boxes, target["boxes"]), (0, 1)).max(1)
+    real = (iou > 0) & ~F.pad(target["ignore"], (0, 1))[gt]
+    labels = target["labels"][gt[real], None]
+    for name, probs in outputs["probs"].items():
+        yield name, torch.cat([probs[real].gather(1, labels), iou[real, None]], 1)
+
+
+def final_boxes(model: Detector, outputs: dict, target: dict, test) -> HeadTables:
+    """Score and IoU with the best object of its class [N, 2] of what a head detects alone."""
     for name in model.cls:
         alone = dataclasses.replace(test, alone=name)
         (found,) = model.detections(model.candidates(outputs, alone), 1, alone)
         found = with_iou(found, target)
-        iou, gt = found["iou"], found["gt"]
-        area = box_area(found["boxes"]) * scale.prod()  # in pixels of the image on disk
-        size = torch.where(iou > 0, F.pad(target["sizes"], (0, 1))[gt], size_group(area))
-        values = [found["labels"], size, iou, found["scores"], torch.full_like(iou, math.nan)]
-        ignored = F.pad(target["ignore"], (0, 1))[gt] & (iou > 0)
-        tables[name] = torch.stack(values, 1)[~ignored]
-    return tables
+        ignored = F.pad(target["ignore"], (0, 1))[found["gt"]] & (found["iou"] > 0)
+        yield name, torch.stack([found["scores"], found["iou"]], 1)[~ignored]
 
 
 def statistics(table: Tensor) -> dict:
-    """A table as numbers: Pearson of score and IoU, and count, means and deviations by IoU."""
+    """A table of `windows` as numbers: Pearson; counts, means and deviations by the IoU."""
     _, _, iou, score, regressed = table.double().unbind(1)
     count, s, ss, r, rr = in_bins(iou, score, score**2, regressed, regressed**2)
     return {
@@ -216,43 +193,48 @@ def sections(study: Study, objects: int = 0) -> dict:
     if rank_and_world()[0]:
         return {}  # the first process does the rest
     annotations = annotations_by_image(study.data)
-    chosen, images = choose_objects(annotations, objects), network_images(study)
-    tables: dict[str, dict] = {"windows": {}, "proposals": {}, "final": {}}
-    for i in progress(range(len(images)), "analysing", len(images)):
-        image, (target,) = to_device(images[i], device)
-        areas = [a["area"] for a in annotations[target["image_id"]]]
+    chosen = choose_objects(annotations, objects)
+    tables: dict[tuple, list] = defaultdict(list)  # (which boxes, head) -> their tables
+    for image, (target,) in each_image(study):
+        mine = target["image_id"]
+        areas = [a["area"] for a in annotations[mine]]
         target["sizes"] = size_group(torch.tensor(areas, device=device))
         with autocast(settings.run.amp, device):
             outputs = model.outputs(image)
-            parts = [("proposals", proposals(outputs, target))]
-            parts.append(("final", final_boxes(model, outputs, target, settings.test)))
-            around = windows(model, outputs, target, chosen[target["image_id"]])
-            parts += [("windows", part) for part in around]
-        for where, part in parts:
-            for name, table in part.items():
-                tables[where].setdefault(name, []).append(table.cpu())
+            found = {
+                "windows": windows(model, outputs, target, chosen[mine]),
+                "proposals": proposals(outputs, target),
+                "final": final_boxes(model, outputs, target, settings.test),
+            }
+            for where, parts in found.items():
+                for name, table in parts:
+                    tables[where, name].append(table.cpu())
     names = [c["name"] for c in study.data.categories]
     classes = groups_of_classes(metrics["per_class"])
     members = [[names.index(name) for name in group] for group in classes.values()]
-    summary = {
+    fc_heads = {name: head for name, head in model.heads.items() if isinstance(head, FCHead)}
+    summary: dict[str, Any] = {
         "objects": sum(map(len, chosen.values())),
         "classes": classes,
         "metrics": metrics,
-        "weight_correlation": {
-            name: weight_correlation(head)
-            for name, head in model.heads.items()
-            if isinstance(head, FCHead)
-        },
+        "weight_correlation": {k: weight_correlation(head) for k, head in fc_heads.items()},
+        "windows": {},
+        "proposals": {},
+        "final": {},
     }
-    for where, found in tables.items():
-        summary[where] = {k: by_group(torch.cat(v), members) for k, v in found.items()}
-        for name, groups in summary[where].items():
-            print_once(f"{where:9} {name:6} Pearson {groups['all objects']['pearson']}")
-    write_json(study.out / "sections.json", summary)
+    for (where, name), parts in tables.items():
+        table = torch.cat(parts)
+        if where == "windows":
+            summary[where][name] = by_group(table, members)
+            pearson = summary[where][name]["all objects"]["pearson"]
+        else:
+            pearson = correlation(*table.unbind(1))
+            summary[where][name] = {"count": len(table), "pearson": pearson}
+        print_once(f"{where:9} {name:6} Pearson {pearson}")
     draw_bins(summary["windows"], study.out / "sections_bins.png")
-    if summary["weight_correlation"]:
+    if fc_heads:
         draw_weights(summary["weight_correlation"], study.out / "sections_weights.png")
-    print_once(f"results: {study.out}/sections.json, sections_*.png")
+    checkpoint.write_results(study.out / "sections.json", summary)
     return summary
 
 
@@ -260,7 +242,8 @@ def draw_bins(windows: dict[str, dict], path: Path) -> None:
     """Figures 2 and 7: each head's score and regressed IoU over a proposal's IoU."""
     figure, axes = new_figure(22, 6, 2, 7, sharex=True, sharey="row")
     centres = (np.arange(BINS) + 0.5) / BINS
-    for row, what, title in zip(axes, ("score", "iou"), ("class score", "regressed box's IoU")):
+    titles = {"score": "class score", "iou": "regressed box's IoU"}
+    for row, (what, title) in zip(axes, titles.items()):
         for axis, group in zip(row, GROUPS):
             for head, by_group in windows.items():
                 # None, an empty bin, becomes nan
@@ -290,15 +273,14 @@ def draw_weights(maps: dict[str, list], path: Path) -> None:
 
 
 @dataclass
-class SectionsOptions(Options):
-    method: Annotated[Literal["double_head"], tyro.conf.Positional] = "double_head"  # the only one
-    # slide windows around this many objects, evenly spread (seconds each on a CPU); 0: all
-    objects: int = 200
+class Options(checkpoint.Options):
+    method: Annotated[Literal["double_head"], tyro.conf.Positional] = "double_head"
+    objects: int = 200  # slide windows around so many (seconds each on a CPU); 0: all
 
 
 def main(argv=None) -> dict:
     with reported():
-        options, flags = read_options("sections", SectionsOptions, __doc__, argv)
+        options, flags = read_options("sections", Options, __doc__, argv)
         if options.objects < 0:
             raise BadInput(f"--objects {options.objects}: at least 0 (all)")
         return sections(open_study(options, flags), options.objects)

@@ -1,10 +1,10 @@
-"""One step, followed: docs/step.md, whose tables are written by the step itself.
+"""What happens in one training step? docs/step.md, whose tables the step itself writes.
 
     python -m studies.step            # writes the tables of docs/step.md anew
 
-The page's prose is written by hand. Each row of its tables names a function and its file. This
-program runs the command below, notes what goes into these functions and what comes out at their
-first call, and fills in the rows. To follow another function, add a row with its name and file.
+The prose of the page is written by hand. Each row of its tables names a function and its file.
+This program runs COMMAND, notes what goes into each function and what comes out at its first
+call, and fills in the rows. To follow another function, add a row with its name and file.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ def named(values: dict) -> str:
 
 
 def follow(codes: set) -> dict:
-    """Run the command -> [what went in, what came out] of the first call of each code object."""
+    """Run COMMAND -> [what went in, what came out] at the first call of each code object."""
     seen: dict = {}
 
     def note(frame, event, result):

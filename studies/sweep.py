@@ -1,13 +1,13 @@
-"""One forward pass, many settings: what a number or a choice at test time does to the AP.
+"""What does a number or a choice at test time do to the AP? One forward pass, many settings.
 
     python -m studies.sweep iou_aware_retinanet --weights CKPT   # alpha: Tables 3 and 4
     python -m studies.sweep cpm_rcnn --weights CKPT              # gamma: Figure 7
-    python -m studies.sweep double_head --weights CKPT           # heads, fusions: Table 3, Figure 6
-    torchrun --nproc_per_node 2 -m studies.sweep dc_loss_clnms --weights CKPT    # NMS: Table 3
+    python -m studies.sweep double_head --weights CKPT    # heads, fusions: Table 3, Figure 6
+    torchrun --nproc_per_node 2 -m studies.sweep dc_loss_clnms --weights CKPT   # NMS: Table 3
 
-Prints a table and writes OUT/sweep.json; alpha and gamma are drawn in OUT/sweep.png. The network
-runs once; only scores, the choice of boxes and their suppression are repeated. The detections under
-all settings are in memory together: about 4 GB for twelve settings and COCO's 5,000 images.
+Prints a table and writes OUT/sweep.json; alpha and gamma are drawn in OUT/sweep.png. The
+network runs once; only scores, the choice of boxes and their suppression are repeated. The
+detections of all settings are in memory: 4 GB for twelve settings and COCO's 5,000 images.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import tyro
 from torch import nn
 
 from common import BadInput
-from engine.checkpoints import write_json
 from engine.metrics import detect_under, show_table, to_coco
 from engine.pictures import new_figure, percent
-from engine.processes import gather, print_once, rank_and_world
+from engine.processes import gather, rank_and_world
 from engine.settings import Test
-from studies.checkpoint import Options, Study, open_study, read_options, reported
+from studies import checkpoint
+from studies.checkpoint import Study, open_study, read_options, reported, write_results
 
 
 def alphas(model: nn.Module, test) -> dict[str, Test]:
@@ -49,7 +49,7 @@ def gammas(model: nn.Module, test) -> dict[str, Test]:
 def fusions(model: nn.Module, test) -> dict[str, Test]:
     """Double-Head, Table 3 and Figure 6 (a) to (d): heads alone, then fused."""
     if model.settings.heads != "double_head":
-        raise BadInput("a sweep of fusions needs a model with both heads (--heads double_head)")
+        raise BadInput("a sweep of fusions needs both heads (--heads double_head)")
     whole = [name for name in ("conv", "fc") if name in model.cls and name in model.box]
     ways = ("none", "max", "average", "complementary") if len(model.cls) == 2 else ("none",)
     alone = {f"{name} alone": replace(test, alone=name) for name in whole}
@@ -83,9 +83,10 @@ DRAWN = {  # method -> what its rows' numbers are, and the title
 def metrics_under(study: Study, tests: dict[str, Test]) -> dict[str, dict]:
     """Metrics under each of these; one forward pass. Only the first process returns them."""
     results: dict[str, list[dict]] = {label: [] for label in tests}
-    for target, under in detect_under(study.model, study.data, study.settings, [*tests.values()]):
-        for rows, found in zip(results.values(), under):
-            rows += to_coco(target["image_id"], found, study.categories)
+    found = detect_under(study.model, study.data, study.settings, [*tests.values()])
+    for target, under in found:
+        for rows, detections in zip(results.values(), under):
+            rows += to_coco(target["image_id"], detections, study.categories)
     shares = gather(results)
     if rank_and_world()[0]:
         return {}
@@ -105,21 +106,20 @@ def draw(rows: dict[str, dict], xlabel: str, title: str, path: Path) -> None:
 
 
 @dataclass
-class SweepOptions(Options):
+class Options(checkpoint.Options):
     method: Annotated[Literal[tuple(SWEEPS)], tyro.conf.Positional]  # whose checkpoint
 
 
 def main(argv=None) -> dict[str, dict]:
     with reported():
-        options, flags = read_options("sweep", SweepOptions, __doc__, argv)
+        options, flags = read_options("sweep", Options, __doc__, argv)
         study = open_study(options, flags)
         rows = metrics_under(study, SWEEPS[options.method](study.model, study.settings.test))
         if rows:
             show_table(rows)
-            write_json(study.out / "sweep.json", rows)
             if options.method in DRAWN:
                 draw(rows, *DRAWN[options.method], study.out / "sweep.png")
-            print_once(f"results: {study.out}/sweep.json")
+            write_results(study.out / "sweep.json", rows)
         return rows
 
 

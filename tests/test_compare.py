@@ -175,11 +175,12 @@ def test_bench_compares_with_torchvision(capsys, tmp_path):
 @pytest.mark.parametrize("p2", [False, True])
 def test_bench_compares_with_torchvisions_retinanet_on_our_levels(p2):
     model = retinanet.Model(backbone="resnet18", backbone_weights="none", fpn_channels=16, p2=p2)
-    ours = retinanet.Detector(model, 3).backbone.eval()
-    theirs = bench.torchvision_detector("one_stage", model, 3).eval()
+    ours = retinanet.Detector(model, 3).eval()
+    theirs = bench.torchvision_detector(ours).eval()
     assert type(theirs).__name__ == "RetinaNet" and theirs.head.classification_head.num_classes == 3
     image = torch.rand(1, 3, 96, 160)
-    assert [m.shape for m in ours(image)] == [m.shape for m in theirs.backbone(image).values()]
+    levels = theirs.backbone(image).values()
+    assert [m.shape for m in ours.backbone(image)] == [m.shape for m in levels]
 
 
 def test_cost_counts_a_head_that_is_there(tmp_path, capsys):

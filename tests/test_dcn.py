@@ -197,7 +197,7 @@ def test_resnext101_32x4d():
 def test_torchvisions_detector_gets_the_same_backbone():
     model = d2det.Model(backbone_weights="random", dcn="v2")
     with torch.device("meta"):
-        body = torchvision_detector("two_stage", model, 10).backbone.body
+        body = torchvision_detector(d2det.Detector(model, 10)).backbone.body
     assert body["layer2"][0].conv2.conv_offset.out_channels == 27
 
 

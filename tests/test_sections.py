@@ -123,8 +123,8 @@ def test_windows_of_heads_that_know():
     target = dict(boxes=gt, labels=torch.tensor([3]), sizes=torch.tensor([1]))
     outputs = dict(features=[], sizes=torch.tensor([[96.0, 96]]))
     parts = list(sections.windows(Oracle(gt), outputs, target, [0]))
-    tables = {name: torch.cat([part[name] for part in parts]) for name in ("fc", "conv")}
-    assert len(parts) > 10 and 14641 >= len(tables["fc"]) > 14000
+    tables = {name: torch.cat([p for k, p in parts if k == name]) for name in ("fc", "conv")}
+    assert len(parts) > 20 and 14641 >= len(tables["fc"]) > 14000
     assert tables["fc"][:, :2].unique(dim=0).tolist() == [[3, 1]]
     fc, conv = (sections.statistics(tables[k]) for k in ("fc", "conv"))
     assert fc["pearson"] == 1 and conv["pearson"] == -1 and min(fc["count"]) > 0
@@ -136,24 +136,22 @@ def test_windows_of_heads_that_know():
 
 
 def test_proposals_and_final_boxes_by_hand():
-    """An object of class 3, an ignored one of class 5; an image shown at half its size."""
+    """An object of class 3, and an ignored one of class 5."""
     model = make(score_threshold=0.1)
     boxes = torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60]])
     target = dict(boxes=boxes, labels=torch.tensor([3, 5]), ignore=torch.tensor([False, True]))
-    target |= dict(size=(192, 192), sizes=torch.tensor([2, 0]))
     rois = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 4], [80, 80, 90, 90], [50, 50, 60, 60]])
     fc, deltas = torch.zeros(4, 10), torch.zeros(4, 10, 4)
     fc[:, 3], fc[3, 5] = torch.tensor([0.875, 0.5, 0.25, 0.25]), 0.75
     out = dict(rois=Rois(torch.zeros(4).long(), rois), sizes=torch.tensor([[96.0, 96]]))
     out |= dict(probs={"fc": fc, "conv": fc * 0}, deltas={"fc": deltas, "conv": deltas})
-    table = sections.proposals(out, target)["fc"]
-    want = [[3, 2, 1, 0.875, 1], [3, 2, 0.4, 0.5, 0.4]]  # label, size, IoU, score, regressed
-    torch.testing.assert_close(table, torch.tensor(want))
-    found = sections.final_boxes(model, out, target, model.full_settings.test)
+    pairs = dict(sections.proposals(out, target))["fc"]
+    torch.testing.assert_close(pairs, torch.tensor([[0.875, 1], [0.5, 0.4]]))  # score, IoU
+    found = dict(sections.final_boxes(model, out, target, model.full_settings.test))
     assert len(found["conv"]) == 0
-    # the last two touch no object of their class: small, 20x20 in truth
-    want = [[3, 2, 1, 0.875], [3, 2, 0.4, 0.5], [3, 0, 0, 0.25], [3, 0, 0, 0.25]]
-    torch.testing.assert_close(found["fc"][:, :4], torch.tensor(want))
+    # the last two touch no object of their class
+    want = torch.tensor([[0.875, 1], [0.5, 0.4], [0.25, 0], [0.25, 0]])
+    torch.testing.assert_close(found["fc"], want)
 
 
 def test_the_program(tmp_path, few_windows, unpainted, monkeypatch):
