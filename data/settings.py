@@ -1,7 +1,8 @@
 """`Data`, the settings of the data, and `Checked`, the base of all settings objects.
 
-The types below say which numbers a setting accepts; `Checked` refuses others. Every settings
-object of the project is a `Checked` dataclass. A field's comment is its text in `--help`.
+The types below say which numbers a setting accepts; `Checked` refuses others. Every
+settings object of the project is a `Checked` dataclass. A field's comment is its text in
+`--help`.
 """
 
 from __future__ import annotations

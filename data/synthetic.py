@@ -1,8 +1,9 @@
 """`SyntheticDetection`: paper shapes on sky, wood and cloth, a laboratory without a download.
 
-Each image is a function of (seed, index), the same on every machine: arrays only see operations
-that IEEE 754 rounds exactly (+, -, *, /, remainder, square root). Boxes and masks are exact,
-which no annotated photo offers: hidden, thin and hollow objects can be measured.
+Each image is a function of (seed, index), the same on every machine: arrays only see
+operations that IEEE 754 rounds exactly (+, -, *, /, remainder, square root). Boxes and
+masks are exact, which no annotated photo offers: hidden, thin and hollow objects can be
+measured.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from data.contract import make_target
 from data.masks import encode_mask
 
 KEEP_BYTES = 256 * 2**20  # choice: remembered images may take so much memory
-# choice: px, the side of a shape, from COCO's small third to its large one; a box on fewer than 20
-# px cannot be placed exactly
+# choice: px, the side of a shape, from COCO's small third to its large one; a box on
+# fewer than 20 px cannot be placed exactly
 SMALLEST, LARGEST = 20, 288
-VISIBLE = 2 / 3  # choice: share of an object that neither later ones nor the image's edge may hide
+VISIBLE = 2 / 3  # choice: share of an object that must stay visible
 
 
 def _disc(u, v, radius=0.9):
@@ -51,8 +52,8 @@ def _arrow(u, v):
     return np.minimum(head, _box(u + 0.4, v, 0.5, 0.19))
 
 
-# Each class is a signed distance to the outline, negative inside. The coordinates u and v turn
-# with the shape, which lies in the unit circle.
+# Each class is a signed distance to the outline, negative inside. The coordinates u and v
+# turn with the shape, which lies in the unit circle.
 SHAPES = {
     "disc": _disc,
     "ring": lambda u, v: np.abs(_disc(u, v, 0.74)) - 0.19,
@@ -192,7 +193,7 @@ class Painter:
         self.paint(shape, cut=self.rng.uniform(0.1, 0.4))
 
     def paint(self, shape: Shape, cut: float | None = None) -> bool:
-        """Paint an object, or a fragment: its part u > cut. Return False if it finds no room."""
+        """Paint an object, or a fragment (u > cut); return False if there is no room."""
         height = 1 + 0.06 * shape.radius  # above the ground, px
         x0, y0 = (int(at - shape.radius - height) - 1 for at in (shape.x, shape.y))
         distance, shade = self._rasterise(shape, x0, y0, int(2 * (shape.radius + height)) + 4, cut)
@@ -218,7 +219,7 @@ class Painter:
         return True
 
     def _rasterise(self, shape: Shape, x0: int, y0: int, n: int, cut: float | None):
-        """Signed distance (px) and brightness around 1 in a window at (x0, y0), [n, n] each."""
+        """Signed distance (px) and brightness in a window at (x0, y0), [n, n] each."""
         side = np.arange(n, dtype=np.float32) + 0.5
         x = ((side + (x0 - shape.x)) / shape.radius)[None]
         y = ((side + (y0 - shape.y)) / shape.radius)[:, None]
@@ -235,7 +236,7 @@ class Painter:
         self.image[here] *= 1 - 0.35 * (0.5 - distance[there] / (2 * blur)).clip(0, 1)
 
     def _overlap(self, x0: int, y0: int, n: int):
-        """Indices of the part that an [n, n] window at (x0, y0) and the image share, in each."""
+        """Indices of what an [n, n] window at (x0, y0) and the image share, in each."""
         here = tuple(slice(max(0, at), max(0, at + n)) for at in (y0, x0))
         there = tuple(slice(max(0, -at), max(0, self.size - at)) for at in (y0, x0))
         return (..., *here), (..., *there)
@@ -246,11 +247,13 @@ class SyntheticDetection(Dataset):
 
     Ten classes of shape; colour says nothing about the class. Sizes are log-uniform over
     COCO's small, medium and large thirds (20 to 288 px, if the image is that large).
-    Objects occlude each other (at least two thirds of each stay visible), a third have a twin
-    right beside them, and segments of discs serve as distractors without a label. Boxes and
-    masks cover the visible part; `visible` [G] in the target is its share of the whole shape.
+    Objects occlude each other (at least two thirds of each stay visible), a third have a
+    twin right beside them, and segments of discs serve as distractors without a label.
+    Boxes and masks cover the visible part; `visible` [G] in the target is its share of
+    the whole shape.
 
-    With `keep`, images are remembered once they are made, if all of them fit into 256 MiB.
+    With `keep`, images are remembered once they are made, if all of them fit into 256
+    MiB.
     """
 
     def __init__(
@@ -306,7 +309,7 @@ class SyntheticDetection(Dataset):
         return target
 
     def coco(self) -> dict:
-        """The ground truth as a COCO dictionary, computed once: copy it before you change it."""
+        """The ground truth as a COCO dictionary, kept: copy it before you change it."""
         if self._coco is None:
             images = [{"id": i, "height": self.size, "width": self.size} for i in self.image_ids]
             annotations = [a for index in self.image_ids for a in self._annotations(index)]

@@ -17,7 +17,8 @@
     legacy.py       older frameworks' conventions, for published weights
     processes.py    one process or many, devices, messages
 
-It never imports a method: `load` finds the one that made a checkpoint by its name, when it runs.
+It never imports a method: `load` finds the one that made a checkpoint by its name, when
+it runs.
 """
 
 from data.settings import Amount, Data, Natural, Share, Whole

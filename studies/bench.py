@@ -32,8 +32,7 @@ from baselines.retinanet import RetinaNet
 from common import BadInput, ResNetFPN, clip_boxes, make_norm
 from data import SyntheticDetection
 from engine.checkpoints import write_json
-from engine.deformable import make_deformable
-from engine.detector import build_detector
+from engine.detector import build_detector, make_deformable
 from engine.loader import to_device
 from engine.processes import (
     autocast,
