@@ -157,8 +157,8 @@ def odd_boxes(boxes: np.ndarray, sizes: np.ndarray) -> list[str]:
     in_shares = boxes.max(1) <= 1
     if in_shares.mean() > FEW:
         return [
-            f"{in_shares.sum()} of {len(boxes)} boxes lie in the first pixel of their image: are "
-            "they in shares of its size (0..1)? COCO's are in pixels"
+            f"{in_shares.sum()} of {len(boxes)} boxes lie in the first pixel of their image: "
+            "are they in shares of its size (0..1)? COCO's are in pixels"
         ]
     swapped = (w < 0) | (h < 0)
     if swapped.mean() > FEW:

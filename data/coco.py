@@ -49,6 +49,9 @@ class Split(NamedTuple):
     upright: bool = False  # does the format annotate turned photos? For those that cannot tell
 
 
+Splits = dict[str, Split]  # by "train" and "val"
+
+
 class CocoDetection(Dataset):
     """Image files with COCO annotations, or with others that are read as COCO's.
 
@@ -116,9 +119,8 @@ class CocoDetection(Dataset):
         self.image_ids = [image["id"] for image in images]
         files = [find_file(self.image_dir, image["file_name"]) for image in images]
         self.files = np.array(files)
-        known = [
-            (i["height"], i["width"]) if "height" in i and "width" in i else None for i in images
-        ]
+        sides = [(image.get("height"), image.get("width")) for image in images]
+        known = [None if None in pair else pair for pair in sides]
         self.upright, note = decide_upright(files, known, upright, by_custom, self.max_pixels)
         if note:
             self._note(note)
@@ -151,10 +153,8 @@ class CocoDetection(Dataset):
         """Use the `wanted` categories instead of the file's own, matched by name."""
         own, id_of = self.categories, {c["name"].strip(): c["id"] for c in wanted}
         if len(id_of) < len(wanted) or len({c["name"] for c in own}) < len(own):
-            raise BadInput(
-                f"{self.source}: categories cannot be matched by name with the model's: several "
-                "have one name, and the ids differ"
-            )
+            why = "several have one name, and the ids differ"
+            raise BadInput(f"{self.source}: categories cannot be matched by name: {why}")
         used = {a["category_id"] for a in coco.get("annotations", [])}
         unknown = [c["name"] for c in own if c["name"] not in id_of and c["id"] in used]
         if unknown:
@@ -193,13 +193,13 @@ class CocoDetection(Dataset):
         boxes = np.clip(np.nan_to_num(boxes), 0, sizes[:, [1, 0, 1, 0]])
         segmentations: list[list | dict | None] = []
         if self.masks:
-            segmentations = [usable_mask(a, box) for a, box in zip(annotations, boxes.tolist())]
+            segmentations = list(map(usable_mask, annotations, boxes.tolist()))
             without = np.array([s is None for s in segmentations], bool)
             reasons["no mask in it"] = usable & without
             usable &= ~without
             given = [a.get("segmentation") for a in annotations]
-            polygons = [(g, s) for g, s in zip(given, segmentations) if isinstance(g, list) and s]
-            if cut := sum(g != s for g, s in polygons):
+            pairs = [(g, s) for g, s in zip(given, segmentations) if isinstance(g, list)]
+            if cut := sum(bool(s) and g != s for g, s in pairs):
                 self._note(f"broken polygons left out of {cut} masks")
         # Positions in the file, because ids may be missing or occur twice.
         self.dropped = np.flatnonzero(~usable).tolist()

@@ -11,15 +11,15 @@ import re
 from pathlib import Path
 
 from common import BadInput
-from data.coco import Split
-from data.files import choose_splits, find_file, folders_of, listed, read_text, split_in
+from data.coco import Split, Splits
+from data.files import choose_splits, find_file, folders_in, folders_of, listed, read_text, split_in
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages", "data", "photos")
 MAX_FILES = 40  # choice: of JSON files looked at in a folder; labelme writes one a photo
 SAMPLE = 40  # choice: of a file's images looked for in each folder
 
 
-def find_coco2017(root: Path, *_) -> dict[str, Split] | None:
+def find_coco2017(root: Path, *_) -> Splits | None:
     """The splits under COCO's own names, images in images/train2017/ or train2017/."""
     folder = root / "annotations"
     files = {name: folder / f"instances_{name}2017.json" for name in ("train", "val")}
@@ -37,7 +37,7 @@ def find_coco2017(root: Path, *_) -> dict[str, Split] | None:
     return splits
 
 
-def find_coco(root: Path, train_split: str = "", val_split: str = "") -> dict[str, Split] | None:
+def find_coco(root: Path, train_split: str = "", val_split: str = "") -> Splits | None:
     """The splits of a folder with COCO files; only "train" if there is but one set."""
     files: dict[str, list[Path]] = {}
     for file in _annotation_files(root):
@@ -63,7 +63,7 @@ def find_coco(root: Path, train_split: str = "", val_split: str = "") -> dict[st
 
 def _annotation_files(root: Path) -> list[Path]:
     """The COCO files in a folder, in its folders, and in theirs."""
-    files = []
+    files: list[Path] = []
     for depth in ("", "*/", "*/*/"):
         for folder in sorted(root.glob(depth)) if depth else [root]:
             files += filter(_is_coco, sorted(folder.glob("*.json"))[:MAX_FILES])
@@ -93,7 +93,9 @@ def _image_folder(root: Path, file: Path) -> Path:
     """The folder that has most of the images which a COCO file lists."""
     names = _listed_images(file)
     folders = list(dict.fromkeys(_candidates(root, file)))
-    counts = [sum(Path(find_file(folder, name)).exists() for name in names) for folder in folders]
+    counts = []
+    for folder in folders:
+        counts.append(sum(Path(find_file(folder, name)).exists() for name in names))
     if max(counts) > 0 or not names:
         return folders[counts.index(max(counts))]
     looked = listed(f"{folder.relative_to(root)}/" for folder in folders)
@@ -110,8 +112,7 @@ def _candidates(root: Path, file: Path) -> list[Path]:
     if split:
         folders += folders_of(root, split, IMAGE_FOLDERS)
     folders += folders_of(root, "", IMAGE_FOLDERS)
-    below = [path for folder in (root, *folders) for path in sorted(folder.iterdir())]
-    return folders + [path for path in below if path.is_dir() and not path.name.startswith(".")]
+    return folders + [path for folder in (root, *folders) for path in folders_in(folder)]
 
 
 def _listed_images(file: Path) -> list[str]:

@@ -117,15 +117,15 @@ def folders_of(root: Path, split: str, kinds: Sequence[str]) -> list[Path]:
 
     The split "" stands for a set without splits. `kinds` are names in lower case.
     """
-    of_split = [d for d in _folders_in(root) if split_in(d.name) == split] if split else [root]
-    of_kind = [d for d in _folders_in(root) if d.name.lower() in kinds]
-    found = [d for f in of_split for d in _folders_in(f) if d.name.lower() in kinds]
+    of_split = [d for d in folders_in(root) if split_in(d.name) == split] if split else [root]
+    of_kind = [d for d in folders_in(root) if d.name.lower() in kinds]
+    found = [d for f in of_split for d in folders_in(f) if d.name.lower() in kinds]
     if split:
-        found += [d for f in of_kind for d in _folders_in(f) if split_in(d.name) == split]
+        found += [d for f in of_kind for d in folders_in(f) if split_in(d.name) == split]
     return [*found, *of_split]
 
 
-def _folders_in(folder: Path) -> list[Path]:
+def folders_in(folder: Path) -> list[Path]:
     return sorted(d for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
 
 

@@ -65,7 +65,7 @@ def _open(path: str | Path) -> Image.Image:
                 Image.MAX_IMAGE_PIXELS = limit
 
 
-def read_image(path: str | Path, upright: bool = False, max_pixels: int = MAX_PIXELS) -> Tensor:
+def read_image(path: str | Path, upright=False, max_pixels: int = MAX_PIXELS) -> Tensor:
     """uint8 RGB [3, h, w]; `BadInput` for a missing, truncated, foreign or 16-bit file.
 
     `upright` turns a photo as its EXIF data say.
@@ -82,7 +82,8 @@ def rgb_tensor(image: Image.Image) -> Tensor:
     if image.mode[0] in "IF":  # PIL would clip these to black and white
         raise ValueError(f"its pixels ({image.mode}) are not of 8 bits, convert it first")
     if image.has_transparency_data:  # choice: white, as browsers show it
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 

@@ -44,12 +44,11 @@ def load(
     if not explicit and (settings.train_images or settings.val_images):
         raise BadInput("--train-images and --val-images go with --train-json and --val-json")
     if settings.data == "synthetic" and not explicit:
-        size, train_set, val_set = settings.image_size, None, None
-        if train:
-            train_set = SyntheticDetection(settings.num_train, size, seed, masks)
-        if val:  # choice: a seed of its own, so that no run ever trains on validation images
-            val_set = SyntheticDetection(settings.num_val, size, 2**31, masks, keep=True)
-        return train_set, val_set
+        size = settings.image_size
+        made = SyntheticDetection(settings.num_train, size, seed, masks) if train else None
+        # choice: a seed of its own, so that no run ever trains on validation images
+        kept = SyntheticDetection(settings.num_val, size, 2**31, masks, keep=True) if val else None
+        return made, kept
     splits = _given_files(settings, train, val) if explicit else find_splits(settings)
     held_out = "val" not in splits
     if held_out:  # also where only the training set is asked for: it must be the same set then
@@ -185,9 +184,10 @@ def _open(
         data.notes = [note for note in data.notes if note not in train_set.notes]
         places = ({os.path.abspath(file) for file in one.files} for one in (train_set, data))
         if both := len(set.intersection(*places)):
+            images = f"{counted(both, 'image')} of {len(data)}"
             data.notes.append(
-                f"{data.source}: {counted(both, 'image')} of {len(data)} also in the training set: "
-                "the metrics do not tell how good the detector is on other images"
+                f"{data.source}: {images} also in the training set: the metrics do not tell how "
+                "good the detector is on other images"
             )
     return data
 

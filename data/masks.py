@@ -46,7 +46,8 @@ def mask_problem(segmentation, height: int, width: int) -> str:
     if size != [height, width]:
         return f"RLE of size {size}, its image is {height}x{width} px (h x w)"
     runs = run_lengths(counts) if isinstance(counts, str) else counts
-    if not isinstance(runs, list) or any(type(n) is not int or not 0 <= n < 2**32 for n in runs):
+    whole = isinstance(runs, list) and all(type(n) is int and 0 <= n < 2**32 for n in runs)
+    if not whole:
         return f"RLE with counts {str(counts)[:60]}"
     if sum(runs) != height * width:
         return "RLE whose counts do not fill its image"

@@ -117,9 +117,6 @@ class CheckedItems(Dataset):
             raise BadInput(f"item {index} of {_name(self.data)}: {'; '.join(problems)}")
         return item
 
-    def coco(self) -> dict:
-        return self.data.coco()
-
     def look_at(self, index: int) -> tuple[tuple[Tensor, dict], list[str]]:
         """An item, and what is wrong with it. Any error of the data set becomes BadInput."""
         try:
@@ -174,7 +171,7 @@ def item_problems(item, size, num_classes: int, masks: bool = False) -> list[str
             problems.append(f"masks are {shape} of {dtype}, not {wanted}")
     wrong = labels[(labels < 0) | (labels >= num_classes)].unique().tolist()
     if wrong:
-        problem = f"labels are 0..{num_classes - 1} for {num_classes} categories, here is {wrong}"
+        problem = f"labels of {num_classes} categories are 0..{num_classes - 1}, here is {wrong}"
         if wrong == [num_classes]:  # the background's number, which would train unnoticed
             problem += "; torchvision's start at 1, with 0 for the background"
         problems.append(problem)

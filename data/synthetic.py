@@ -196,7 +196,8 @@ class Painter:
         """Paint an object, or a fragment (u > cut); return False if there is no room."""
         height = 1 + 0.06 * shape.radius  # above the ground, px
         x0, y0 = (int(at - shape.radius - height) - 1 for at in (shape.x, shape.y))
-        distance, shade = self._rasterise(shape, x0, y0, int(2 * (shape.radius + height)) + 4, cut)
+        side = int(2 * (shape.radius + height)) + 4
+        distance, shade = self._rasterise(shape, x0, y0, side, cut)
         here, there = self._overlap(x0, y0, len(distance))
         owner, inside = self.owner[here], distance[there] < 0
         covered = np.bincount(owner[inside] + 1, minlength=len(self.objects) + 1)[1:].tolist()
@@ -302,8 +303,9 @@ class SyntheticDetection(Dataset):
         x1, y1 = columns.argmax(1), rows.argmax(1)
         x2, y2 = (self.size - hits[:, ::-1].argmax(1) for hits in (columns, rows))
         boxes = torch.from_numpy(np.stack([x1, y1, x2, y2], 1)).float()
-        target = make_target(boxes, labels, [False] * len(labels), index, (self.size, self.size))
-        target["visible"] = torch.tensor([shape.visible / shape.area for shape in scene.objects])
+        ignore, size = [False] * len(labels), (self.size, self.size)
+        target = make_target(boxes, labels, ignore, index, size)
+        target["visible"] = torch.tensor([o.visible / o.area for o in scene.objects])
         if self.masks:
             target["masks"] = torch.from_numpy(masks)
         return target
@@ -311,7 +313,8 @@ class SyntheticDetection(Dataset):
     def coco(self) -> dict:
         """The ground truth as a COCO dictionary, kept: copy it before you change it."""
         if self._coco is None:
-            images = [{"id": i, "height": self.size, "width": self.size} for i in self.image_ids]
+            size = {"height": self.size, "width": self.size}
+            images = [{"id": i, **size} for i in self.image_ids]
             annotations = [a for index in self.image_ids for a in self._annotations(index)]
             annotations = [{"id": i, **a} for i, a in enumerate(annotations, 1)]
             self._coco = dict(images=images, annotations=annotations, categories=self.categories)

@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor
 
 from common import BadInput
-from data.coco import Split, xywh_to_xyxy
+from data.coco import Split, Splits, xywh_to_xyxy
 from data.files import read_text
 from data.images import open_image
 
@@ -22,7 +22,7 @@ UAVDT = {"description": "UAVDT"}
 # ------------------------------------------------------------------------------ files
 
 
-def find_uavdt(root: Path, train_split: str = "", val_split: str = "") -> dict[str, Split] | None:
+def find_uavdt(root: Path, train_split: str = "", val_split: str = "") -> Splits | None:
     """UAVDT's splits train and val (default: its own train and test); None if there is none.
 
     The three archives hold Mxxxx/ (UAV-benchmark-M.zip), GT/Mxxxx_gt_whole.txt
@@ -69,8 +69,8 @@ def read_uavdt(
         stems = sorted(path.stem for path in (frames / sequence).glob("img*.jpg"))
         ids = {int(stem[3:]): f"{sequence}/{stem}" for stem in stems if stem[3:].isdecimal()}
         if not ids:
-            folder = frames / sequence
-            raise BadInput(f"{folder}: no frames img000001.jpg ..., but {split} lists {sequence}")
+            where = f"{frames / sequence}: no frames img000001.jpg ..."
+            raise BadInput(f"{where}, but {split} lists {sequence}")
         with open_image(frames / f"{next(iter(ids.values()))}.jpg") as image:
             size = {"width": image.width, "height": image.height}
         images += [{"id": i, "file_name": f"{i}.jpg", **size} for i in ids.values()]
@@ -101,7 +101,7 @@ def _read_rows(truth: Path, sequence: str, ids: dict[int, str], ignored: bool) -
         if frame not in ids and ignored:
             continue  # nothing is there to ignore
         if frame not in ids:
-            raise BadInput(f"{path}, line {number}: frame {frame} is not in the folder {sequence}")
+            raise BadInput(f"{path}, line {number}: frame {frame} is not in {sequence}/")
         if not ignored and category not in (1, 2, 3):
             raise BadInput(f"{path}, line {number}: category {category}, not 1, 2 or 3")
         row = {"id": f"{path.name} line {number}", "image_id": ids[frame], "category_id": 1}
@@ -117,7 +117,7 @@ UNFILTERED = ("M0209", "M0801")
 
 
 class Frame(NamedTuple):
-    """A frame's boxes (xywh) and its detections' scores, before they are matched."""
+    """A frame's boxes (xywh) and its detections' scores, not yet matched."""
 
     objects: list
     ignored: list

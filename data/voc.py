@@ -13,7 +13,7 @@ import torch
 import torchvision
 
 from common import BadInput
-from data.coco import Split, xywh_to_xyxy
+from data.coco import Split, Splits, xywh_to_xyxy
 from data.files import choose_splits, folders_of, images_in, read_text
 from data.tidy import UNSPECIFIED
 
@@ -24,9 +24,7 @@ SAMPLE = 40  # choice: XML files whose images are looked for
 # ------------------------------------------------------------------------------ finding
 
 
-def find_voc_lists(
-    root: Path, train_split: str = "", val_split: str = ""
-) -> dict[str, Split] | None:
+def find_voc_lists(root: Path, train_split: str = "", val_split: str = "") -> Splits | None:
     """The splits that ImageSets/Main/ lists, in a VOC folder or its VOC2007/ and VOC2012/.
 
     If both are there, both train and the first one tests. By default testing uses test,
@@ -40,7 +38,8 @@ def find_voc_lists(
         return None
 
     def split(folders: list[Path], name: str) -> Split:
-        return Split(os.pathsep.join(str(main / f"{name}.txt") for main in folders), "", read_voc)
+        files = (str(main / f"{name}.txt") for main in folders)
+        return Split(os.pathsep.join(files), "", read_voc)
 
     if not val_split and not {"test", "val"} & set(lists):
         only = train_split or next(n for n in ("trainval", "train", *lists) if n in lists)
@@ -51,7 +50,7 @@ def find_voc_lists(
     return {"train": split(mains, train_split), "val": split(mains[:1], val_split)}
 
 
-def find_voc(root: Path, train_split: str = "", val_split: str = "") -> dict[str, Split] | None:
+def find_voc(root: Path, train_split: str = "", val_split: str = "") -> Splits | None:
     """The splits of XML files without lists (labelImg); only "train" for a single set."""
     found = {}
     for split in ("train", "val", "test", ""):
@@ -263,7 +262,8 @@ def _hits(objects: dict, detections: list[dict], iou: float) -> list[bool]:
         if image_id not in boxes:
             hits.append(False)
             continue
-        overlap = torchvision.ops.box_iou(xywh_to_xyxy([detection["bbox"]]), boxes[image_id])[0]
+        box = xywh_to_xyxy([detection["bbox"]])
+        overlap = torchvision.ops.box_iou(box, boxes[image_id])[0]
         value, best = overlap.max(0)
         if value <= iou:
             hits.append(False)

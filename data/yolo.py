@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common import BadInput
-from data.coco import Split
+from data.coco import Split, Splits
 from data.files import (
     choose_splits,
     find_file,
@@ -34,7 +34,7 @@ NAME_FILES = tuple("classes.txt */classes.txt *.names */*.names *.labels */*.lab
 # ------------------------------------------------------------------------------ finding
 
 
-def find_yolo(root: Path, train_split: str = "", val_split: str = "") -> dict[str, Split] | None:
+def find_yolo(root: Path, train_split: str = "", val_split: str = "") -> Splits | None:
     """The splits of a YOLO folder, or of a data.yaml; only "train" if there is but one set."""
     files = [root] if root.is_file() else [*sorted(root.glob("*.y*ml"))]
     names: dict[int, str] | None = None
@@ -185,7 +185,7 @@ def read_yolo(
     labels = [label_file(image) for image in files]
     if files and not any(labels):
         wanted = _label_places(files[0])
-        raise BadInput(f"{source}: no label files: for {files[0].name}, there is no {wanted[0]}")
+        raise BadInput(f"{source}: no label files: for {files[0].name} there is no {wanted[0]}")
     ids = [image.stem for image in files]
     if len(set(ids)) < len(ids):  # then the paths below the folder that holds all images
         top = os.path.commonpath([image.parent for image in files])
@@ -257,7 +257,7 @@ def _shape(values: list[float]) -> dict:
         x, y, w, h = values
         return {"bbox": [x - w / 2, y - h / 2, w, h]}
     if len(values) < 6 or len(values) % 2:
-        raise ValueError(f"{len(values)} numbers behind the class: neither a box nor a polygon")
+        raise ValueError(f"{len(values)} numbers after the class are no box or polygon")
     x1, y1 = min(values[0::2]), min(values[1::2])
     x2, y2 = max(values[0::2]), max(values[1::2])
     return {"bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": [values]}

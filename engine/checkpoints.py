@@ -86,7 +86,9 @@ def class_rows(num_classes: int, per_class: int, by_anchor: bool) -> Tensor:
     ([[0, 1], [2, 3], [4, 5]], [[0, 3], [1, 4], [2, 5]])
     """
     rows = torch.arange(num_classes * per_class)
-    return rows.view(per_class, num_classes).T if by_anchor else rows.view(num_classes, per_class)
+    if by_anchor:
+        return rows.view(per_class, num_classes).T
+    return rows.view(num_classes, per_class)
 
 
 def start_from(model: nn.Module, state: dict, path, categories: list[dict], detector) -> None:

@@ -97,7 +97,8 @@ def parse(
         )
 
     # What is asked for decides the defaults, also those that --help shows.
-    asked, _ = read(settings_class(), [a for a in argv if a not in ("-h", "--help")], partly=True)
+    without_help = [a for a in argv if a not in ("-h", "--help")]
+    asked, _ = read(settings_class(), without_help, partly=True)
     command, flags = asked.command, asked.settings
     rows, _ = read_rows(name)
     if command.row and command.row not in rows:
@@ -122,8 +123,8 @@ def parse(
     out = Path(flags.run.out or f"runs/{name}")
     weights, source = command.weights, None
     if command.train:
-        saved_files = [file for file in (out / "last.pt", out / "config.json") if file.exists()]
-        source = saved_files[0] if command.resume and saved_files else None
+        files = filter(Path.exists, (out / "last.pt", out / "config.json"))
+        source = next(files, None) if command.resume else None
     elif command.eval or command.predict or command.export:
         if not weights and (out / "last.pt").exists():
             weights = str(out / "last.pt")
@@ -254,7 +255,7 @@ def load_data(settings: Settings, train: bool, categories=None):
     return loaded
 
 
-def execute(command: Command, settings: Settings, detector, device: torch.device, signals: Signals):
+def execute(command: Command, settings: Settings, detector, device, signals: Signals):
     """Do what is asked: train, evaluate, predict, export."""
     out, needs_data = Path(settings.run.out), command.train or command.eval
     if not (needs_data or command.predict or command.export):
@@ -305,7 +306,7 @@ def execute(command: Command, settings: Settings, detector, device: torch.device
         )
     signals.outcome = "its results are not complete; the same command starts again"
     if command.train:
-        signals.outcome = f"training has ended, with {out / 'last.pt'}; what follows is incomplete"
+        signals.outcome = f"training has ended ({out / 'last.pt'}); what follows is incomplete"
     elif command.eval:
         with sole_writer(out / "eval"):
             metrics = evaluate(model, val_data, settings, out / "eval")

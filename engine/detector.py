@@ -1,12 +1,12 @@
 """The contract that every detector keeps, and what all detectors share.
 
-    Detector(model, num_classes)                     model: the script's `Model` settings
-    loss(images, targets) -> {name: scalar}          already weighted; their sum is minimised
-    outputs(images) -> dict                          all of the network that does not depend on Test
-    candidates(outputs, test) -> dict                boxes [N, 4], scores [N], labels [N], image [N]
-    detections(candidates, num_images, test)         a list of dicts, one an image, best box first:
-                                                     boxes [D, 4], scores [D], labels [D]
-    predict(images, test=None) -> list of dicts      the three in a row; None: the script's Test()
+    Detector(model, num_classes)                  model: the script's `Model` settings
+    loss(images, targets) -> {name: scalar}       already weighted; their sum is minimised
+    outputs(images) -> dict                       all of the network that does not depend on Test
+    candidates(outputs, test) -> dict             boxes [N, 4], scores [N], labels [N], image [N]
+    detections(candidates, num_images, test)      a list of dicts, one an image, best box first:
+                                                  boxes [D, 4], scores [D], labels [D]
+    predict(images, test=None) -> list of dicts   the three in a row; None: the script's Test()
 
 `images` of one call to `loss` or `outputs` are padded together; `candidates` are the
 boxes that enter the last NMS. Finding them may run the part of the network that depends
@@ -190,8 +190,8 @@ def candidates_by_size(model, images: list[Tensor], tests: list[Test]) -> list[d
     odd = {p.dtype for p in model.parameters()} - {torch.float32}
     if odd:
         raise BadInput(
-            f"the model's weights are {odd.pop()}, detecting takes torch.float32: model.float(), "
-            "or for bf16 arithmetic the setting amp"
+            f"the model's weights are {odd.pop()}, detecting takes torch.float32: "
+            "model.float(), or for bf16 arithmetic the setting amp"
         )
     groups: dict[tuple, list[int]] = {}
     for i, image in enumerate(images):

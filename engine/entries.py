@@ -90,7 +90,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path) -> None:
     if not isinstance(states, dict):
         problem, states = "it has no state", {}
     for i, state in states.items():
-        if i not in range(len(shapes)):
+        if type(i) is not int or i not in range(len(shapes)):
             problem = f"it is not of {len(shapes)} weights"
         elif state == {} and group.get("momentum") == 0:
             continue
@@ -188,7 +188,7 @@ def settings_problem(settings: Any) -> str:
             return f"settings of {name} are {_shown(value)}, not a dict"
         for key, plain in values.items():
             parts = plain if isinstance(plain, (list, tuple)) else [plain]
-            allowed = all(part is None or isinstance(part, (int, float, str)) for part in parts)
+            allowed = all(isinstance(part, (int, float, str, type(None))) for part in parts)
             if not isinstance(key, str) or not allowed:
                 return f"setting {key} is no plain value"
     return ""

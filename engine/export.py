@@ -33,7 +33,7 @@ SIDES = 160, 4096
 NAMES = ("boxes", "scores", "labels", "masks", "mask_iou")  # of outputs
 
 USE = """{path}: the network up to the boxes that enter the last NMS
-in   image, uint8 RGB [3, H, W], sides {low} to {high} px; in testing the shorter one was {scale} px
+in   image, uint8 RGB [3, H, W], sides {low} to {high} px; the shorter one was tested at {scale} px
 out  boxes [N, 4] (x1 y1 x2 y2 in pixels of the image), scores [N], labels [N]{masks}
      label k is entry k of "categories", JSON in the file's {where}
 NMS within each class is left to the caller (--nms-iou was {iou})
@@ -105,7 +105,8 @@ def export_file(model: nn.Module, categories: list[dict], path: str | Path, test
         if onnx:
             save_onnx(program, path, names, json.dumps(categories))
         else:
-            torch.export.save(program, path, extra_files={"categories": json.dumps(categories)})
+            extra = {"categories": json.dumps(categories)}
+            torch.export.save(program, path, extra_files=extra)
     text = USE.format(
         path=path,
         low=low,
@@ -162,9 +163,11 @@ def nms_in_onnx(boxes, scores, groups, iou_threshold, method, *_):
 
     if method != "greedy":
         raise NotImplementedError(f"{method} NMS among the candidates")
-    zero, one, number = op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), op.Shape(scores)
+    zero, one = op.Constant(value_ints=[0]), op.Constant(value_ints=[1])
+    number = op.Shape(scores)
     last = op.ReduceMax(op.Concat(groups, zero, axis=0), keepdims=0)  # there may be no box
-    same = op.Equal(op.Unsqueeze(op.Range(0, op.Add(last, 1), 1), one), op.Unsqueeze(groups, zero))
+    numbers = op.Unsqueeze(op.Range(0, op.Add(last, 1), 1), one)
+    same = op.Equal(numbers, op.Unsqueeze(groups, zero))
     scores_by_group = op.Unsqueeze(op.Where(same, scores, float("-inf")), zero)  # [1, groups, N]
     lowest = torch.finfo(torch.float32).min  # a score of -inf is absent
     boxes = op.Unsqueeze(boxes, zero)
@@ -174,8 +177,8 @@ def nms_in_onnx(boxes, scores, groups, iou_threshold, method, *_):
     kept_scores, order = op.TopK(op.Gather(scores, keep), op.Shape(keep))
     count = op.Shape(keep)
     room = op.Concat(zero, op.Sub(number, count), axis=0)
-    keep, kept_scores = op.Pad(op.Gather(keep, order), room, -1), op.Pad(kept_scores, room, 0.0)
-    return keep, kept_scores, op.Squeeze(count, zero)
+    keep = op.Pad(op.Gather(keep, order), room, -1)
+    return keep, op.Pad(kept_scores, room, 0.0), op.Squeeze(count, zero)
 
 
 def sort_in_onnx(values, stable, dim=-1, descending=False):

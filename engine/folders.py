@@ -128,7 +128,7 @@ def sole_writer(out: Path, set_aside_if: str = "") -> Iterator[None]:
         try:
             file = lock(out)
             if set_aside_if and (out / set_aside_if).exists():
-                names = (out.with_name(f"{out.name}-{number}") for number in itertools.count(1))
+                names = (out.with_name(f"{out.name}-{i}") for i in itertools.count(1))
                 older = next(name for name in names if not name.exists())
                 out.rename(older)
                 print_once(f"moved the earlier run to {older}")

@@ -165,7 +165,8 @@ def coco_metrics(
     number = lambda v: None if v != v or v < 0 else float(v)  # noqa: E731
     mean = lambda v: number(v[v > -1].mean()) if (v > -1).any() else None  # noqa: E731
     every = precision[..., 0, -1]
-    metrics: dict[str, Any] = {"AP": mean(every), "AP50": mean(every[:1]), "AP75": mean(every[5:6])}
+    metrics: dict[str, Any] = {"AP": mean(every)}
+    metrics |= {"AP50": mean(every[:1]), "AP75": mean(every[5:6])}
     areas = list(enumerate(("small", "medium", "large"), 1))
     metrics |= {f"AP_{name}": mean(precision[..., i, -1]) for i, name in areas}
     metrics |= {f"AR{n}": mean(recall[..., 0, i]) for i, n in enumerate(sorted(detections))}

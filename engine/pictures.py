@@ -114,7 +114,9 @@ def draw(
         outline(boxes[i].tolist(), line + 1, "black")  # for grounds of the line's own colour
         outline(boxes[i].tolist(), line, colours[i])
 
-    texts = [names[labels[i]] + (f" {scores[i]:.2f}" if scores is not None else "") for i in order]
+    texts = [names[labels[i]] for i in order]
+    if scores is not None:
+        texts = [f"{text} {scores[i]:.2f}" for text, i in zip(texts, order)]
     shown = [colours[i] for i in order]
     write_labels(pen, boxes[order], texts, shown, len(boxes) - len(order), (height, width))
     return rgb_tensor(picture)
@@ -231,8 +233,8 @@ def draw_grid(
         axis.axis("off")
     for i in range(count):
         image, target = data[i]
-        mine = [r for r in results if r["image_id"] == target["image_id"] and r["score"] >= score]
-        mine.sort(key=lambda r: -r["score"])
+        mine = [r for r in results if r["image_id"] == target["image_id"]]
+        mine = sorted((r for r in mine if r["score"] >= score), key=lambda r: -r["score"])
         boxes = xywh_to_xyxy([r["bbox"] for r in mine])
         labels = [label[r["category_id"]] for r in mine]
         hits, missed = judge(boxes, labels, target)

@@ -116,7 +116,7 @@ def predict_files(
         return _detect_in_files(model, data, settings, out)
 
 
-def _detect_in_files(model: nn.Module, data: Files, settings: Settings, out: Path) -> list[dict]:
+def _detect_in_files(model, data: Files, settings: Settings, out: Path) -> list[dict]:
     names = [c["name"] for c in data.categories]
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     results, to_draw = [], []
@@ -192,7 +192,8 @@ class LoadedDetector:
         names = [self.categories[label]["name"] for label in found["labels"].tolist()]
         detections = Detections(found["boxes"], found["scores"], found["labels"], names)
         if "masks" in found:
-            masks = [paste_mask(m, box, size) for m, box in zip(found["masks"], found["boxes"])]
+            pairs = zip(found["masks"], found["boxes"])
+            masks = [paste_mask(mask, box, size) for mask, box in pairs]
             detections.masks = torch.stack(masks) if masks else torch.zeros(0, *size).bool()
             detections.mask_scores = found["mask_scores"]
         return detections

@@ -59,7 +59,8 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BadInput(f"--device {name}: torch sees no GPU")
     if device.index and device.type == "cuda" and device.index >= torch.cuda.device_count():
-        raise BadInput(f"--device {name}: torch sees {torch.cuda.device_count()}, from cuda:0 on")
+        count = torch.cuda.device_count()
+        raise BadInput(f"--device {name}: torch sees {count}, from cuda:0 on")
     return device
 
 

@@ -28,10 +28,8 @@ def read_rows(name: str) -> tuple[dict[str, dict], dict[str, dict]]:
     def settings(row: str) -> dict:
         own = rows[row]
         base = settings(own["like"]) if "like" in own else {}
-        lists_as_tuples = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in own.get("settings", {}).items()
-        }
-        return {**base, **lists_as_tuples}
+        given = own.get("settings", {}).items()
+        return base | {k: tuple(v) if isinstance(v, list) else v for k, v in given}
 
     return {row: settings(row) for row in rows}, {row: rows[row]["printed"] for row in rows}
 
@@ -63,7 +61,8 @@ def check_row(name: str, row: str, settings: Settings, tiny: dict, source) -> No
     differ = []
     for field_name in sorted({k for row_settings in rows.values() for k in row_settings}):
         is_set = field_name in rows[row]
-        if not hasattr(settings.model, field_name) or (field_name in BOX_LIMITS and not is_set):
+        free = field_name in BOX_LIMITS and not is_set
+        if free or not hasattr(settings.model, field_name):
             continue
         allowed = [getattr(own.model, field_name, None)]
         if field_name in tiny and not is_set:

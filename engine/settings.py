@@ -48,7 +48,7 @@ class Model(Checked):
 
 @dataclass
 class Test(Checked):
-    """How detections are made and scored. May be changed after training, and is always honoured."""
+    """How detections are made and scored. It may be changed after training."""
 
     __test__ = False  # no test case, though pytest collects classes of this name
 
@@ -114,7 +114,7 @@ class Run(Checked):
     eval_batch: Whole = 0  # images per process when testing; 0: as in training
 
 
-# Settings that may differ when a run is resumed, beside all of Test: they do not affect training.
+# These may differ when a run is resumed, like all of Test: they do not affect training.
 MAY_CHANGE_ON_RESUME = (
     *("out", "device", "workers", "check", "compile"),
     *("log_every", "save_every", "eval_times", "eval_every", "eval_batch", "max_pixels"),

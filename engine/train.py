@@ -134,7 +134,8 @@ class LossWatch:
 
 def report(step: int, batches: TrainBatches, rate: float, means: dict, speed: float, device):
     """A step's line for the log, and its text for the terminal; speed in images/s."""
-    line: dict[str, Any] = {"step": step, "epoch": round(step / batches.per_epoch, 3), "lr": rate}
+    epoch = round(step / batches.per_epoch, 3)
+    line: dict[str, Any] = {"step": step, "epoch": epoch, "lr": rate}
     line |= {"loss": sum(means.values()), "losses": means}
     line |= {"images_per_s": speed, "memory_mib": peak_memory(device) >> 20}
     parts = " ".join(f"{k} {v:.3f}" for k, v in means.items())
