@@ -64,8 +64,7 @@ def check_coco(coco: Any, masks: bool = False, files: bool = True) -> None:
                 raise ValueError(f"{who}: {key} is {mark!r}, not 0 or 1")
         if masks:
             mask, size = annotation.get("segmentation"), sizes[annotation["image_id"]]
-            problem = mask_problem(mask, *size)
-            if problem:
+            if problem := mask_problem(mask, *size):
                 raise ValueError(f"{who}: {problem}")
     annotations = coco.get("annotations", [])
     if masks and annotations and not any(a.get("segmentation") for a in annotations):
@@ -188,11 +187,10 @@ def broken_images(
 ) -> dict[int, str]:
     """Decode image files, all or those at `indices`: {index: what is wrong with it}.
 
-    A JPEG is read to its end but decoded at an eighth of its size, which is fast. PIL
-    notices a torn end or header of a JPEG; changed bytes in its middle may only change
-    the picture. `sizes` [n, 2] (h, w), if given, are compared with the files' own, turned
-    if `upright`; `source` names the file that they come from. `progress(iterable, text,
-    total)` may show how far the check is.
+    A JPEG is read to its end but decoded at an eighth of its size, which is fast. Changed
+    bytes in its middle may only change the picture. `sizes` [n, 2] (h, w), if given, are
+    compared with the files' own, turned if `upright`; `source` names their file.
+    `progress(iterable, text, total)` may show how far the check is.
     """
 
     def why_broken(i: int) -> str:
@@ -300,9 +298,6 @@ def remember(source: str | Path, verdicts: dict[bytes, bytes]) -> None:
             os.replace(temporary, memory)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-# ------------------------------------------------------------------------------ sets
 
 
 def check_images(

@@ -92,20 +92,21 @@ def _why_outside(number: float, limits: Range, unit: str = "") -> str:
 class Data(Checked):
     """Where the images are, and how they are resized and augmented."""
 
-    # "synthetic" (images made on the fly) or a folder in COCO, Pascal VOC, YOLO or UAVDT layout
+    # "synthetic" (made on the fly) or a folder in COCO, Pascal VOC, YOLO or UAVDT layout
     data: str = "synthetic"
     train_json: str = ""  # COCO annotation file to train on, instead of a folder's
     train_images: str = ""  # folder of the images that train_json lists
     val_json: str = ""  # COCO annotation file to evaluate on, instead of a folder's
     val_images: str = ""  # folder of the images that val_json lists
-    # Split to train on: VOC reads ImageSets/Main/<split>.txt (default: trainval if the evaluation
-    # uses test, else train), UAVDT reads M_attr/<split>/ (default: train); elsewhere train
+    # Split to train on: VOC reads ImageSets/Main/<split>.txt (default: trainval if the
+    # evaluation uses test, else train), UAVDT reads M_attr/<split>/ (default: train);
+    # elsewhere train
     train_split: str = ""
     # Split to evaluate on (default: test for VOC and UAVDT; val where a folder has it)
     val_split: str = ""
-    # Share of the images that is held out to evaluate on, where a folder has one set and no split
+    # Share of the images that is held out to evaluate on if a folder has no splits
     val_share: HeldOut = 0.2
-    # Are photos turned as their EXIF data say? yes, no, or auto: if the sizes in the annotations
+    # Are photos turned upright by their EXIF data? yes, no, or auto: if the annotated sizes
     # are those of the turned photos
     upright: Literal["auto", "yes", "no"] = "auto"
     # Largest image that is read, px in all: a guard against files that would fill the memory

@@ -2,8 +2,7 @@
 
 Each image is a function of (seed, index), the same on every machine: arrays only see
 operations that IEEE 754 rounds exactly (+, -, *, /, remainder, square root). Boxes and
-masks are exact, which no annotated photo offers: hidden, thin and hollow objects can be
-measured.
+masks are exact, unlike those of annotated photos.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ from data.contract import make_target
 from data.masks import encode_mask
 
 KEEP_BYTES = 256 * 2**20  # choice: remembered images may take so much memory
-# choice: px, the side of a shape, from COCO's small third to its large one; a box on
-# fewer than 20 px cannot be placed exactly
+# choice: px, sides of shapes; a box on fewer than 20 px cannot be placed exactly
 SMALLEST, LARGEST = 20, 288
 VISIBLE = 2 / 3  # choice: share of an object that must stay visible
 
@@ -249,12 +247,10 @@ class SyntheticDetection(Dataset):
     Ten classes of shape; colour says nothing about the class. Sizes are log-uniform over
     COCO's small, medium and large thirds (20 to 288 px, if the image is that large).
     Objects occlude each other (at least two thirds of each stay visible), a third have a
-    twin right beside them, and segments of discs serve as distractors without a label.
-    Boxes and masks cover the visible part; `visible` [G] in the target is its share of
-    the whole shape.
+    twin right beside them, and segments of discs are distractors without a label. Boxes
+    and masks cover the visible part; the target's `visible` [G] is its share of the shape.
 
-    With `keep`, images are remembered once they are made, if all of them fit into 256
-    MiB.
+    With `keep`, images are remembered if all of them fit into 256 MiB.
     """
 
     def __init__(
@@ -312,27 +308,21 @@ class SyntheticDetection(Dataset):
 
     def coco(self) -> dict:
         """The ground truth as a COCO dictionary, kept: copy it before you change it."""
-        if self._coco is None:
-            size = {"height": self.size, "width": self.size}
-            images = [{"id": i, **size} for i in self.image_ids]
-            annotations = [a for index in self.image_ids for a in self._annotations(index)]
-            annotations = [{"id": i, **a} for i, a in enumerate(annotations, 1)]
-            self._coco = dict(images=images, annotations=annotations, categories=self.categories)
+        if self._coco is not None:
+            return self._coco
+        size = {"height": self.size, "width": self.size}
+        images = [{"id": i, **size} for i in self.image_ids]
+        annotations: list[dict] = []
+        for image_id in self.image_ids:
+            target = self[image_id][1]
+            labels = target["labels"].tolist()
+            for i, (x1, y1, x2, y2) in enumerate(target["boxes"].tolist()):
+                w, h = x2 - x1, y2 - y1
+                place = {"bbox": [x1, y1, w, h], "area": w * h, "iscrowd": 0}
+                if self.masks:  # as in COCO, the area is the mask's
+                    mask = target["masks"][i]
+                    place |= {"area": mask.sum().item(), "segmentation": encode_mask(mask)}
+                ids = {"id": len(annotations) + 1, "image_id": image_id}
+                annotations.append({**ids, "category_id": labels[i] + 1, **place})
+        self._coco = dict(images=images, annotations=annotations, categories=self.categories)
         return self._coco
-
-    def _annotations(self, index: int) -> list[dict]:
-        target = self[index][1]
-        annotations = []
-        for i, (x1, y1, x2, y2) in enumerate(target["boxes"].tolist()):
-            annotation = {
-                "image_id": index,
-                "category_id": target["labels"][i].item() + 1,
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "area": (x2 - x1) * (y2 - y1),
-                "iscrowd": 0,
-            }
-            if self.masks:  # as in COCO, the area is the mask's
-                mask = target["masks"][i]
-                annotation |= {"area": mask.sum().item(), "segmentation": encode_mask(mask)}
-            annotations.append(annotation)
-        return annotations

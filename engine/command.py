@@ -306,7 +306,8 @@ def execute(command: Command, settings: Settings, detector, device, signals: Sig
         )
     signals.outcome = "its results are not complete; the same command starts again"
     if command.train:
-        signals.outcome = f"training has ended ({out / 'last.pt'}); what follows is incomplete"
+        ended = f"training has ended, with {out / 'last.pt'}"
+        signals.outcome = f"{ended}; what follows is incomplete"
     elif command.eval:
         with sole_writer(out / "eval"):
             metrics = evaluate(model, val_data, settings, out / "eval")

@@ -87,7 +87,7 @@ class Run(Checked):
     # loader processes per training process; -1: 2 on a CPU (of two cores: none), with a GPU 4,
     # at most one a core
     workers: Annotated[int, Range(-1, 1000)] = -1
-    # image files to decode before anything else: all, those new or changed since a check, or none
+    # image files to decode first: all, those new or changed since a check, or none
     check: Literal["all", "new", "none"] = "new"
     batch: Whole = 0  # images per step over all processes; 0: 2 per process
     optimizer: Literal["sgd", "adamw"] = "sgd"  # the papers use SGD

@@ -277,13 +277,8 @@ def _train(model, settings: Settings, train_data, val_data, truth, out: Path, re
     if rank == 0:
         write_json(out / "config.json", as_saved(derived))
     print_once(describe(settings, batches, len(train_data), model, device))
-    images = TrainingImages(
-        CheckedItems(train_data, settings.model.masks),
-        settings.data.scales,
-        settings.data.max_size,
-        settings.data.flip,
-        run.seed,
-    )
+    checked, data = CheckedItems(train_data, settings.model.masks), settings.data
+    images = TrainingImages(checked, data.scales, data.max_size, data.flip, run.seed)
     loader = make_loader(images, run.workers, device, batch_sampler=batches)
     bar = progress(None, "training", batches.total)
     bar.update(batches.start)
