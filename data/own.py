@@ -117,6 +117,9 @@ class CheckedItems(Dataset):
             raise BadInput(f"item {index} of {_name(self.data)}: {'; '.join(problems)}")
         return item
 
+    def coco(self) -> dict:
+        return self.data.coco()
+
     def look_at(self, index: int) -> tuple[tuple[Tensor, dict], list[str]]:
         """An item, and what is wrong with it. Any error of the data set becomes BadInput."""
         try:
