@@ -55,7 +55,7 @@ def why_invalid(value: Any, hint: Any) -> str:
     """The reason why a type does not allow a value; "" if it does.
 
     >>> why_invalid(2.0, Share), why_invalid((800, -1), Sides), why_invalid(float("nan"), float)
-    ('at most 1', 'at least 1', 'not finite')
+    ('at most 1', 'at least 32', 'not finite')
     """
     kind, limits = hint, Range(-math.inf)
     if get_origin(hint) is Annotated:
