@@ -1,7 +1,7 @@
 """Where COCO annotations lie in a folder: as COCO's own, Roboflow's, CVAT's, Label Studio's.
 
-Looked for are JSON files with images and categories, of any name; then, for each of them, the
-folder that has the images it lists.
+JSON files of any name are searched for images and categories. For each of them, the
+folder that has its images is searched next.
 """
 
 from __future__ import annotations
@@ -11,32 +11,33 @@ import re
 from pathlib import Path
 
 from common import BadInput
-from data.coco import Split
-from data.files import choose_splits, find_file, folders_of, listed, read_text, split_in
+from data.coco import Split, Splits
+from data.files import choose_splits, find_file, folders_in, folders_of, listed, read_text, split_in
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages", "data", "photos")
 MAX_FILES = 40  # choice: of JSON files looked at in a folder; labelme writes one a photo
 SAMPLE = 40  # choice: of a file's images looked for in each folder
 
 
-def find_coco2017(root: Path, *_) -> dict[str, Split] | None:
-    """The splits under COCO's own names: annotations/ beside images/train2017/ or train2017/."""
-    splits = {}
-    for name in ("train", "val"):
-        file = root / "annotations" / f"instances_{name}2017.json"
-        places = [root / "images" / f"{name}2017", root / f"{name}2017"]
-        folders = [place for place in places if place.is_dir()]
-        if folders or not file.exists():
-            splits[name] = Split(file, [*folders, places[1]][0])
-        else:
-            splits[name] = Split(file, _image_folder(root, file))
-    present = [name for name, split in splits.items() if Path(split.source).exists()]
-    if not present:
+def find_coco2017(root: Path, *_) -> Splits | None:
+    """The splits under COCO's own names, images in images/train2017/ or train2017/."""
+    folder = root / "annotations"
+    files = {name: folder / f"instances_{name}2017.json" for name in ("train", "val")}
+    if not files["val"].exists():
+        del files["val"]  # part of the training set is held out instead
+    if not any(map(Path.exists, files.values())):
         return None
-    return splits if "val" in present else {"train": splits["train"]}
+    splits = {}
+    for name, file in files.items():
+        places = [root / "images" / f"{name}2017", root / f"{name}2017"]
+        there = next(filter(Path.is_dir, places), None)
+        if there is None and file.exists():
+            there = _image_folder(root, file)
+        splits[name] = Split(file, there or places[1])
+    return splits
 
 
-def find_coco(root: Path, train_split: str = "", val_split: str = "") -> dict[str, Split] | None:
+def find_coco(root: Path, train_split: str = "", val_split: str = "") -> Splits | None:
     """The splits of a folder with COCO files; only "train" if there is but one set."""
     files: dict[str, list[Path]] = {}
     for file in _annotation_files(root):
@@ -45,8 +46,15 @@ def find_coco(root: Path, train_split: str = "", val_split: str = "") -> dict[st
         return None
     splits = {}
     for name, group in choose_splits(files, train_split, val_split).items():
-        file = _the_only(root, group)
-        splits[name] = Split(file, _image_folder(root, file))
+        # of COCO's several files, the one with objects' boxes
+        chosen = [file for file in group if file.name.startswith("instances")] or group
+        if len(chosen) > 1:
+            names = listed(file.relative_to(root) for file in chosen)
+            raise BadInput(
+                f"{root}: several COCO files for one split ({names}): choose with --train-json and "
+                "--train-images (and --val-json, --val-images), or merge them"
+            )
+        splits[name] = Split(chosen[0], _image_folder(root, chosen[0]))
     return splits
 
 
@@ -55,15 +63,15 @@ def find_coco(root: Path, train_split: str = "", val_split: str = "") -> dict[st
 
 def _annotation_files(root: Path) -> list[Path]:
     """The COCO files in a folder, in its folders, and in theirs."""
-    groups: dict[Path, list[Path]] = {}
-    for pattern in ("*.json", "*/*.json", "*/*/*.json"):
-        for path in sorted(root.glob(pattern)):
-            groups.setdefault(path.parent, []).append(path)
-    return [p for group in groups.values() for p in group[:MAX_FILES] if _is_coco(p)]
+    files: list[Path] = []
+    for depth in ("", "*/", "*/*/"):
+        for folder in sorted(root.glob(depth)) if depth else [root]:
+            files += filter(_is_coco, sorted(folder.glob("*.json"))[:MAX_FILES])
+    return files
 
 
 def _is_coco(path: Path) -> bool:
-    """Does a JSON file have images and categories? Told from its text: parsing takes longer."""
+    """Does a JSON file have images and categories? Its text tells; parsing takes longer."""
     try:
         text = read_text(path)
     except BadInput:
@@ -73,22 +81,9 @@ def _is_coco(path: Path) -> bool:
 
 
 def _split_of(root: Path, file: Path) -> str:
-    """The split that a file's name speaks of, or else that of the folder it is in."""
+    """The split that a file's name mentions, or else its folder's."""
     names = [file.stem, *reversed(file.relative_to(root).parent.parts)]
     return next(filter(None, map(split_in, names)), "")
-
-
-def _the_only(root: Path, files: list[Path]) -> Path:
-    """The file of a split; of COCO's several, the one with objects' boxes."""
-    instances = [file for file in files if file.name.startswith("instances")]
-    chosen = instances or files
-    if len(chosen) > 1:
-        names = listed(file.relative_to(root) for file in chosen)
-        raise BadInput(
-            f"{root}: several COCO files for one split ({names}): choose with --train-json and "
-            "--train-images (and --val-json, --val-images), or merge them"
-        )
-    return chosen[0]
 
 
 # ------------------------------------------------------------------------------ images
@@ -98,7 +93,9 @@ def _image_folder(root: Path, file: Path) -> Path:
     """The folder that has most of the images which a COCO file lists."""
     names = _listed_images(file)
     folders = list(dict.fromkeys(_candidates(root, file)))
-    counts = [sum(Path(find_file(folder, name)).exists() for name in names) for folder in folders]
+    counts = []
+    for folder in folders:
+        counts.append(sum(Path(find_file(folder, name)).exists() for name in names))
     if max(counts) > 0 or not names:
         return folders[counts.index(max(counts))]
     looked = listed(f"{folder.relative_to(root)}/" for folder in folders)
@@ -115,8 +112,7 @@ def _candidates(root: Path, file: Path) -> list[Path]:
     if split:
         folders += folders_of(root, split, IMAGE_FOLDERS)
     folders += folders_of(root, "", IMAGE_FOLDERS)
-    below = [path for folder in (root, *folders) for path in sorted(folder.iterdir())]
-    return folders + [path for path in below if path.is_dir() and not path.name.startswith(".")]
+    return folders + [path for folder in (root, *folders) for path in folders_in(folder)]
 
 
 def _listed_images(file: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """What a data set must offer, and what its items look like: the one contract of all data sets.
 
-An item is (image, target). The image is a uint8 tensor [3, h, w], RGB. The target is a dict:
+An item is (image, target). The image is a uint8 tensor [3, h, w], RGB. The target is a
+dict:
 
     boxes     [G, 4]  float32 xyxy, pixels of the image
     labels    [G]     int64, 0..K-1: positions in the data set's `categories`
@@ -9,8 +10,8 @@ An item is (image, target). The image is a uint8 tensor [3, h, w], RGB. The targ
     size              (h, w) of the image as it is on disk
     masks     [G, h, w]  bool; only for detectors that are trained or tested with masks
 
-Plain tensors do; `make_target` wraps the boxes so that torchvision's v2 transforms move them
-too.
+Plain tensors do; `make_target` wraps the boxes so that torchvision's v2 transforms move
+them too.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from torchvision import tv_tensors
 class DetectionDataset(Protocol):
     """Any torch Dataset with these members can be trained on and evaluated.
 
-    Nothing else is required. Members, coco() and the first items are checked before the first
-    step, every other item as it is drawn (`data.own`).
+    Nothing else is required. Members, coco() and the first items are checked before the
+    first step, every other item as it is drawn (`data.own`).
     """
 
     def __len__(self) -> int: ...
@@ -37,7 +38,7 @@ class DetectionDataset(Protocol):
 
     @property
     def sizes(self) -> Any:
-        """(h, w) of each image, known without opening it: an array [n, 2] or a list of pairs."""
+        """(h, w) of each image, without opening it: an array [n, 2] or a list of pairs."""
         ...
 
     @property

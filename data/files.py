@@ -1,18 +1,21 @@
-"""Files and folders as people leave them: encodings, names of images, places of a split."""
+"""Files and folders as people leave them: encodings, names, splits, refusals."""
 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PureWindowsPath
+from typing import Any
 from urllib.parse import unquote
 
 from common import BadInput
-from data.images import IMAGE_ENDINGS
+
+IMAGE_ENDINGS = tuple(".jpg .jpeg .png .bmp .webp .tif .tiff .ppm .gif .jfif".split())
 
 # ------------------------------------------------------------------------------ text
 
@@ -30,11 +33,8 @@ def read_text(path: str | Path) -> str:
         raise BadInput(f"{path}: not a text in UTF-8: {e}") from None
 
 
-def read_json(path: str | Path, categories: list[dict] | None = None):
-    """What a JSON file holds. UTF-8 and UTF-16 are told apart by the first bytes.
-
-    `categories` are not used: the signature is that of all functions that read annotations.
-    """
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds, in UTF-8 or UTF-16."""
     try:
         return json.loads(Path(path).read_bytes())
     except OSError as e:
@@ -49,7 +49,7 @@ def read_json(path: str | Path, categories: list[dict] | None = None):
 
 
 def other_names(name: str) -> Iterator[str]:
-    r"""How a file's name may have been meant, the likeliest first; `name` itself is left out.
+    r"""What a file may be called instead of `name`, the likeliest first.
 
     >>> list(other_names(r"a\my%20photo.jpg"))
     ['a/my%20photo.jpg', 'a\\my photo.jpg', 'a/my photo.jpg', 'my%20photo.jpg', 'my photo.jpg']
@@ -57,14 +57,14 @@ def other_names(name: str) -> Iterator[str]:
     names = [name, name.replace("\\", "/")]
     names += [unquote(n) for n in names]
     names += [unicodedata.normalize(form, n) for n in names for form in ("NFC", "NFD")]
-    for other in list(names):  # of a folder that is not here: "C:\photos\a.jpg", "upload/a.jpg"
+    for other in list(names):  # without folders that are not here: C:\photos, upload/
         folders = PureWindowsPath(other).parts
         names += ["/".join(folders[i:]) for i in range(1, len(folders))]
     yield from (n for n in dict.fromkeys(names) if n not in ("", name))
 
 
 def find_file(folder: str | Path, name: str) -> str:
-    """The path of a file that annotations name; the path as it is written if there is none."""
+    """The path of a file that annotations name, or the path as written if there is none."""
     path = Path(folder) / name
     if not _exists(path):
         for other in other_names(name):
@@ -85,9 +85,8 @@ def is_image(path: Path) -> bool:
 
 
 def images_in(folder: Path, below: bool = False) -> list[Path]:
-    """The image files in a folder, or also in those below it, in order of name."""
-    files = folder.rglob("*") if below else folder.glob("*")
-    return sorted(path for path in files if is_image(path))
+    """The image files in a folder, sorted; with `below` also those in its folders."""
+    return sorted(filter(is_image, folder.rglob("*") if below else folder.glob("*")))
 
 
 # ------------------------------------------------------------------------------ splits
@@ -114,33 +113,31 @@ def split_in(name: str) -> str:
 
 
 def folders_of(root: Path, split: str, kinds: Sequence[str]) -> list[Path]:
-    """Folders where a split's files of one kind may lie, such as images/train and train/images.
+    """Folders where a split's files may lie, such as images/train and train/images.
 
-    With the split "", those of a set without splits. `kinds` are names in lower case.
+    The split "" stands for a set without splits. `kinds` are names in lower case.
     """
-    of_split = [d for d in _folders_in(root) if split_in(d.name) == split] if split else [root]
-    of_kind = [d for d in _folders_in(root) if d.name.lower() in kinds]
-    found = [d for f in of_split for d in _folders_in(f) if d.name.lower() in kinds]
+    of_split = [d for d in folders_in(root) if split_in(d.name) == split] if split else [root]
+    of_kind = [d for d in folders_in(root) if d.name.lower() in kinds]
+    found = [d for f in of_split for d in folders_in(f) if d.name.lower() in kinds]
     if split:
-        found += [d for f in of_kind for d in _folders_in(f) if split_in(d.name) == split]
+        found += [d for f in of_kind for d in folders_in(f) if split_in(d.name) == split]
     return [*found, *of_split]
 
 
-def _folders_in(folder: Path) -> list[Path]:
+def folders_in(folder: Path) -> list[Path]:
     return sorted(d for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
 
 
 def choose_splits(found: dict, train_split: str = "", val_split: str = "") -> dict:
-    """{"train": .., "val": ..} of what was found, by the splits' names ("": of none).
+    """{"train": .., "val": ..} of what was found, by the splits' names ("": no split).
 
-    Without a validation set the test set is used. If there is neither, "val" is left out: a
-    share of the training set is held out then.
+    Without a validation set the test set is used. If there is neither, "val" is left out,
+    and a share of the training set is held out instead.
     """
     chosen = {}
-    for use, asked, names in (
-        ("train", train_split, ["train", ""]),
-        ("val", val_split, ["val", "test"]),
-    ):
+    names_of = {"train": ["train", ""], "val": ["val", "test"]}
+    for (use, names), asked in zip(names_of.items(), (train_split, val_split)):
         if asked:
             names = [split_in(asked)]
             if names[0] not in found:
@@ -175,10 +172,62 @@ def counted(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
+# ------------------------------------------------------------------------------ refusals
+
+SAMPLE = 20  # choice: JSON files that are looked into
+
+
 def describe(folder: Path) -> str:
-    """What lies in a folder, in a few words: "3 .json, 200 .jpg, folders a/ and b/"."""
+    """What lies in a folder, in a few words: "200 .jpg, 3 .json, a/, b/"."""
     inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     endings = Counter(path.suffix.lower() or path.name for path in inside if path.is_file())
     parts = [f"{count} {ending}" for ending, count in endings.most_common(6)]
     parts += [f"{path.name}/" for path in inside if path.is_dir()][:12]
     return ", ".join(parts) or "nothing"
+
+
+def what_it_is(value: Any) -> str:
+    """Which tool's JSON file this is, and how to convert it; "" if it is not known."""
+    if isinstance(value, dict) and {"shapes", "imagePath"} <= value.keys():
+        return (
+            "labelme's file of one photo. Convert all of them to one COCO file: "
+            "pip install labelme2coco; labelme2coco DIR"
+        )
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        if "data" in value[0]:
+            return "Label Studio's list of tasks. Export the project as COCO or YOLO"
+        if {"image_id", "bbox"} <= value[0].keys():
+            return "a list of detections, without images and categories"
+    return ""
+
+
+def refuse(root: Path) -> BadInput:
+    """The exception for a folder without data: what was found, and how to go on."""
+    if not root.exists():
+        return BadInput(f"{root}: no data found: there is no such folder")
+    if root.is_file():
+        how = "give the folder that it is in, unpacked"
+        if root.suffix.lower() == ".json":
+            how = f"use --train-json {root} --train-images DIR"
+        return BadInput(f"{root}: no data found: this is a file; {how}")
+    how = "Export the data as COCO, VOC or YOLO"
+    folders = [root, *filter(Path.is_dir, root.iterdir())]
+    if any(map(images_in, folders)):
+        how = "There are images, but no boxes for them: export the boxes as COCO"
+    for table in [*root.glob("*"), *root.glob("*/*")]:
+        named = table.stem == "metadata" and table.suffix in (".jsonl", ".csv")
+        if named or table.suffix == ".parquet":
+            how = (
+                f"{table.relative_to(root)} is the table of a Hugging Face imagefolder. Write its "
+                "rows as one COCO file (images, categories, annotations with bbox x, y, w, h)"
+            )
+    for path in [*sorted(root.glob("*.json")), *sorted(root.glob("*/*.json"))][:SAMPLE]:
+        with contextlib.suppress(BadInput):
+            if other := what_it_is(read_json(path)):
+                how = f"{path.name} is {other}"
+    return BadInput(
+        f"{root}: no data found: neither COCO (a .json with images and categories, in the folder, "
+        "annotations/ or train/), Pascal VOC (.xml files and their images), YOLO (data.yaml, or "
+        f"images/ and labels/) nor UAVDT (M_attr/). In it are: {describe(root)}. {how}; or name "
+        "COCO files yourself: --train-json FILE --train-images DIR (and --val-json, --val-images)"
+    )

@@ -1,7 +1,8 @@
 """`load`: from settings to a training and a validation set, whatever the format.
 
-Each format's own file finds it in a folder and reads it. Nothing is printed here, a set's `note`
-says what its user should know. No image is decoded: `data.checks.check_images` does that.
+Each format's own file finds it in a folder and reads it. Nothing is printed here: a set's
+`note` says what its user should know. No image is decoded: `data.checks.check_images`
+does that.
 """
 
 from __future__ import annotations
@@ -16,13 +17,11 @@ from common import BadInput
 from data.coco import CocoDetection, Split
 from data.coco_folders import find_coco, find_coco2017
 from data.contract import DetectionDataset
-from data.files import counted
-from data.foreign import refuse
-from data.plausible import unused_categories
+from data.files import counted, listed, refuse
 from data.settings import Data
 from data.synthetic import SyntheticDetection
 from data.uavdt import find_uavdt
-from data.voc_folders import find_voc, find_voc_lists
+from data.voc import find_voc, find_voc_lists
 from data.yolo import find_yolo
 
 
@@ -36,24 +35,32 @@ def load(
 ) -> tuple[DetectionDataset | None, DetectionDataset | None]:
     """(training set, validation set) of `settings`; None for one that is not asked for.
 
-    `seed` is that of synthetic training images, and decides which images are held out where
-    there is no validation set. The validation set's classes are matched by name with the
-    training set's, or with those given (a checkpoint's). Raises BadInput for data that cannot
-    be used, for a set without images and a training set without boxes.
+    `seed` is the synthetic training images' seed. It also decides which images are held
+    out if there is no validation set. The validation set's classes are matched by name
+    with the training set's, or with those given (a checkpoint's). Raises BadInput for
+    data that cannot be used, for a set without images and a training set without boxes.
     """
     explicit = settings.train_json or settings.val_json
     if not explicit and (settings.train_images or settings.val_images):
         raise BadInput("--train-images and --val-images go with --train-json and --val-json")
     if settings.data == "synthetic" and not explicit:
-        return _synthetic(settings, seed, masks, train, val)
+        size = settings.image_size
+        made = SyntheticDetection(settings.num_train, size, seed, masks) if train else None
+        # choice: a seed of its own, so that no run ever trains on validation images
+        kept = SyntheticDetection(settings.num_val, size, 2**31, masks, keep=True) if val else None
+        return made, kept
     splits = _given_files(settings, train, val) if explicit else find_splits(settings)
     held_out = "val" not in splits
     if held_out:  # also where only the training set is asked for: it must be the same set then
-        splits = _hold_out(splits["train"], settings.val_share, seed)
+        whole = splits["train"]
+        for name in ("train", "val"):
+            read = partial(read_part, whole.read, name == "val", settings.val_share, seed)
+            splits[name] = whole._replace(read=read)
     train_set = val_set = None
     if train:
         if "train" not in splits:
-            raise BadInput(f"{splits['val'].source}: there is no set to train on, only this one")
+            source = splits["val"].source
+            raise BadInput(f"{source}: there is no set to train on, only this one")
         train_set = _open(splits["train"], settings, categories, masks)
         _check_training(train_set)
         categories = train_set.categories
@@ -68,19 +75,11 @@ def load(
     return train_set, val_set
 
 
-def _synthetic(settings: Data, seed: int, masks: bool, train: bool, val: bool):
-    size, train_set, val_set = settings.image_size, None, None
-    if train:
-        train_set = SyntheticDetection(settings.num_train, size, seed, masks)
-    if val:  # choice: a seed of its own, so that no run ever trains on validation images
-        val_set = SyntheticDetection(settings.num_val, size, seed=2**31, masks=masks, keep=True)
-    return train_set, val_set
-
-
 # ------------------------------------------------------------------------------ splits
 
 
-# (folder, --train-split, --val-split) -> splits, or None; the first that finds some is taken.
+# (folder, --train-split, --val-split) -> splits, or None; the first that finds some is
+# taken.
 FINDERS = (find_coco2017, find_voc_lists, find_uavdt, find_coco, find_voc, find_yolo)
 
 
@@ -123,15 +122,6 @@ def _given_files(settings: Data, train: bool, val: bool) -> dict[str, Split]:
     return splits
 
 
-def _hold_out(whole: Split, share: float, seed: int) -> dict[str, Split]:
-    """Two splits of one: a share of its images to evaluate on, the others to train on."""
-    parts = {}
-    for name in ("train", "val"):
-        read = partial(read_part, whole.read, name == "val", share, seed)
-        parts[name] = whole._replace(read=read)
-    return parts
-
-
 def read_part(
     read: Callable[..., dict],
     held_out: bool,
@@ -140,9 +130,9 @@ def read_part(
     source: Path,
     categories: list[dict] | None = None,
 ) -> dict:
-    """What `read` reads, of the images that are held out alone, or of the others.
+    """The part of what `read` reads that is held out to evaluate on, or the rest.
 
-    The seed and an image's id decide: neither the images' order nor where the folder is.
+    Only the seed and an image's id decide, not the images' order or the folder's place.
     """
     coco = read(source, categories)
     if not isinstance(coco, dict) or not isinstance(coco.get("images"), list):
@@ -174,7 +164,7 @@ def _open(
     masks: bool,
     train_set: CocoDetection | None = None,
 ) -> CocoDetection:
-    """The set of a split; a validation set follows its training set, and says what they share."""
+    """The set of a split. A validation set notes what it shares with its training set."""
     upright = settings.upright
     if upright == "auto" and train_set is not None and train_set.upright:
         upright = "yes"
@@ -192,17 +182,14 @@ def _open(
         raise BadInput(f"{split.source}: no images")
     if train_set is not None:
         data.notes = [note for note in data.notes if note not in train_set.notes]
-        both = len(_places(train_set) & _places(data))
-        if both:
+        places = ({os.path.abspath(file) for file in one.files} for one in (train_set, data))
+        if both := len(set.intersection(*places)):
+            images = f"{counted(both, 'image')} of {len(data)}"
             data.notes.append(
-                f"{data.source}: {counted(both, 'image')} of {len(data)} also in the training set: "
-                "the metrics do not tell how good the detector is on other images"
+                f"{data.source}: {images} also in the training set: the metrics do not tell how "
+                "good the detector is on other images"
             )
     return data
-
-
-def _places(data: CocoDetection) -> set[str]:
-    return {os.path.abspath(file) for file in data.files}
 
 
 def _check_training(data: CocoDetection) -> None:
@@ -217,5 +204,7 @@ def _check_training(data: CocoDetection) -> None:
             f"{data.source}: nothing to train on: all {data.num_boxes} objects are crowds or "
             "difficult (iscrowd, difficult), which are ignored"
         )
-    unused = unused_categories(data.categories, data.labels.numpy())
-    data.notes += [f"{data.source}: {note}" for note in unused]
+    used = set(data.labels.tolist())
+    unused = [c["name"] for label, c in enumerate(data.categories) if label not in used]
+    if unused:
+        data.notes.append(f"{data.source}: no box to train on of: {listed(unused)}")

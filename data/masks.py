@@ -1,8 +1,8 @@
 """Masks: COCO's segmentations (polygons or run lengths), checked, decoded, cropped and pasted.
 
-A segmentation is a list of polygons [x, y, x, y, ...] or an RLE: {"size": [h, w], "counts":
-the lengths of runs of pixels}. Detectors see a mask as a crop of `MASK_SIDE` cells over its
-box.
+A segmentation is a list of polygons [x, y, x, y, ...] or an RLE: {"size": [h, w],
+"counts": the lengths of runs of pixels}. Detectors see a mask as a crop of `MASK_SIDE`
+cells over its box.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from pycocotools import mask as rle
 from torch import Tensor
 
-# Cells along each side of a cropped mask. choice: four by four for each cell of a 28x28 target
+# Cells along each side of a cropped mask. choice: four by four for each cell of a 28x28
+# target
 MASK_SIDE = 112
 
 ANYWHERE = (-math.inf, -math.inf, math.inf, math.inf)
@@ -28,13 +29,15 @@ FAR = 1e5  # px; choice: how far a polygon may reach outside its image
 def mask_problem(segmentation, height: int, width: int) -> str:
     """The first thing in a segmentation that pycocotools would trip on; "" if there is none.
 
-    A missing segmentation is no problem here: `check_coco` decides whether masks are needed.
+    A missing segmentation is no problem here: `check_coco` decides whether masks are
+    needed.
     """
     if not segmentation:
         return ""
     if isinstance(segmentation, list):
-        for polygon in segmentation:
-            if not _is_polygon(polygon):
+        for polygon in segmentation:  # values may still be odd (not finite, far away)
+            even = isinstance(polygon, list) and len(polygon) % 2 == 0
+            if not even or not all(type(v) in (int, float) for v in polygon):
                 return f"a polygon is {str(polygon)[:60]}, not x, y, x, y ..."
         return ""
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
@@ -43,26 +46,20 @@ def mask_problem(segmentation, height: int, width: int) -> str:
     if size != [height, width]:
         return f"RLE of size {size}, its image is {height}x{width} px (h x w)"
     runs = run_lengths(counts) if isinstance(counts, str) else counts
-    if not isinstance(runs, list) or any(type(n) is not int or not 0 <= n < 2**32 for n in runs):
+    whole = isinstance(runs, list) and all(type(n) is int and 0 <= n < 2**32 for n in runs)
+    if not whole:
         return f"RLE with counts {str(counts)[:60]}"
     if sum(runs) != height * width:
         return "RLE whose counts do not fill its image"
     return ""
 
 
-def _is_polygon(values) -> bool:
-    """An even number of coordinates; their values may still be odd (not finite, far away)."""
-    if not isinstance(values, list) or len(values) % 2:
-        return False
-    return all(type(v) in (int, float) for v in values)  # True is an int for isinstance
-
-
 def run_lengths(counts: str) -> list[int]:
     """The runs of a compressed RLE; the last is -1 if the text ends in the middle of a run.
 
-    Written here because pycocotools reads past the end of a text that is too short. A
-    character holds five bits of a number, the lowest first; its sixth bit says that more
-    follow. From the fourth run on, a number is the difference to the run two before.
+    pycocotools reads past the end of a text that is too short. A character holds five
+    bits of a number, the lowest first; its sixth bit says that more follow. From the
+    fourth run on, a number is the difference to the run two before.
     """
     runs: list[int] = []
     value = shift = 0
@@ -88,13 +85,15 @@ def is_ignored(annotation: dict) -> bool:
 def usable_mask(annotation: dict, box: Sequence[float] = ANYWHERE) -> list | dict | None:
     """The usable part of a checked annotation's mask; None if it misses `box` (xyxy).
 
-    Left out are polygons with fewer than three points, and those with a point that is not
-    finite or so far away that pycocotools, which walks along the edges, would not arrive. An
-    ignored object without a usable mask gets its whole bbox, so that it still is ignored.
+    Polygons with fewer than three points are left out, and those with a point that is not
+    finite or so far away that pycocotools, which walks along the edges, would not arrive.
+    An ignored object without a usable mask gets its whole bbox, so that it is still
+    ignored.
     """
     segmentation = annotation.get("segmentation") or []
     if isinstance(segmentation, list):
-        segmentation = [p for p in segmentation if len(p) >= 6 and all(abs(v) < FAR for v in p)]
+        near = [p for p in segmentation if all(abs(v) < FAR for v in p)]
+        segmentation = [p for p in near if len(p) >= 6]
     x1, y1, x2, y2 = _extent(segmentation)
     if min(x2, box[2]) > max(x1, box[0]) and min(y2, box[3]) > max(y1, box[1]):
         return segmentation
@@ -117,7 +116,7 @@ def _extent(segmentation: list | dict) -> tuple[float, float, float, float]:
     return min(xs), min(ys), max(xs), max(ys)
 
 
-# ------------------------------------------------------------------------------ RLE and bitmaps
+# ------------------------------------------------------------------------------ bitmaps
 
 
 def _compressed(segmentation: dict) -> dict:
@@ -156,9 +155,11 @@ def crop_mask(segmentation: list | dict, box: Tensor, side: int = MASK_SIDE) -> 
     polygons = []
     for polygon in segmentation:
         points = (np.reshape(polygon, (-1, 2)) - corner) / wh * side
-        # Seen from a narrow box the edges lead far away; pycocotools would walk all of them.
+        # Seen from a narrow box the edges lead far away; pycocotools would walk all of
+        # them.
         polygons.append(points.clip(-99 * side, 99 * side).ravel().tolist())
-    return torch.from_numpy(rle.decode(rle.merge(rle.frPyObjects(polygons, side, side)))).bool()
+    bitmap = rle.decode(rle.merge(rle.frPyObjects(polygons, side, side)))
+    return torch.from_numpy(bitmap).bool()
 
 
 def crop_bitmaps(bitmaps: Tensor, boxes: Tensor, side: int = MASK_SIDE) -> Tensor:
@@ -174,8 +175,9 @@ def crop_bitmaps(bitmaps: Tensor, boxes: Tensor, side: int = MASK_SIDE) -> Tenso
 def paste_mask(mask: Tensor, box: Tensor, size: tuple[int, int]) -> Tensor:
     """bool [h, w] of that size: the pixels in a box [4] where the mask [M, M] is above 0.5.
 
-    The mask is interpolated bilinearly at the centre of each pixel, between the centres of its
-    cells. Beyond the outermost centres, up to the sides of the box, it is constant.
+    The mask is interpolated bilinearly at the centre of each pixel, between the centres
+    of its cells. Beyond the outermost centres, up to the sides of the box, it is
+    constant.
     """
     x1, y1, x2, y2 = box.tolist()
     rows, vertical = _paste_weights(y1, y2, size[0], len(mask))

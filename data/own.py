@@ -1,8 +1,9 @@
 """Does a data set that others wrote keep the contract of data/contract.py?
 
-`check_dataset` checks its members and first items, and `checked_truth` its ground truth, before the
-first training step. Reading all items at that point would take too long, so `CheckedItems` checks
-each item as it is drawn. BadInput names the item or the member, and the reason.
+`check_dataset` checks its members and first items, and `checked_truth` its ground truth,
+before the first training step. Reading all items at that point would take too long, so
+`CheckedItems` checks each item as it is drawn. BadInput names the item or the member, and
+the reason.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from common import BadInput, check_image
+from data.checks import check_coco, check_listed
 from data.coco import xywh_to_xyxy
 from data.masks import FAR
 from data.transforms import MaskCrops
@@ -30,8 +32,9 @@ CLOSE = 2.0  # px; choice: how far an item's box and the one in coco() may diffe
 def check_dataset(data, what: str, scored: bool = False, masks: bool = False) -> None:
     """Raise BadInput, with everything missing or wrong, if a data set breaks the contract.
 
-    This checks its members and, closely, its first items. `what` ("training") names the data set
-    in the message. `scored`: it needs coco(), but no objects; `masks`: its targets need masks.
+    This checks its members and, closely, its first items. `what` ("training") names the
+    data set in the message. `scored`: it needs coco(), but no objects; `masks`: its
+    targets need masks.
     """
     try:
         problems = _member_problems(data, scored)
@@ -62,32 +65,18 @@ def _member_problems(data, scored: bool) -> list[str]:
     try:
         sizes = np.asarray(data.sizes, float)
     except (TypeError, ValueError):
+        sizes = np.zeros(0)
+    if list(sizes.shape) != [count, 2] or not count:
         problems.append(f"sizes are not (h, w) of each of its {count} images")
-    else:
-        if list(sizes.shape) != [count, 2] or not count:
-            shape = list(sizes.shape)
-            problems.append(f"sizes are {shape}, not (h, w) of each of its {count} images")
-        elif not (sizes >= 1).all() or np.isinf(sizes).any():
-            problems.append("sizes are not all whole numbers of pixels, at least 1")
-    if not _are_categories(data.categories):
-        problems.append("categories are not a list of dicts of id and name, one a class")
+    elif not (sizes >= 1).all() or np.isinf(sizes).any():
+        problems.append("sizes are not all whole numbers of pixels, at least 1")
+    try:
+        check_listed({"images": [], "categories": data.categories})
+        if not data.categories:
+            raise ValueError("there is none")
+    except ValueError as e:
+        problems.append(f"categories are not a list of dicts of id and name, one a class: {e}")
     return problems
-
-
-def _are_categories(categories) -> bool:
-    """Whether these are dicts with an id, unique and all of one kind, and a name."""
-    if not isinstance(categories, (list, tuple)) or not categories:
-        return False
-    if not all(isinstance(c, dict) and isinstance(c.get("name"), str) for c in categories):
-        return False
-    ids = [c.get("id") for c in categories]
-    return _of_one_kind(ids) and len(set(ids)) == len(ids)
-
-
-def _of_one_kind(ids: list) -> bool:
-    """Whether all are numbers, or all are strings; a mixture cannot be sorted."""
-    numbers = (int, np.integer)
-    return all(isinstance(i, numbers) for i in ids) or all(isinstance(i, str) for i in ids)
 
 
 def _first_problems(items: CheckedItems) -> list[str]:
@@ -103,7 +92,7 @@ def _first_problems(items: CheckedItems) -> list[str]:
 
 
 def _without_objects(items: CheckedItems) -> list[str]:
-    """A problem if there is nothing to learn. Reads items up to the first that has an object."""
+    """A problem if there is nothing to learn; reads up to the first item with an object."""
     if any(not items[i][1]["ignore"].all() for i in range(len(items))):
         return []
     return [f"none of its {len(items)} items has an object that is not ignored"]
@@ -145,42 +134,51 @@ class CheckedItems(Dataset):
 
 
 def item_problems(item, size, num_classes: int, masks: bool = False) -> list[str]:
-    """What is wrong with an item, if its data set promises this size (h, w) and these classes."""
-    needed = {"boxes", "labels", "ignore", "image_id", "size"}
-    if masks:
-        needed.add("masks")
+    """What is wrong with an item, whose data set promises this size (h, w)."""
     if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[1], dict):
-        return [f"is not (image, target), target a dict, but {_shown(item)}"]
+        shown = type(item).__name__
+        if isinstance(item, (tuple, list)):
+            shown = f"({', '.join(type(part).__name__ for part in item)})"
+        return [f"is not (image, target), target a dict, but {shown}"]
     image, target = item
     try:
         check_image(image)
     except BadInput as e:
         return [str(e)]
-    missing = needed - set(target)
+    tensors = ["boxes", "labels", "ignore", *(["masks"] if masks else [])]
+    missing = {*tensors, "image_id", "size"} - set(target)
     if missing:
         return [f"its target has no {', '.join(sorted(missing))}"]
-    wrong_types = [k for k in ("boxes", "labels", "ignore") if not isinstance(target[k], Tensor)]
+    wrong_types = [k for k in tensors if not isinstance(target[k], Tensor)]
     if wrong_types:
         return [f"{', '.join(wrong_types)}: not a tensor"]
     h, w = map(int, size)
-    labels = target["labels"]
+    labels, ignore = target["labels"], target["ignore"]
     G = len(labels) if labels.ndim else -1
     problems = _box_problems(target["boxes"], labels, h, w)
     if labels.dtype != torch.long or labels.ndim != 1:
         problems.append("labels are not [G] of torch.long")
-    ignore = target["ignore"]
     if ignore.dtype != torch.bool or ignore.shape != (G,):
         problems.append("ignore is not [G] of torch.bool")
-    problems += _size_problems(image, target, h, w)
+    if image.shape[1:] != (h, w):
+        actual = f"{image.shape[1]}x{image.shape[2]}"
+        problems.append(f"is {actual} px, sizes says {h}x{w} (h x w)")
+    if not isinstance(target["size"], (tuple, list)) or tuple(target["size"]) != (h, w):
+        problems.append(f"size is {target['size']}, sizes says {h}x{w} (h x w)")
+    if not isinstance(target["image_id"], (int, str)):
+        problems.append("image_id is neither a number nor a string")
     if masks and not isinstance(target["masks"], MaskCrops):
-        problems += _mask_problems(target["masks"], [G, h, w])
-    return problems + label_problems(labels, num_classes)
-
-
-def _shown(item) -> str:
-    if isinstance(item, (tuple, list)):
-        return f"({', '.join(type(part).__name__ for part in item)})"
-    return type(item).__name__
+        shape, dtype = list(target["masks"].shape), target["masks"].dtype
+        if shape != [G, h, w] or dtype != torch.bool:
+            wanted = f"[G, h, w] = {[G, h, w]} of torch.bool"
+            problems.append(f"masks are {shape} of {dtype}, not {wanted}")
+    wrong = labels[(labels < 0) | (labels >= num_classes)].unique().tolist()
+    if wrong:
+        problem = f"labels of {num_classes} categories are 0..{num_classes - 1}, here is {wrong}"
+        if wrong == [num_classes]:  # the background's number, which would train unnoticed
+            problem += "; torchvision's start at 1, with 0 for the background"
+        problems.append(problem)
+    return problems
 
 
 def _box_problems(boxes: Tensor, labels: Tensor, h: int, w: int) -> list[str]:
@@ -202,47 +200,15 @@ def _box_problems(boxes: Tensor, labels: Tensor, h: int, w: int) -> list[str]:
     return []
 
 
-def _size_problems(image: Tensor, target: dict, h: int, w: int) -> list[str]:
-    size, image_id = target["size"], target["image_id"]
-    problems = []
-    if image.shape[1:] != (h, w):
-        actual = f"{image.shape[1]}x{image.shape[2]}"
-        problems.append(f"is {actual} px, sizes says {h}x{w} (h x w)")
-    if not isinstance(size, (tuple, list)) or tuple(size) != (h, w):
-        problems.append(f"size is {size}, sizes says {h}x{w} (h x w)")
-    if not isinstance(image_id, (int, str)):
-        problems.append("image_id is neither a number nor a string")
-    return problems
-
-
-def _mask_problems(masks, shape: list[int]) -> list[str]:
-    if not isinstance(masks, Tensor):
-        return [f"masks are {type(masks).__name__}, not a tensor"]
-    if list(masks.shape) == shape and masks.dtype == torch.bool:
-        return []
-    wanted = f"[G, h, w] = {shape} of torch.bool"
-    return [f"masks are {list(masks.shape)} of {masks.dtype}, not {wanted}"]
-
-
-def label_problems(labels: Tensor, num_classes: int) -> list[str]:
-    """Labels outside 0..K-1: K itself is the background, and would train as such unnoticed."""
-    wrong = labels[(labels < 0) | (labels >= num_classes)].unique().tolist()
-    if not wrong:
-        return []
-    problem = f"labels are 0..{num_classes - 1} for {num_classes} categories, here is {wrong}"
-    if wrong == [num_classes]:
-        problem += "; torchvision's start at 1, with 0 for the background"
-    return [problem]
-
-
 # ------------------------------------------------------------------------------ ground truth
 
 
 def checked_truth(data) -> dict:
     """data.coco(), the ground truth for scoring detections.
 
-    Raises BadInput if it is no COCO dictionary, or if its images and categories are not those of
-    the data set. The objects of the first items must be in it, with their categories.
+    Raises BadInput if it is no COCO dictionary, or if its images and categories are not
+    those of the data set. The objects of the first items must be in it, with their
+    categories.
     """
     try:
         truth = data.coco()
@@ -256,48 +222,24 @@ def checked_truth(data) -> dict:
     return truth
 
 
-def _truth_problem(truth, data) -> str:
+def _truth_problem(truth: dict, data) -> str:
     """The first thing in a ground truth that pycocotools would trip on, or score wrongly."""
-    if not isinstance(truth, dict):
-        return f"it is {type(truth).__name__}, not a dict of images, categories and annotations"
-    for name in ("images", "categories", "annotations"):
-        entries = truth.get(name, [] if name == "annotations" else None)
-        if not isinstance(entries, (list, tuple)) or any(not isinstance(e, dict) for e in entries):
-            return f"{name} are not a list of dicts"
-    images = [image.get("id") for image in truth["images"]]
-    if not _of_one_kind(images) or len(set(images)) < len(images):
-        return "images need an id each, all numbers or all strings, and none twice"
-    if len(images) != len(data):
-        return f"it has {len(images)} images, the data set has {len(data)}"
-    own = {c["id"]: c["name"] for c in data.categories}
-    named = {c.get("id"): c.get("name") for c in truth["categories"]}
-    if named != own:
-        return f"its categories are {named}, the data set's {own}"
-    known = set(images)
-    for i, annotation in enumerate(truth.get("annotations", [])):
-        for key, allowed in (("image_id", known), ("category_id", own)):
-            value = annotation.get(key)
-            if isinstance(value, list) or value not in allowed:
-                return f"annotations[{i}]: {key} is {value!r}, which does not exist"
-        bbox = _finite(annotation.get("bbox"))
-        if len(bbox) != 4 or min(bbox[2:]) < 0:
-            bbox = annotation.get("bbox")
-            return f"annotations[{i}]: bbox is {bbox!r}, not finite (x, y, width, height)"
-        if not _finite([annotation.get("area", 0)]):
-            return f"annotations[{i}]: area is {annotation['area']!r}"
-        for mark in ("iscrowd", "difficult"):
-            if annotation.get(mark, 0) not in (0, 1):
-                return f"annotations[{i}]: {mark} is {annotation[mark]!r}, not 0 or 1"
-    return ""
-
-
-def _finite(values) -> list[float]:
-    """Values as floats, or an empty list if any is not a finite number."""
     try:
-        numbers = [float(v) for v in values]
-    except (TypeError, ValueError):
-        return []
-    return numbers if all(map(math.isfinite, numbers)) else []
+        check_listed(truth, files=False)
+        if len(truth["images"]) != len(data):
+            return f"it has {len(truth['images'])} images, the data set has {len(data)}"
+        own = {c["id"]: c["name"] for c in data.categories}
+        named = {c["id"]: c["name"] for c in truth["categories"]}
+        if named != own:
+            return f"its categories are {named}, the data set's {own}"
+        check_coco(truth, files=False)
+    except ValueError as e:
+        return str(e)
+    for i, annotation in enumerate(truth.get("annotations", [])):
+        bbox = annotation["bbox"]
+        if not all(map(math.isfinite, bbox)) or min(bbox[2:]) < 0:
+            return f"annotations[{i}]: bbox is {bbox!r}, not finite (x, y, width, height)"
+    return ""
 
 
 def _strange_objects(truth: dict, data) -> str:
@@ -314,7 +256,7 @@ def _strange_objects(truth: dict, data) -> str:
         boxes = target["boxes"].as_subclass(Tensor).float()
         for box, label, ignored in zip(boxes, target["labels"], target["ignore"]):
             category = data.categories[int(label)]
-            known = [_finite(a["bbox"]) for a in own if a["category_id"] == category["id"]]
+            known = [[*a["bbox"]] for a in own if a["category_id"] == category["id"]]
             others = xywh_to_xyxy(known).clamp(min=0).minimum(ends)
             apart = others - box.clamp(min=0).minimum(ends)
             if not (ignored or (apart.abs().amax(1) <= CLOSE).any()):

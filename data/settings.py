@@ -1,7 +1,8 @@
 """`Data`, the settings of the data, and `Checked`, the base of all settings objects.
 
-The types below say which numbers a setting accepts; `Checked` refuses others. Every settings
-object of the project is a `Checked` dataclass. A field's comment is its text in `--help`.
+The types below say which numbers a setting accepts; `Checked` refuses others. Every
+settings object of the project is a `Checked` dataclass. A field's comment is its text in
+`--help`.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def why_invalid(value: Any, hint: Any) -> str:
     """The reason why a type does not allow a value; "" if it does.
 
     >>> why_invalid(2.0, Share), why_invalid((800, -1), Sides), why_invalid(float("nan"), float)
-    ('at most 1', 'at least 1', 'not finite')
+    ('at most 1', 'at least 32', 'not finite')
     """
     kind, limits = hint, Range(-math.inf)
     if get_origin(hint) is Annotated:
@@ -91,20 +92,21 @@ def _why_outside(number: float, limits: Range, unit: str = "") -> str:
 class Data(Checked):
     """Where the images are, and how they are resized and augmented."""
 
-    # "synthetic" (images made on the fly) or a folder in COCO, Pascal VOC, YOLO or UAVDT layout
+    # "synthetic" (made on the fly) or a folder in COCO, Pascal VOC, YOLO or UAVDT layout
     data: str = "synthetic"
     train_json: str = ""  # COCO annotation file to train on, instead of a folder's
     train_images: str = ""  # folder of the images that train_json lists
     val_json: str = ""  # COCO annotation file to evaluate on, instead of a folder's
     val_images: str = ""  # folder of the images that val_json lists
-    # Split to train on: VOC reads ImageSets/Main/<split>.txt (default: trainval if the evaluation
-    # uses test, else train), UAVDT reads M_attr/<split>/ (default: train); elsewhere train
+    # Split to train on: VOC reads ImageSets/Main/<split>.txt (default: trainval if the
+    # evaluation uses test, else train), UAVDT reads M_attr/<split>/ (default: train);
+    # elsewhere train
     train_split: str = ""
     # Split to evaluate on (default: test for VOC and UAVDT; val where a folder has it)
     val_split: str = ""
-    # Share of the images that is held out to evaluate on, where a folder has one set and no split
+    # Share of the images that is held out to evaluate on if a folder has no splits
     val_share: HeldOut = 0.2
-    # Are photos turned as their EXIF data say? yes, no, or auto: if the sizes in the annotations
+    # Are photos turned upright by their EXIF data? yes, no, or auto: if the annotated sizes
     # are those of the turned photos
     upright: Literal["auto", "yes", "no"] = "auto"
     # Largest image that is read, px in all: a guard against files that would fill the memory

@@ -1,8 +1,8 @@
 """`SyntheticDetection`: paper shapes on sky, wood and cloth, a laboratory without a download.
 
-Each image is a function of (seed, index), the same on every machine: arrays only see operations
-that IEEE 754 rounds exactly (+, -, *, /, remainder, square root). Boxes and masks are exact,
-which no annotated photo offers: hidden, thin and hollow objects can be measured.
+Each image is a function of (seed, index), the same on every machine: arrays only see
+operations that IEEE 754 rounds exactly (+, -, *, /, remainder, square root). Boxes and
+masks are exact, unlike those of annotated photos.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from data.contract import make_target
 from data.masks import encode_mask
 
 KEEP_BYTES = 256 * 2**20  # choice: remembered images may take so much memory
-# choice: px, the side of a shape, from COCO's small third to its large one; a box on fewer than 20
-# px cannot be placed exactly
+# choice: px, sides of shapes; a box on fewer than 20 px cannot be placed exactly
 SMALLEST, LARGEST = 20, 288
-VISIBLE = 2 / 3  # choice: share of an object that neither later ones nor the image's edge may hide
+VISIBLE = 2 / 3  # choice: share of an object that must stay visible
 
 
 def _disc(u, v, radius=0.9):
@@ -51,8 +50,8 @@ def _arrow(u, v):
     return np.minimum(head, _box(u + 0.4, v, 0.5, 0.19))
 
 
-# Each class is a signed distance to the outline, negative inside. The coordinates u and v turn
-# with the shape, which lies in the unit circle.
+# Each class is a signed distance to the outline, negative inside. The coordinates u and v
+# turn with the shape, which lies in the unit circle.
 SHAPES = {
     "disc": _disc,
     "ring": lambda u, v: np.abs(_disc(u, v, 0.74)) - 0.19,
@@ -192,10 +191,11 @@ class Painter:
         self.paint(shape, cut=self.rng.uniform(0.1, 0.4))
 
     def paint(self, shape: Shape, cut: float | None = None) -> bool:
-        """Paint an object, or a fragment: its part u > cut. Return False if it finds no room."""
+        """Paint an object, or a fragment (u > cut); return False if there is no room."""
         height = 1 + 0.06 * shape.radius  # above the ground, px
         x0, y0 = (int(at - shape.radius - height) - 1 for at in (shape.x, shape.y))
-        distance, shade = self._rasterise(shape, x0, y0, int(2 * (shape.radius + height)) + 4, cut)
+        side = int(2 * (shape.radius + height)) + 4
+        distance, shade = self._rasterise(shape, x0, y0, side, cut)
         here, there = self._overlap(x0, y0, len(distance))
         owner, inside = self.owner[here], distance[there] < 0
         covered = np.bincount(owner[inside] + 1, minlength=len(self.objects) + 1)[1:].tolist()
@@ -218,7 +218,7 @@ class Painter:
         return True
 
     def _rasterise(self, shape: Shape, x0: int, y0: int, n: int, cut: float | None):
-        """Signed distance (px) and brightness around 1 in a window at (x0, y0), [n, n] each."""
+        """Signed distance (px) and brightness in a window at (x0, y0), [n, n] each."""
         side = np.arange(n, dtype=np.float32) + 0.5
         x = ((side + (x0 - shape.x)) / shape.radius)[None]
         y = ((side + (y0 - shape.y)) / shape.radius)[:, None]
@@ -235,7 +235,7 @@ class Painter:
         self.image[here] *= 1 - 0.35 * (0.5 - distance[there] / (2 * blur)).clip(0, 1)
 
     def _overlap(self, x0: int, y0: int, n: int):
-        """Indices of the part that an [n, n] window at (x0, y0) and the image share, in each."""
+        """Indices of what an [n, n] window at (x0, y0) and the image share, in each."""
         here = tuple(slice(max(0, at), max(0, at + n)) for at in (y0, x0))
         there = tuple(slice(max(0, -at), max(0, self.size - at)) for at in (y0, x0))
         return (..., *here), (..., *there)
@@ -246,11 +246,11 @@ class SyntheticDetection(Dataset):
 
     Ten classes of shape; colour says nothing about the class. Sizes are log-uniform over
     COCO's small, medium and large thirds (20 to 288 px, if the image is that large).
-    Objects occlude each other (at least two thirds of each stay visible), a third have a twin
-    right beside them, and segments of discs serve as distractors without a label. Boxes and
-    masks cover the visible part; `visible` [G] in the target is its share of the whole shape.
+    Objects occlude each other (at least two thirds of each stay visible), a third have a
+    twin right beside them, and segments of discs are distractors without a label. Boxes
+    and masks cover the visible part; the target's `visible` [G] is its share of the shape.
 
-    With `keep`, images are remembered once they are made, if all of them fit into 256 MiB.
+    With `keep`, images are remembered if all of them fit into 256 MiB.
     """
 
     def __init__(
@@ -299,34 +299,30 @@ class SyntheticDetection(Dataset):
         x1, y1 = columns.argmax(1), rows.argmax(1)
         x2, y2 = (self.size - hits[:, ::-1].argmax(1) for hits in (columns, rows))
         boxes = torch.from_numpy(np.stack([x1, y1, x2, y2], 1)).float()
-        target = make_target(boxes, labels, [False] * len(labels), index, (self.size, self.size))
-        target["visible"] = torch.tensor([shape.visible / shape.area for shape in scene.objects])
+        ignore, size = [False] * len(labels), (self.size, self.size)
+        target = make_target(boxes, labels, ignore, index, size)
+        target["visible"] = torch.tensor([o.visible / o.area for o in scene.objects])
         if self.masks:
             target["masks"] = torch.from_numpy(masks)
         return target
 
     def coco(self) -> dict:
-        """The ground truth as a COCO dictionary, computed once: copy it before you change it."""
-        if self._coco is None:
-            images = [{"id": i, "height": self.size, "width": self.size} for i in self.image_ids]
-            annotations = [a for index in self.image_ids for a in self._annotations(index)]
-            annotations = [{"id": i, **a} for i, a in enumerate(annotations, 1)]
-            self._coco = dict(images=images, annotations=annotations, categories=self.categories)
+        """The ground truth as a COCO dictionary, kept: copy it before you change it."""
+        if self._coco is not None:
+            return self._coco
+        size = {"height": self.size, "width": self.size}
+        images = [{"id": i, **size} for i in self.image_ids]
+        annotations: list[dict] = []
+        for image_id in self.image_ids:
+            target = self[image_id][1]
+            labels = target["labels"].tolist()
+            for i, (x1, y1, x2, y2) in enumerate(target["boxes"].tolist()):
+                w, h = x2 - x1, y2 - y1
+                place = {"bbox": [x1, y1, w, h], "area": w * h, "iscrowd": 0}
+                if self.masks:  # as in COCO, the area is the mask's
+                    mask = target["masks"][i]
+                    place |= {"area": mask.sum().item(), "segmentation": encode_mask(mask)}
+                ids = {"id": len(annotations) + 1, "image_id": image_id}
+                annotations.append({**ids, "category_id": labels[i] + 1, **place})
+        self._coco = dict(images=images, annotations=annotations, categories=self.categories)
         return self._coco
-
-    def _annotations(self, index: int) -> list[dict]:
-        target = self[index][1]
-        annotations = []
-        for i, (x1, y1, x2, y2) in enumerate(target["boxes"].tolist()):
-            annotation = {
-                "image_id": index,
-                "category_id": target["labels"][i].item() + 1,
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "area": (x2 - x1) * (y2 - y1),
-                "iscrowd": 0,
-            }
-            if self.masks:  # as in COCO, the area is the mask's
-                mask = target["masks"][i]
-                annotation |= {"area": mask.sum().item(), "segmentation": encode_mask(mask)}
-            annotations.append(annotation)
-        return annotations

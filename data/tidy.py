@@ -1,7 +1,8 @@
 """COCO annotations as labelling tools write them -> as `checks.check_coco` wants them.
 
-Only what has one meaning is changed: null and `Unspecified` are absent, 640.0 is 640, a mask
-that is one flat polygon is a list of one. Whatever else is odd stays, and is refused by name.
+Only what has one meaning is changed: null and `Unspecified` are absent, 640.0 is 640, a
+mask that is one flat polygon is a list of one. Whatever else is odd stays, and is refused
+by name.
 """
 
 from __future__ import annotations
@@ -14,13 +15,12 @@ from data.files import read_json
 UNSPECIFIED = (None, "Unspecified", "unspecified")
 
 
-def read_coco(path: str | Path, categories: list[dict] | None = None) -> dict:
-    """COCO annotations in a file, tidied; `CocoDetection` compares `categories`."""
-    return tidy_coco(read_json(path))
+def read_coco(path: str | Path, categories: list[dict] | None = None):
+    """COCO annotations in a file, tidied, or whatever else the file holds.
 
-
-def tidy_coco(coco):
-    """Tidy COCO annotations in place, and return them; anything else is returned as it is."""
+    `categories` are not used: every function that reads annotations takes them.
+    """
+    coco = read_json(path)
     if not isinstance(coco, dict):
         return coco
     if coco.get("annotations", []) is None:
@@ -56,13 +56,10 @@ def _entries(coco: dict, name: str) -> list[dict]:
 
 def _tidy_numbers(entry: dict, keys: tuple[str, ...]) -> None:
     for key in keys:
-        value = entry.get(key, 0)
-        if type(value) is int:
-            continue
-        if type(value) is float and value.is_integer():
-            entry[key] = int(value)
-        elif value in UNSPECIFIED:
-            del entry[key]
+        if key in entry:
+            entry[key] = _whole(entry[key])
+            if entry[key] in UNSPECIFIED:
+                del entry[key]
 
 
 def tidy_segmentation(segmentation):
@@ -81,16 +78,13 @@ def tidy_segmentation(segmentation):
         return segmentation
     if all(type(value) in (int, float) for value in segmentation):
         return [segmentation]
-    return [_flat(polygon) for polygon in segmentation]
-
-
-def _flat(polygon):
-    """A polygon of points [x, y] as x, y, x, y ..."""
-    if not isinstance(polygon, list) or not polygon:
-        return polygon
-    if not all(isinstance(point, list) and len(point) == 2 for point in polygon):
-        return polygon
-    return [value for point in polygon for value in point]
+    polygons = []
+    for polygon in segmentation:
+        points = polygon if isinstance(polygon, list) else [polygon]
+        if all(isinstance(point, list) and len(point) == 2 for point in points):
+            polygon = [value for point in points for value in point]
+        polygons.append(polygon)
+    return polygons
 
 
 def _whole(value):

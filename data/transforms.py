@@ -29,7 +29,7 @@ class ShortestSize(v2.RandomShortestSize):
 
 
 class MaskCrops(tv_tensors.TVTensor):
-    """Masks [G, 112, 112], each over its object's box: flips mirror them, resizing keeps them."""
+    """Masks [G, 112, 112] over their objects' boxes: flips mirror them, resizing does not."""
 
 
 @v2.functional.register_kernel("horizontal_flip", MaskCrops)
@@ -72,9 +72,10 @@ def _resizes(sides: Sequence[int], max_size: int, largest: int) -> list[Shortest
 class TrainingImages(Dataset):
     """A data set's images at random scales, mirrored at random; item (epoch, index).
 
-    The augmentation is a function of (seed, epoch, index) alone, so that neither the number of
-    loader processes nor an interruption changes it. An item is a uint8 image [3, h, w] and its
-    target, as plain tensors, with masks [G, 112, 112] cropped to the objects' boxes.
+    The augmentation is a function of (seed, epoch, index) alone, so that neither the
+    number of loader processes nor an interruption changes it. An item is a uint8 image
+    [3, h, w] and its target, as plain tensors, with masks [G, 112, 112] cropped to the
+    objects' boxes.
     """
 
     def __init__(
@@ -92,7 +93,8 @@ class TrainingImages(Dataset):
         image, target = _wrapped_item(self.data, index)
         seed = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0]
         with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would seed GPUs too, which fork_rng(devices=[]) does not restore
+            # torch.manual_seed would seed GPUs too, which fork_rng(devices=[]) does not
+            # restore
             torch.default_generator.manual_seed(int(seed))
             resize = self.resizes[int(torch.randint(len(self.resizes), ()))]
             image, target = resize(image, target)
@@ -103,9 +105,9 @@ class TrainingImages(Dataset):
 class TestImages(Dataset):
     """A data set's images at every test scale: item i is a list of (image, target).
 
-    Longer sides are limited in the proportion of `max_size` to the largest of the training
-    `scales`. The target's boxes are in pixels of the resized image, its `size` is the
-    original's.
+    Longer sides are limited in the proportion of `max_size` to the largest of the
+    training `scales`. The target's boxes are in pixels of the resized image, its `size`
+    is the original's.
     """
 
     __test__ = False  # keeps pytest from collecting the class by its name
@@ -125,7 +127,8 @@ class TestImages(Dataset):
 
     def __getitem__(self, index: int) -> list[tuple[Tensor, dict]]:
         image, target = _wrapped_item(self.data, index)
-        # Torchvision draws from a list of one scale: leave the global generator as it was.
+        # Torchvision draws from a list of one scale: leave the global generator as it
+        # was.
         with torch.random.fork_rng(devices=[]):
             resized = [resize(image, target) for resize in self.resizes]
         return [_plain_item(view, moved) for view, moved in resized]

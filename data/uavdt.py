@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor
 
 from common import BadInput
-from data.coco import Split, xywh_to_xyxy
+from data.coco import Split, Splits, xywh_to_xyxy
 from data.files import read_text
 from data.images import open_image
 
@@ -22,19 +22,20 @@ UAVDT = {"description": "UAVDT"}
 # ------------------------------------------------------------------------------ files
 
 
-def find_uavdt(root: Path, train_split: str = "", val_split: str = "") -> dict[str, Split] | None:
+def find_uavdt(root: Path, train_split: str = "", val_split: str = "") -> Splits | None:
     """UAVDT's splits train and val (default: its own train and test); None if there is none.
 
-    Looked for are Mxxxx/ (UAV-benchmark-M.zip), GT/Mxxxx_gt_whole.txt
-    (UAV-benchmark-MOTD_v1.0.zip) and M_attr/<split>/Mxxxx_attr.txt (M_attr.zip). BadInput if
-    only some of the three are there.
+    The three archives hold Mxxxx/ (UAV-benchmark-M.zip), GT/Mxxxx_gt_whole.txt
+    (UAV-benchmark-MOTD_v1.0.zip) and M_attr/<split>/Mxxxx_attr.txt (M_attr.zip). BadInput
+    if only some of the three are there.
     """
     frames, truth, lists = "Mxxxx", "GT/Mxxxx_gt_whole.txt", "M_attr/*/Mxxxx*_attr.txt"
     folders = {}
     for name in (frames, truth, lists):
-        folder = _find_below(root, name.replace("xxxx", "[0-9][0-9][0-9][0-9]"))
-        if folder is not None:
-            folders[name] = folder
+        pattern = name.replace("xxxx", "[0-9][0-9][0-9][0-9]")
+        for depth in ("*/*/", "*/", ""):  # an archive may have been unpacked into a folder
+            for path in sorted(root.glob(depth + pattern))[:1]:
+                folders[name] = path.parents[pattern.count("/")]
     if not folders:
         return None
     missing = [f"no {name}" for name in (frames, truth, lists) if name not in folders]
@@ -48,37 +49,31 @@ def find_uavdt(root: Path, train_split: str = "", val_split: str = "") -> dict[s
     }
 
 
-def _find_below(root: Path, pattern: str) -> Path | None:
-    """The folder that holds `pattern`: `root`, one of its folders, or one of theirs.
-
-    An archive may have been unpacked with or without a folder around it.
-    """
-    for depth in ("", "*/", "*/*/"):
-        for path in sorted(root.glob(depth + pattern)):
-            return path.parents[pattern.count("/")]
-    return None
-
-
 def read_uavdt(
     frames: Path, truth: Path, split: Path, categories: list[dict] | None = None
 ) -> dict:
     """COCO dictionary of the sequences that the folder `split` lists in files Mxxxx_attr.txt.
 
     Cars, trucks and buses are one class, as for the official detection evaluator. A
-    rectangle to ignore is a crowd. A frame without rows is an image without objects. The
-    caller compares `categories`.
+    rectangle to ignore is a crowd. A frame without rows is an image without objects. All
+    frames of a sequence have the size of the first: the check of all image files finds
+    those that have not. The caller compares `categories`.
     """
     images, annotations = [], []
     # strip: the release has an "M0701 _attr.txt"
-    listed = {path.name.removesuffix("_attr.txt").strip() for path in split.glob("M*_attr.txt")}
+    names = (path.name for path in split.glob("M*_attr.txt"))
+    listed = {name.removesuffix("_attr.txt").strip() for name in names}
     if not listed:
         raise BadInput(f"{split}: no Mxxxx_attr.txt that lists a sequence")
     for sequence in sorted(listed):
-        ids = _frame_ids(frames, sequence)
+        stems = sorted(path.stem for path in (frames / sequence).glob("img*.jpg"))
+        ids = {int(stem[3:]): f"{sequence}/{stem}" for stem in stems if stem[3:].isdecimal()}
         if not ids:
-            folder = frames / sequence
-            raise BadInput(f"{folder}: no frames img000001.jpg ..., but {split} lists {sequence}")
-        images += _frame_images(frames, ids)
+            where = f"{frames / sequence}: no frames img000001.jpg ..."
+            raise BadInput(f"{where}, but {split} lists {sequence}")
+        with open_image(frames / f"{next(iter(ids.values()))}.jpg") as image:
+            size = {"width": image.width, "height": image.height}
+        images += [{"id": i, "file_name": f"{i}.jpg", **size} for i in ids.values()]
         annotations += _read_rows(truth, sequence, ids, ignored=False)
         annotations += _read_rows(truth, sequence, ids, ignored=True)
     vehicles = [{"id": 1, "name": "vehicle"}]
@@ -86,29 +81,12 @@ def read_uavdt(
     return {"info": UAVDT, "unclipped": True, **coco}  # its evaluator does not clip either
 
 
-def _frame_ids(frames: Path, sequence: str) -> dict[int, str]:
-    """The frames of a sequence: number -> image id, "Mxxxx/img000001" for the first."""
-    stems = sorted(path.stem for path in (frames / sequence).glob("img*.jpg"))
-    return {int(stem[3:]): f"{sequence}/{stem}" for stem in stems if stem[3:].isdecimal()}
-
-
-def _frame_images(frames: Path, ids: dict[int, str]) -> list[dict]:
-    """COCO's entries for a sequence's frames. All have the size of the first.
-
-    Whether that is true is left to the check of all image files.
-    """
-    first = next(iter(ids.values()))
-    with open_image(frames / f"{first}.jpg") as image:
-        width, height = image.size
-    size = {"width": width, "height": height}
-    return [{"id": i, "file_name": f"{i}.jpg", **size} for i in ids.values()]
-
-
 def _read_rows(truth: Path, sequence: str, ids: dict[int, str], ignored: bool) -> list[dict]:
     """Objects in Mxxxx_gt_whole.txt, or rectangles to ignore in Mxxxx_gt_ignore.txt.
 
     A row is: frame (from 1), target, left, top, width, height, out of view, occlusion,
-    category (1 car, 2 truck, 3 bus). BadInput names a broken row by file and line.
+    category (1 car, 2 truck, 3 bus). `ids`: frame -> image id. BadInput names a broken
+    row by file and line.
     """
     path = truth / f"{sequence}_gt_{'ignore' if ignored else 'whole'}.txt"
     annotations = []
@@ -123,29 +101,23 @@ def _read_rows(truth: Path, sequence: str, ids: dict[int, str], ignored: bool) -
         if frame not in ids and ignored:
             continue  # nothing is there to ignore
         if frame not in ids:
-            raise BadInput(f"{path}, line {number}: frame {frame} is not in the folder {sequence}")
+            raise BadInput(f"{path}, line {number}: frame {frame} is not in {sequence}/")
         if not ignored and category not in (1, 2, 3):
             raise BadInput(f"{path}, line {number}: category {category}, not 1, 2 or 3")
-        annotations.append(
-            {
-                "id": f"{path.name} line {number}",
-                "image_id": ids[frame],
-                "category_id": 1,
-                "bbox": [x, y, w, h],
-                "iscrowd": int(ignored),
-            }
-        )
+        row = {"id": f"{path.name} line {number}", "image_id": ids[frame], "category_id": 1}
+        annotations.append({**row, "bbox": [x, y, w, h], "iscrowd": int(ignored)})
     return annotations
 
 
 # ------------------------------------------------------------------------------ metric
 
-# Sequences in which the official evaluator keeps detections in rectangles to ignore (release).
+# Sequences in which the official evaluator keeps detections in rectangles to ignore
+# (release).
 UNFILTERED = ("M0209", "M0801")
 
 
 class Frame(NamedTuple):
-    """A frame's boxes (xywh) and its detections' scores, before they are matched."""
+    """A frame's boxes (xywh) and its detections' scores, not yet matched."""
 
     objects: list
     ignored: list
@@ -156,17 +128,14 @@ class Frame(NamedTuple):
 def uavdt_ap(truth: dict, results: list[dict], iou: float = 0.7) -> float | None:
     """AP as UAVDT's official evaluator computes it, over all frames; None without objects.
 
-    AP is the area under the monotone precision-recall curve, as VOC's since 2010. `truth` is
-    a COCO dictionary and `results` are in COCO's results format; image ids begin with the
-    sequence, as in "M0203/img000001".
+    AP is the area under the monotone precision-recall curve, as VOC's since 2010. `truth`
+    is a COCO dictionary and `results` are in COCO's results format; image ids begin with
+    the sequence, as in "M0203/img000001".
     """
     frames = {image["id"]: Frame([], [], [], []) for image in truth["images"]}
     for a in truth["annotations"]:
         frame = frames[a["image_id"]]
-        if a.get("iscrowd", 0):
-            frame.ignored.append(a["bbox"])
-        else:
-            frame.objects.append(a["bbox"])
+        (frame.ignored if a.get("iscrowd", 0) else frame.objects).append(a["bbox"])
     for r in sorted(results, key=lambda r: -r["score"]):
         frames[r["image_id"]].boxes.append(r["bbox"])
         frames[r["image_id"]].scores.append(r["score"])
@@ -186,9 +155,9 @@ def uavdt_ap(truth: dict, results: list[dict], iou: float = 0.7) -> float | None
 def _match_frame(image_id: str, frame: Frame, iou: float) -> tuple[Tensor, Tensor]:
     """Scores and hits (0 or 1) of a frame's detections, best first.
 
-    Detections strictly inside one rectangle to ignore are removed first; objects inside count.
-    Then each detection takes the object that it overlaps most of those not taken yet, if their
-    IoU is at least `iou`; otherwise it is false.
+    Detections strictly inside one rectangle to ignore are removed first; objects inside
+    count. Then each detection takes the object that it overlaps most of those not taken
+    yet, if their IoU is at least `iou`; otherwise it is false.
     """
     objects = xywh_to_xyxy(frame.objects).flip(0)  # of equal overlaps the last object's counts
     ignored, boxes = xywh_to_xyxy(frame.ignored), xywh_to_xyxy(frame.boxes)

@@ -1,4 +1,4 @@
-"""Pascal VOC: reading its XML, and the 11-point AP of VOC 2007. `voc_folders` finds the files."""
+"""Pascal VOC: finding and reading its XML files, and the 11-point AP of VOC 2007."""
 
 from __future__ import annotations
 
@@ -6,24 +6,88 @@ import os
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torchvision
 
 from common import BadInput
-from data.coco import xywh_to_xyxy
-from data.files import images_in, read_text
+from data.coco import Split, Splits, xywh_to_xyxy
+from data.files import choose_splits, folders_of, images_in, read_text
 from data.tidy import UNSPECIFIED
 
-# ------------------------------------------------------------------------------ files
+XML_FOLDERS = ("annotations", "annotation", "xml", "xmls", "labels")
+IMAGE_FOLDERS = ("jpegimages", "images", "image", "imgs", "img", "photos", "data")
+SAMPLE = 40  # choice: XML files whose images are looked for
+
+# ------------------------------------------------------------------------------ finding
+
+
+def find_voc_lists(root: Path, train_split: str = "", val_split: str = "") -> Splits | None:
+    """The splits that ImageSets/Main/ lists, in a VOC folder or its VOC2007/ and VOC2012/.
+
+    If both are there, both train and the first one tests. By default testing uses test,
+    or val without it. Training uses trainval if that excludes the test images, else
+    train. If there is neither test nor val, only "train" is returned.
+    """
+    places = [root, root / "VOC2007", root / "VOC2012"]
+    mains = [p / "ImageSets" / "Main" for p in places if (p / "JPEGImages").is_dir()]
+    lists = sorted(path.stem for path in mains[0].glob("*.txt")) if mains else []
+    if not lists:
+        return None
+
+    def split(folders: list[Path], name: str) -> Split:
+        files = (str(main / f"{name}.txt") for main in folders)
+        return Split(os.pathsep.join(files), "", read_voc)
+
+    if not val_split and not {"test", "val"} & set(lists):
+        only = train_split or next(n for n in ("trainval", "train", *lists) if n in lists)
+        return {"train": split(mains, only)}
+    val_split = val_split or ("test" if "test" in lists else "val")
+    if not train_split:  # trainval must not hold the images that are tested
+        train_split = "trainval" if val_split == "test" and "trainval" in lists else "train"
+    return {"train": split(mains, train_split), "val": split(mains[:1], val_split)}
+
+
+def find_voc(root: Path, train_split: str = "", val_split: str = "") -> Splits | None:
+    """The splits of XML files without lists (labelImg); only "train" for a single set."""
+    found = {}
+    for split in ("train", "val", "test", ""):
+        pair = _find_pair(root, split)
+        if pair is not None:
+            xml, images = pair
+            found[split] = Split(xml, "", partial(read_voc_folder, images))
+    return choose_splits(found, train_split, val_split) if found else None
+
+
+def _find_pair(root: Path, split: str) -> tuple[Path, Path] | None:
+    """(folder of XML files, folder of images) of a split; "": without splits."""
+    for xml in folders_of(root, split, XML_FOLDERS):
+        stems = {path.stem for path in sorted(xml.glob("*.xml"))[:SAMPLE] if _is_voc(path)}
+        if not stems:
+            continue
+        folders = [xml, *folders_of(root, split, IMAGE_FOLDERS), *folders_of(root, "", ())]
+        folders += folders_of(root, "", IMAGE_FOLDERS)
+        counts = [len(stems & Stems(folder).names.keys()) for folder in folders]
+        if max(counts) > 0:
+            return xml, folders[counts.index(max(counts))]
+    return None
+
+
+def _is_voc(path: Path) -> bool:
+    return b"<annotation" in path.read_bytes()[:4096].replace(b"\0", b"")  # UTF-16 has zeros
+
+
+# ------------------------------------------------------------------------------ reading
 
 
 def read_voc(split_files: str | Path, categories: list[dict] | None = None) -> dict:
     """COCO dictionary of the images that ImageSets/Main/<split>.txt lists, `difficult` kept.
 
-    Image ids are the files' stems. Categories are the names that occur, in alphabetical order,
-    unless they are given. Several split files may be joined with os.pathsep (VOC 2007 + 2012).
+    Image ids are the files' stems. Categories are the names that occur, in alphabetical
+    order, unless they are given. Several split files are joined with os.pathsep (VOC 2007
+    + 2012).
     """
     files = []
     for split_file in str(split_files).split(os.pathsep):
@@ -38,7 +102,7 @@ def read_voc(split_files: str | Path, categories: list[dict] | None = None) -> d
 
 
 def read_voc_folder(images: Path, source: Path, categories: list[dict] | None = None) -> dict:
-    """The same of all XML files in the folder `source`, whose images are in another one."""
+    """The same for all XML files in the folder `source`, whose images are in `images`."""
     stems = Stems(images)
     files = [(path, path.stem, stems) for path in sorted(source.glob("*.xml"))]
     return _read_files(files, categories)
@@ -64,10 +128,13 @@ class Stems:
 def _read_files(files: Iterable, categories: list[dict] | None) -> dict:
     """COCO dictionary of (XML file, image id, `Stems` of its images)."""
     images, annotations = [], []
+    given = None if categories is None else {c["name"] for c in categories}
     for path, stem, stems in files:
         size, objects, filename = _read_xml(path)
-        if categories is not None:
-            _check_names(path, objects, categories)
+        for o in objects:
+            if given is not None and o["name"] not in given:
+                known = ", ".join(sorted(given)[:20])
+                raise BadInput(f"{path}: unknown category {o['name']}, training has {known}")
         images.append({"id": stem, "file_name": stems.find(stem, filename), **size})
         annotations += [{"image_id": stem, **o} for o in objects]
     if categories is None:
@@ -82,21 +149,17 @@ def _read_files(files: Iterable, categories: list[dict] | None) -> dict:
 
 def _listed(split_file: str, annotations: Path) -> list[str]:
     """The stems in a split file, a line each. A class's list has 1 or -1 behind each stem."""
-    lines = [line.strip() for line in read_text(split_file).splitlines()]
     stems = []
-    for line in filter(None, lines):
+    for line in filter(None, map(str.strip, read_text(split_file).splitlines())):
         without_mark = re.sub(r"\s+-?[01]$", "", line)
         without_ending = re.sub(r"\.(jpe?g|png|bmp|xml)$", "", without_mark, flags=re.IGNORECASE)
-        for stem in (line, without_mark, without_ending):  # a name may hold spaces and dots
-            if (annotations / f"{stem}.xml").exists():
-                stems.append(stem)
-                break
-        else:
-            stems.append(without_mark)
+        meant = (line, without_mark, without_ending)  # a name may hold spaces and dots
+        there = (stem for stem in meant if (annotations / f"{stem}.xml").exists())
+        stems.append(next(there, without_mark))
     return stems
 
 
-def parse_xml(path: Path) -> ET.Element:
+def _parse_xml(path: Path) -> ET.Element:
     """The root of an XML file, in the encoding that it declares."""
     data = path.read_bytes()
     declared = re.match(rb"""\s*<\?xml[^>]*encoding=["']([\w.:-]+)""", data)
@@ -115,7 +178,7 @@ def _read_xml(path: Path) -> tuple[dict, list[dict], str | None]:
     objects' category is still a name.
     """
     try:
-        tree = parse_xml(path)
+        tree = _parse_xml(path)
         if not len(tree):
             raise ValueError(f"<{tree.tag}> is empty")
         size = {side: _whole(tree.findtext(f"size/{side}")) for side in ("height", "width")}
@@ -131,7 +194,7 @@ def _read_xml(path: Path) -> tuple[dict, list[dict], str | None]:
 def _read_object(item: ET.Element) -> dict:
     name = _text(item, "name").strip()
     if item.find("bndbox") is None and item.find("robndbox") is not None:
-        raise ValueError(f"{name} has a rotated box (robndbox); needed are upright ones (bndbox)")
+        raise ValueError(f"{name} has a rotated box (robndbox), not an upright one (bndbox)")
     x1 = float(_text(item, "bndbox/xmin")) - 1
     y1 = float(_text(item, "bndbox/ymin")) - 1
     x2 = float(_text(item, "bndbox/xmax"))
@@ -163,22 +226,14 @@ def _text(element: ET.Element, path: str) -> str:
     return text
 
 
-def _check_names(path: Path, objects: list[dict], categories: list[dict]) -> None:
-    names = {c["name"] for c in categories}
-    for o in objects:
-        if o["name"] not in names:
-            known = ", ".join(sorted(names)[:20])
-            raise BadInput(f"{path}: unknown category {o['name']}, training has {known}")
-
-
 # ------------------------------------------------------------------------------ metric
 
 
 def voc07_ap(truth: dict, results: list[dict], iou: float = 0.5) -> float:
     """Mean over classes of VOC 2007's 11-point AP, with the challenge's own rules of matching.
 
-    `truth` is a COCO dictionary, `results` are detections in COCO's results format. Classes
-    without an object that counts are left out.
+    `truth` is a COCO dictionary, `results` are in COCO's results format. Classes without
+    an object that counts are left out.
     """
     aps = []
     for category in truth["categories"]:
@@ -197,7 +252,7 @@ def _hits(objects: dict, detections: list[dict], iou: float) -> list[bool]:
     """Whether each detection of a class finds an object, best score first.
 
     A detection belongs to the object it overlaps most. A second one on the same object is
-    false; one on a difficult object is left out, it counts neither way.
+    false. A detection on a difficult object counts neither way.
     """
     boxes = {image_id: xywh_to_xyxy([a["bbox"] for a in g]) for image_id, g in objects.items()}
     taken, hits = set(), []
@@ -207,7 +262,8 @@ def _hits(objects: dict, detections: list[dict], iou: float) -> list[bool]:
         if image_id not in boxes:
             hits.append(False)
             continue
-        overlap = torchvision.ops.box_iou(xywh_to_xyxy([detection["bbox"]]), boxes[image_id])[0]
+        box = xywh_to_xyxy([detection["bbox"]])
+        overlap = torchvision.ops.box_iou(box, boxes[image_id])[0]
         value, best = overlap.max(0)
         if value <= iou:
             hits.append(False)

@@ -1,13 +1,14 @@
 """YOLO: finding data.yaml or images/ and labels/, and reading boxes and polygons.
 
-A label file has the name of its image. Its lines are: class, x and y of the centre, width,
-height; or: class, x, y, x, y ... of a polygon. All are shares of the image's sides. The tools of
-this format turn photos upright as their EXIF data say, and an image without a label file has no
-objects.
+A label file has the name of its image. A line holds a class and a box (x and y of the
+centre, width, height), or a class and a polygon (x, y, x, y ...), all as shares of the
+image's sides. An image without a label file has no objects. The tools of this format turn
+photos upright as their EXIF data say.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common import BadInput
-from data.coco import Split
+from data.coco import Split, Splits
 from data.files import (
     choose_splits,
     find_file,
@@ -33,7 +34,7 @@ NAME_FILES = tuple("classes.txt */classes.txt *.names */*.names *.labels */*.lab
 # ------------------------------------------------------------------------------ finding
 
 
-def find_yolo(root: Path, train_split: str = "", val_split: str = "") -> dict[str, Split] | None:
+def find_yolo(root: Path, train_split: str = "", val_split: str = "") -> Splits | None:
     """The splits of a YOLO folder, or of a data.yaml; only "train" if there is but one set."""
     files = [root] if root.is_file() else [*sorted(root.glob("*.y*ml"))]
     names: dict[int, str] | None = None
@@ -42,8 +43,8 @@ def find_yolo(root: Path, train_split: str = "", val_split: str = "") -> dict[st
         names = _names(file, settings)
         places = {name: settings[name] for name in ("train", "val", "test") if settings.get(name)}
         if places:
-            chosen = choose_splits(places, train_split, val_split)
-            return {name: _split_of(file, settings, name, chosen[name], names) for name in chosen}
+            chosen = choose_splits(places, train_split, val_split).items()
+            return {name: _split_of(file, settings, name, value, names) for name, value in chosen}
     if root.is_file():
         raise BadInput(f"{root}: names no folder of images (train: images/train)")
     found = {split: _labelled_folder(root, split) for split in ("train", "val", "test")}
@@ -77,11 +78,8 @@ def _split_of(file: Path, settings: dict, use: str, value, names) -> Split:
 def _find_place(bases: Sequence[Path], text: str) -> Path | None:
     """A folder or list that data.yaml names: exports carry paths of the machine they left."""
     names = [text, *(n for n in other_names(text) if n.lower() not in IMAGE_FOLDERS)]
-    for name in names:
-        for base in bases:
-            if (base / name).exists():
-                return base / name
-    return None
+    places = (base / name for name in names for base in bases)
+    return next(filter(Path.exists, places), None)
 
 
 def _labelled_folder(root: Path, split: str) -> Path | None:
@@ -89,16 +87,10 @@ def _labelled_folder(root: Path, split: str) -> Path | None:
     for folder in folders_of(root, split, IMAGE_FOLDERS):
         for image in images_in(folder, below=folder != root):
             label = label_file(image)
-            if label is not None and _is_label(label):
-                return folder
+            with contextlib.suppress(BadInput):
+                if label is not None and _read_labels(label, None, False):
+                    return folder
     return None
-
-
-def _is_label(path: Path) -> bool:
-    try:
-        return bool(_read_labels(path, None, False))
-    except BadInput:
-        return False
 
 
 # ------------------------------------------------------------------------------ names
@@ -126,9 +118,8 @@ def _whole_lines(text: str) -> list[str]:
     lines: list[str] = []
     for line in text.splitlines():
         line = re.sub(r"(^|\s)#.*", "", line).rstrip()
-        opened = lines and lines[-1].count("[") > lines[-1].count("]")
-        opened = opened or (lines and lines[-1].count("{") > lines[-1].count("}"))
-        if opened:
+        last = lines[-1] if lines else ""
+        if last.count("[") > last.count("]") or last.count("{") > last.count("}"):
             lines[-1] += " " + line.strip()
         elif line.strip() and not line.startswith("---"):
             lines.append(line)
@@ -136,7 +127,7 @@ def _whole_lines(text: str) -> list[str]:
 
 
 def _value(text: str) -> Any:
-    """A text, or a list or table in brackets; None if nothing stands behind the name."""
+    """A text, or a list or table in brackets; None for an empty text."""
     text = text.strip()
     parts = [p.strip() for p in re.findall(r"""\s*(?:"[^"]*"|'[^']*'|[^,"'])+""", text[1:-1])]
     parts = [part for part in parts if part]
@@ -187,15 +178,18 @@ def read_yolo(
 ) -> dict:
     """COCO dictionary of the images in folders and lists, with boxes in shares of their sides.
 
-    Class numbers are the categories' ids. Without `names` the numbers are the names too.
-    `keypoints`: behind each box come those of a pose, which are not read.
+    Class numbers are the categories' ids, and without `names` also their names.
+    `keypoints`: each box is followed by a pose's keypoints, which are not read.
     """
     files = [image for place in places for image in _images_of(place)]
     labels = [label_file(image) for image in files]
     if files and not any(labels):
         wanted = _label_places(files[0])
-        raise BadInput(f"{source}: no label files: for {files[0].name}, there is no {wanted[0]}")
-    ids = _image_ids(files)
+        raise BadInput(f"{source}: no label files: for {files[0].name} there is no {wanted[0]}")
+    ids = [image.stem for image in files]
+    if len(set(ids)) < len(ids):  # then the paths below the folder that holds all images
+        top = os.path.commonpath([image.parent for image in files])
+        ids = [image.relative_to(top).as_posix() for image in files]
     images, annotations = [], []
     for image_id, image, label in zip(ids, files, labels):
         images.append({"id": image_id, "file_name": str(image)})
@@ -206,30 +200,16 @@ def read_yolo(
         last = max((a["category_id"] for a in annotations), default=-1)
         names = {i: str(i) for i in range(last + 1)}
     classes = [{"id": number, "name": name.strip()} for number, name in names.items()]
-    return {
-        "images": images,
-        "annotations": annotations,
-        "categories": classes,
-        "shares": True,
-    }
-
-
-def _image_ids(files: list[Path]) -> list[str]:
-    """The files' stems; if two are the same, the paths below the folder that holds all."""
-    stems = [image.stem for image in files]
-    if len(set(stems)) == len(stems):
-        return stems
-    top = os.path.commonpath([image.parent for image in files])
-    return [image.relative_to(top).as_posix() for image in files]
+    coco = {"images": images, "annotations": annotations, "categories": classes}
+    return {**coco, "shares": True}
 
 
 def _images_of(place: Path) -> list[Path]:
     """The images in a folder, or those that a text file lists."""
     if place.is_dir():
         return images_in(place, below=True)
-    lines = [line.strip() for line in read_text(place).splitlines()]
-    files = [Path(find_file(place.parent, line)) for line in lines if line]
-    return [file for file in files if is_image(file)]
+    lines = filter(None, map(str.strip, read_text(place).splitlines()))
+    return list(filter(is_image, (Path(find_file(place.parent, line)) for line in lines)))
 
 
 def _label_places(image: Path) -> list[Path]:
@@ -277,7 +257,7 @@ def _shape(values: list[float]) -> dict:
         x, y, w, h = values
         return {"bbox": [x - w / 2, y - h / 2, w, h]}
     if len(values) < 6 or len(values) % 2:
-        raise ValueError(f"{len(values)} numbers behind the class: neither a box nor a polygon")
+        raise ValueError(f"{len(values)} numbers after the class are no box or polygon")
     x1, y1 = min(values[0::2]), min(values[1::2])
     x2, y2 = max(values[0::2]), max(values[1::2])
     return {"bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": [values]}

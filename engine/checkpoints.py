@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from common import BadInput
-from data.coco import read_json
+from data.files import read_json
 from engine.entries import (
     check_bits,
     check_entries,
     check_run_entries,
-    check_saved_settings,
     fill,
     load_optimizer,
+    settings_problem,
 )
 from engine.folders import cannot_write, whole_file
 from engine.pictures import draw_curves, drawing
@@ -35,13 +35,12 @@ from engine.settings import MAY_CHANGE_ON_RESUME, Settings, flag
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Write so that a crash at any moment leaves the old file or the new one, whole."""
     with whole_file(path) as file:
         torch.save(state, file)
 
 
 def load_tensors(path: str | Path, problem: str):
-    """What a file of tensors and plain values holds; no code in it is run. BadInput: `problem`."""
+    """Read tensors and plain values without running code; BadInput says `problem`."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -53,9 +52,10 @@ def load_tensors(path: str | Path, problem: str):
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """A checkpoint of `train`; its `settings` are grouped as `Settings.to_dict` groups them.
+    """A checkpoint of `train`, whose `settings` are for `Settings.from_dict`.
 
-    Raises BadInput for a file that is no checkpoint, was damaged, or holds more than weights.
+    Raises BadInput for a file that is no checkpoint, was damaged, or holds more than
+    weights.
     """
     check_bits(path)
     state = load_tensors(path, "not a checkpoint that is safe to load")
@@ -79,22 +79,25 @@ def load_weights(model: nn.Module, state: dict, path, categories: list[dict] | N
 def class_rows(num_classes: int, per_class: int, by_anchor: bool) -> Tensor:
     """Row numbers [K, per_class] of a layer that has so many outputs for each class.
 
-    The rows of a class lie together, unless the layer is ordered `by_anchor`: then all classes are
-    repeated for each anchor.
+    The rows of a class lie together, unless the layer is ordered `by_anchor`: all classes
+    of the first anchor, then of the next.
 
     >>> class_rows(3, 2, by_anchor=False).tolist(), class_rows(3, 2, by_anchor=True).tolist()
     ([[0, 1], [2, 3], [4, 5]], [[0, 3], [1, 4], [2, 5]])
     """
     rows = torch.arange(num_classes * per_class)
-    return rows.view(per_class, num_classes).T if by_anchor else rows.view(num_classes, per_class)
+    if by_anchor:
+        return rows.view(per_class, num_classes).T
+    return rows.view(num_classes, per_class)
 
 
 def start_from(model: nn.Module, state: dict, path, categories: list[dict], detector) -> None:
-    """Start training from a checkpoint that may be of other classes.
+    """Start training from a checkpoint that may have other classes.
 
-    Layers whose shape depends on the classes keep the rows of the classes that both have, by name,
-    and start anew in the others; all other layers are loaded. detector(settings, num_classes)
-    builds the model, which tells the layers that depend on the classes.
+    Layers whose shape depends on the classes keep the rows of the classes that both have,
+    by name; their other rows start anew. All other layers are loaded. detector(settings,
+    num_classes) builds a model with one class more, which shows the layers that depend on
+    the classes.
     """
     needed = state.get("settings", {}).get("model", {}).get("legacy", [])
     if sorted(needed) != sorted(getattr(model.settings, "legacy", ())):
@@ -129,21 +132,20 @@ def start_from(model: nn.Module, state: dict, path, categories: list[dict], dete
 
 
 def script_name(model: nn.Module) -> str:
-    """The module that a detector's class is in, as one would import it: what made a checkpoint."""
+    """The name by which one would import the module of a detector's class."""
     name = type(model).__module__
     if name != "__main__":
         return name
     main = sys.modules["__main__"]  # started as `python d2det.py` or `python -m baselines.gfl`
-    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", "")
-    return spec.name if spec else Path(file).stem
+    return main.__spec__.name if main.__spec__ else Path(getattr(main, "__file__", "")).stem
 
 
 def find_script(state: dict, path, method: str | ModuleType | None = None) -> ModuleType:
     """The module whose `Settings` and `Detector` a checkpoint needs.
 
-    Its name is in the checkpoint; an older one needs `method`, a name or the module itself. What a
-    checkpoint names is imported only if it is a script of this project or was imported before, so
-    a file from elsewhere cannot choose what runs here.
+    Its name is in the checkpoint; an older one needs `method`, a name or the module
+    itself. A file from elsewhere must not choose what runs here. So the named module is
+    imported only if it is a script of this project or was imported before.
     """
     script = method or state.get("method", "")
     if isinstance(script, str):
@@ -167,7 +169,7 @@ def find_script(state: dict, path, method: str | ModuleType | None = None) -> Mo
 
 
 def write_json(path: Path, value) -> None:
-    """Write a list on one line or a dict indented; makes the folder. Whole or not at all."""
+    """Write a list on one line, or a dict indented; make the folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(value, indent=None if isinstance(value, list) else 2)
     with whole_file(path) as file:
@@ -175,9 +177,10 @@ def write_json(path: Path, value) -> None:
 
 
 class RunLog:
-    """OUT/log.jsonl, a line a logging step or evaluation, and its picture; first process only.
+    """OUT/log.jsonl, a line for each logging step or evaluation, and its picture.
 
-    A run that is resumed at step `start` forgets the lines of later steps, which are done again.
+    Only the first process writes. A run that is resumed at step `start` drops the lines
+    of later steps, which are done again.
     """
 
     def __init__(self, out: Path, start: int):
@@ -189,7 +192,7 @@ class RunLog:
         out.mkdir(parents=True, exist_ok=True)
         if start and self.path.exists():
             for text in self.path.read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # a kill may have torn the last
+                with contextlib.suppress(json.JSONDecodeError):  # torn by a kill
                     line = json.loads(text)
                     if line["step"] <= start:
                         self.lines.append(line)
@@ -215,14 +218,14 @@ class RunLog:
                 draw_curves(self.lines, picture)
 
 
-# ------------------------------------------------------------------------------ saving, resuming
+# ------------------------------------------------------------------------------ resuming
 
 
 @dataclasses.dataclass
 class RunState:
-    """What a checkpoint holds of a run beside model and optimiser."""
+    """What a checkpoint holds beside the model and the optimiser."""
 
-    settings: Settings  # with the batch sizes that were derived
+    settings: Settings  # with the derived batch sizes
     categories: list[dict]
     fingerprint: str  # of the training data
     step: int = 0  # steps done
@@ -230,38 +233,37 @@ class RunState:
 
 
 def save_run(path: Path, model: nn.Module, optimizer, run: RunState) -> None:
-    """Write all that resuming and `load` need, of all processes; the first one writes it."""
+    """The first process writes all that resuming (of all processes) and `load` need."""
     if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
         raise FloatingPointError(f"step {run.step}: weights are not finite, and are not saved")
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     rng = gather([torch.get_rng_state(), *cuda])
     if rank_and_world()[0] == 0:
-        save_checkpoint(
-            path,
-            {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "settings": as_saved(run.settings),
-                "method": script_name(model),
-                "categories": run.categories,
-                "data": run.fingerprint,
-                "step": run.step,
-                "rng": rng,
-                "window": torch.stack(run.window) if run.window else [],
-                "threads": torch.get_num_threads(),
-            },
-        )
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "settings": as_saved(run.settings),
+            "method": script_name(model),
+            "categories": run.categories,
+            "data": run.fingerprint,
+            "step": run.step,
+            "rng": rng,
+            "window": torch.stack(run.window) if run.window else [],
+            "threads": torch.get_num_threads(),
+        }
+        save_checkpoint(path, state)
 
 
 def as_saved(settings: Settings) -> dict:
-    """Settings as plain values, tuples as lists, as JSON and checkpoints have them."""
+    """Settings as plain values, with tuples as lists, for JSON and checkpoints."""
     return json.loads(json.dumps(settings.to_dict()))
 
 
 def read_settings(path: Path, settings_class: type[Settings]) -> Settings:
     """The settings in a config.json."""
     saved = read_json(path)
-    check_saved_settings(saved, path)
+    if problem := settings_problem(saved):
+        raise BadInput(f"{path}: its {problem}")
     return settings_class.from_dict(saved)
 
 
@@ -279,9 +281,9 @@ def check_settings(path: Path, settings: Settings, saved: Settings) -> None:
 
 
 def resume_or_start(out: Path, resume: bool, model: nn.Module, optimizer, run: RunState) -> None:
-    """Continue the run in `out` where it was saved, if that is asked for and there is one.
+    """Continue the run in `out` where it was saved, if `resume` asks for it and there is one.
 
-    Fills model, optimiser, random numbers, and `run`'s step and window.
+    This fills model, optimiser and random states, and `run`'s step and window.
     """
     last, config = out / "last.pt", out / "config.json"
     settings_class = type(run.settings)
@@ -303,18 +305,18 @@ def resume_or_start(out: Path, resume: bool, model: nn.Module, optimizer, run: R
     load_optimizer(optimizer, state["optimizer"], last)
     rank, world = rank_and_world()
     if len(state["rng"]) == world:
-        main, *cuda = state["rng"][rank]
         try:
+            main, *cuda = state["rng"][rank]
             torch.set_rng_state(main)
             if cuda and torch.cuda.is_available():
                 torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])
-        except RuntimeError as e:
+        except (RuntimeError, TypeError, ValueError) as e:
             raise BadInput(f"{last}: cannot resume: its rng is no random state: {e}") from e
     else:
         print_once(f"{len(state['rng'])} processes before, {world} now: sampling starts anew")
-    threads = state.get("threads", torch.get_num_threads())  # older checkpoints do not say
-    if threads != torch.get_num_threads():
-        now = torch.get_num_threads()
-        print_once(f"{threads} threads before, {now} now: sums are rounded otherwise from here on")
+    now = torch.get_num_threads()
+    before = state.get("threads", now)  # older checkpoints do not say
+    if before != now:
+        print_once(f"{before} threads before, {now} now: sums are rounded otherwise from here on")
     print_once(f"resumed at step {state['step']}")
     run.step, run.window = state["step"], list(state.get("window", []))

@@ -1,11 +1,10 @@
-"""The command line of every script: where each setting comes from, and what is done with it."""
+"""The command line of every script: where settings come from, and what is done."""
 
 from __future__ import annotations
 
 import dataclasses
 import signal
 import sys
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +17,9 @@ import tyro
 import data
 from common import BadInput
 from data.checks import check_images
-from data.files import counted, read_json
+from data.files import counted
 from data.settings import Data
 from engine.checkpoints import (
-    as_saved,
     load_checkpoint,
     load_weights,
     read_settings,
@@ -45,13 +43,10 @@ from engine.processes import (
     start_processes,
     warn_of_busy_cores,
 )
-from engine.settings import MAY_CHANGE_ON_RESUME, TINY_PHOTOS, Run, Settings, choices, flag
+from engine.rows import ROWS, beside_baseline, check_row, read_rows, show_rows, without_choices
+from engine.settings import TINY_PHOTOS, Run, Settings, choices
 from engine.signals import Signals, signals_answered
 from engine.train import train
-
-ROOT = Path(__file__).resolve().parent.parent
-ROWS = ROOT / "rows"
-RESULTS = ROOT / "docs" / "results"
 
 
 @dataclass
@@ -69,78 +64,13 @@ class Command:
     resume: bool = False  # go on from OUT/last.pt, if there is one
 
 
-# ------------------------------------------------------------------------------ rows
-
-
-def read_rows(name: str) -> tuple[dict[str, dict], dict[str, dict]]:
-    """rows/<name>.toml: the settings of each row of the paper's tables, and the printed numbers.
-
-    A row that is `like` another one has its settings too, under its own.
-    """
-    file = ROWS / f"{name}.toml"
-    rows = tomllib.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-    def settings(row: str) -> dict:
-        own = rows[row]
-        base = settings(own["like"]) if "like" in own else {}
-        lists_as_tuples = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in own.get("settings", {}).items()
-        }
-        return {**base, **lists_as_tuples}
-
-    return {row: settings(row) for row in rows}, {row: rows[row]["printed"] for row in rows}
-
-
-def show_rows(name: str) -> None:
-    """Print each row's printed numbers and its flags."""
-    settings, printed = read_rows(name)
-    for row, numbers in printed.items():
-        shown = "  ".join(f"{k} {v}" for k, v in numbers.items())
-        flags = " ".join(flag(k, v) for k, v in settings[row].items()) or "(defaults)"
-        print(f"{row:{max(map(len, printed))}}  {shown or 'not in the paper'}")
-        print(f"{'':4}{flags}")
-
-
-# Fields of Model that limit how many boxes are looked at, which makes no other network.
-BOX_LIMITS = ("roi_samples", "proposals_test")
-
-
-def check_row(name: str, row: str, settings: Settings, tiny: dict, source) -> None:
-    """Raise BadInput if a checkpoint's network is not the one that makes this row this row.
-
-    Compared are the fields of Model that any row sets. Where this row leaves one open, the default
-    and the tiny preset's value both count, and box limits may have any value.
-    """
-    rows, _ = read_rows(name)
-    default = type(settings)(**choices(type(settings), rows[row]))
-    own = default.replace(**without_choices(settings, rows[row]))
-    differ = []
-    for field_name in sorted({k for row_settings in rows.values() for k in row_settings}):
-        if not hasattr(settings.model, field_name):
-            continue
-        if field_name in BOX_LIMITS and field_name not in rows[row]:
-            continue
-        allowed = [getattr(own.model, field_name, None)]
-        if field_name not in rows[row] and field_name in tiny:
-            allowed.append(tiny[field_name])
-        if getattr(settings.model, field_name) not in allowed:
-            differ.append(flag(field_name, allowed[0]))
-    if differ:
-        raise BadInput(f"--row {row}: {source} was trained without {' '.join(differ)}")
-
-
 # ------------------------------------------------------------------------------ parsing
 
 
-# Where the data lie: all of it comes from the command line if one of the first three is given.
+# Where the data lie. If one of the first three is given, all come from the command line.
 PLACES = (
     "data train_json val_json train_images val_images train_split val_split val_share upright"
 ).split()
-
-
-def without_choices(settings: Settings, flat: dict[str, Any]) -> dict[str, Any]:
-    """Flat settings without those that choose among defaults (`base`)."""
-    return {k: v for k, v in flat.items() if k not in choices(type(settings), flat)}
 
 
 def parse(
@@ -161,13 +91,14 @@ def parse(
             dataclasses.make_dataclass("CommandLine", parts),
             args=args,
             prog=f"{name}.py",
-            description=f"{settings_class.__doc__} Defaults are those that these flags lead to.",
+            description=f"{settings_class.__doc__} Defaults follow from these flags.",
             config=(tyro.conf.AvoidSubcommands, tyro.conf.OmitArgPrefixes),
             return_unknown_args=partly,
         )
 
-    # First what is asked for: it decides which defaults there are, and which --help shows.
-    asked, _ = read(settings_class(), [a for a in argv if a not in ("-h", "--help")], partly=True)
+    # What is asked for decides the defaults, also those that --help shows.
+    without_help = [a for a in argv if a not in ("-h", "--help")]
+    asked, _ = read(settings_class(), without_help, partly=True)
     command, flags = asked.command, asked.settings
     rows, _ = read_rows(name)
     if command.row and command.row not in rows:
@@ -192,8 +123,8 @@ def parse(
     out = Path(flags.run.out or f"runs/{name}")
     weights, source = command.weights, None
     if command.train:
-        saved_files = [file for file in (out / "last.pt", out / "config.json") if file.exists()]
-        source = saved_files[0] if command.resume and saved_files else None
+        files = filter(Path.exists, (out / "last.pt", out / "config.json"))
+        source = next(files, None) if command.resume else None
     elif command.eval or command.predict or command.export:
         if not weights and (out / "last.pt").exists():
             weights = str(out / "last.pt")
@@ -219,17 +150,18 @@ def parse(
 def saved_settings(
     name: str, settings_class: type[Settings], source, given: Settings, places_given: bool
 ) -> Settings:
-    """A checkpoint's or config.json's settings, but for what belongs to this machine.
+    """A checkpoint's or config.json's settings, without those that belong to a machine.
 
-    Raises BadInput for the checkpoint of another script. Its weights might fit, and would then be
-    tested or trained further as another method than the one that made them.
+    Raises BadInput for the checkpoint of another script: its weights might fit, and would
+    then be tested or trained further as the wrong method.
     """
     if str(source).endswith(".json"):  # of a run that was killed before its first checkpoint
         saved = read_settings(Path(source), settings_class)
     else:
         state = load_checkpoint(source)
         made_by = str(state.get("method", name)).rpartition(".")[2]  # older ones do not say
-        if made_by != name and {made_by, name} <= script_names():
+        files = [*ROWS.glob("*.toml"), *(ROWS.parent / "baselines").glob("*.py")]
+        if made_by != name and {made_by, name} <= {file.stem for file in files}:
             raise BadInput(f"{source}: a checkpoint of {made_by}, not of {name}")
         saved = settings_class.from_dict(state["settings"])
     machine = {k: getattr(Run(), k) for k in ("out", "device", "workers", "check", "compile")}
@@ -239,19 +171,14 @@ def saved_settings(
     return saved
 
 
-def script_names() -> set[str]:
-    """The scripts of this project: the papers', which have rows, and the baselines."""
-    files = [*ROWS.glob("*.toml"), *(ROWS.parent / "baselines").glob("*.py")]
-    return {file.stem for file in files}
-
-
 # ------------------------------------------------------------------------------ running
 
 
 def run(name: str, settings_class: type[Settings], detector, argv: list[str] | None = None):
-    """A script's `main`: everything that the command line can ask for. Returns the metrics.
+    """A script's `main`: do what the command line asks for, and return the metrics.
 
-    detector(model, num_classes): the script's `Detector`; rows are read from rows/<name>.toml.
+    detector(model, num_classes): the script's `Detector`; rows are read from
+    rows/<name>.toml.
     """
     try:
         if hasattr(signal, "SIGPIPE") and "--help" in (sys.argv if argv is None else argv):
@@ -273,7 +200,7 @@ def run(name: str, settings_class: type[Settings], detector, argv: list[str] | N
         sys.exit(2)
     except (BadInput, FloatingPointError, OSError, RuntimeError) as e:
         problem = worker_problem(e) if isinstance(e, RuntimeError) else str(e)
-        if isinstance(e, RuntimeError) and not problem:
+        if isinstance(e, RuntimeError) and not problem:  # a fault of the program
             raise
         # a loader's worker puts its whole traceback into the message; the reason ends it
         print(f"error: {problem.rpartition('BadInput: ')[2].strip()}", file=sys.stderr)
@@ -283,10 +210,10 @@ def run(name: str, settings_class: type[Settings], detector, argv: list[str] | N
 
 
 def read_once(read: Callable[[], Any]) -> Any:
-    """What `read` returns in the first process, or raises; the others are sent that.
+    """The first process reads; all get what it returns or raises.
 
-    Reading the annotations of 100,000 images takes a minute and gigabytes. What is kept of them
-    does not.
+    Reading the annotations of 100,000 images takes a minute and gigabytes. The parts that
+    are kept take much less.
     """
     found = None
     if rank_and_world()[0] == 0:
@@ -328,29 +255,7 @@ def load_data(settings: Settings, train: bool, categories=None):
     return loaded
 
 
-def beside_baseline(name: str, settings: Settings) -> str:
-    """A line with the baseline's mean metrics, if they were measured for the run that this is.
-
-    `studies.compare` left them in docs/results. Seed and test images may be others.
-    """
-    own = RESULTS / f"synthetic-{name}-0.json"
-    runs = [read_json(file) for file in sorted(RESULTS.glob(f"synthetic-{name}-baseline-*.json"))]
-    if settings.data.data != "synthetic" or not (runs and own.exists()):
-        return ""
-    free = {*MAY_CHANGE_ON_RESUME, "seed", "data", "num_val"}
-    now, measured = as_saved(settings), read_json(own)["settings"]
-    for part in ("model", "run", "data"):
-        if any(now[part].get(k) != v for k, v in measured[part].items() if k not in free):
-            return ""
-    mean = {
-        key: sum(run["metrics"][key] for run in runs) / len(runs)
-        for key in ("AP", "AP50", "AP75", "AP90")
-    }
-    seeds = counted(len(runs), "seed")
-    return f"\nits baseline, trained as long: {show_metrics(mean)} (docs/results, {seeds})"
-
-
-def execute(command: Command, settings: Settings, detector, device: torch.device, signals: Signals):
+def execute(command: Command, settings: Settings, detector, device, signals: Signals):
     """Do what is asked: train, evaluate, predict, export."""
     out, needs_data = Path(settings.run.out), command.train or command.eval
     if not (needs_data or command.predict or command.export):
@@ -401,7 +306,8 @@ def execute(command: Command, settings: Settings, detector, device: torch.device
         )
     signals.outcome = "its results are not complete; the same command starts again"
     if command.train:
-        signals.outcome = f"training has ended, with {out / 'last.pt'}; what follows is incomplete"
+        ended = f"training has ended, with {out / 'last.pt'}"
+        signals.outcome = f"{ended}; what follows is incomplete"
     elif command.eval:
         with sole_writer(out / "eval"):
             metrics = evaluate(model, val_data, settings, out / "eval")

@@ -1,13 +1,16 @@
 """`--export FILE`: the network as a file that runs without this project's code.
 
-FILE.pt2 is a program of torch.export and needs `kernels/` beside torch. FILE.onnx needs an ONNX
-runtime alone. Both take an image of any size in SIDES and stop where the last NMS begins.
+FILE.pt2 is a program of torch.export and needs `kernels/` beside torch. FILE.onnx needs
+only an ONNX runtime. Both take an image of any size in SIDES and stop where the last NMS
+begins.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import logging
+import math
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,21 +18,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from common import BadInput, FixedBatchNorm2d
-from engine.deformable import DeformableConv
-from engine.onnx_file import save_onnx
+from engine.detector import DeformableConv
 from engine.processes import print_once
 from engine.settings import Test
+from kernels.dense_decode import decode_dense_reference
 
-# px. In smaller images a map of the pyramid may be one cell, which torch treats apart. choice: 4096
+# px. In smaller images a map of the pyramid may be one cell, which torch treats apart.
+# choice: 4096
 SIDES = 160, 4096
-NAMES = ("boxes", "scores", "labels", "masks", "mask_iou")  # of outputs; the last two with masks
+NAMES = ("boxes", "scores", "labels", "masks", "mask_iou")  # of outputs
 
 USE = """{path}: the network up to the boxes that enter the last NMS
-in   image, uint8 RGB [3, H, W], sides {low} to {high} px; in testing the shorter one was {scale} px
+in   image, uint8 RGB [3, H, W], sides {low} to {high} px; the shorter one was tested at {scale} px
 out  boxes [N, 4] (x1 y1 x2 y2 in pixels of the image), scores [N], labels [N]{masks}
      label k is entry k of "categories", JSON in the file's {where}
 NMS within each class is left to the caller (--nms-iou was {iou})
@@ -42,8 +46,8 @@ ONNX = "onnxruntime.InferenceSession({path!r}).run(None, dict(image=image))  # a
 class BoxesBeforeNMS(nn.Module):
     """An image, uint8 RGB [3, H, W] -> the candidates of a detector in it.
 
-    A dict of boxes [N, 4] in its pixels, scores [N] and labels [N], with masks also masks [N, M, M]
-    and mask_iou [N]: what enters the last NMS under `test`.
+    A dict of boxes [N, 4] in its pixels, scores [N] and labels [N], with masks also masks
+    [N, M, M] and mask_iou [N]: what enters the last NMS under `test`.
     """
 
     def __init__(self, model: nn.Module, test: Test):
@@ -57,11 +61,11 @@ class BoxesBeforeNMS(nn.Module):
 
 
 def simplify(module: nn.Module) -> None:
-    """Change layers in place, not what they compute, so that torch.export takes any size.
+    """Change layers in place, but not what they compute, so that torch.export takes any size.
 
-    Batch norms become a fixed scale and shift, since torch.export wants to know the batch or the
-    width of others. Offsets of deformable convolutions become contiguous: it cannot reason about
-    slices of channels_last maps.
+    Batch norms become a fixed scale and shift, because torch.export wants to know the
+    batch or the width of others. Offsets of deformable convolutions become contiguous,
+    because torch.export cannot reason about slices of channels_last maps.
     """
     for name, child in module.named_children():
         if isinstance(child, DeformableConv):
@@ -101,7 +105,8 @@ def export_file(model: nn.Module, categories: list[dict], path: str | Path, test
         if onnx:
             save_onnx(program, path, names, json.dumps(categories))
         else:
-            torch.export.save(program, path, extra_files={"categories": json.dumps(categories)})
+            extra = {"categories": json.dumps(categories)}
+            torch.export.save(program, path, extra_files=extra)
     text = USE.format(
         path=path,
         low=low,
@@ -113,3 +118,110 @@ def export_file(model: nn.Module, categories: list[dict], path: str | Path, test
         code=(ONNX if onnx else PT2).format(path=str(path)),
     )
     print_once(text)
+
+
+# ------------------------------------------------------------------------------ ONNX
+
+# torch.onnx cannot translate some operators. They are replaced by others of torch, or by
+# ONNX's own. A translation must also hold without RoIs, when a tensor has no element.
+
+
+def sum_of_rows(table, index, offsets, *options) -> tuple[Tensor, ...]:
+    """aten.embedding_bag as RoI pooling calls it: R bags of one size, weighted. Tap by tap."""
+    R = offsets.shape[0]
+    size = index.view(R, -1).shape[1]  # a plain number: ONNX cannot infer it where R is 0
+    index, weights = index.view(R, size), options[3].view(R, size)
+    total = table[index[:, 0]] * weights[:, :1]
+    for tap in range(1, size):
+        total = total + table[index[:, tap]] * weights[:, tap : tap + 1]
+    return total, offsets, offsets, offsets  # the last three are not used
+
+
+def group_norm(x, groups, weight=None, bias=None, eps=1e-5, *_):
+    """aten.group_norm of R RoIs, R perhaps 0."""
+    if isinstance(x.shape[0], int):
+        return NotImplemented  # ONNX has it for images
+    R, C, *sides = x.shape
+    x = x.clone(memory_format=torch.contiguous_format)  # torch.onnx relies on it
+    parts = x.view(R, groups, C // groups * math.prod(sides))
+    centred = parts - parts.mean(-1, keepdim=True)
+    scale = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    x = (centred * scale).view(R, C, *sides)
+    return x if weight is None else x * weight.view(-1, 1, 1) + bias.view(-1, 1, 1)
+
+
+def repeat_rows(values, repeats, dim=None, **_):
+    """aten.repeat_interleave, whose translation cannot reshape an empty tensor."""
+    if dim is None:
+        return NotImplemented
+    return values.index_select(dim, torch.arange(values.shape[dim] * repeats) // repeats)
+
+
+def nms_in_onnx(boxes, scores, groups, iou_threshold, method, *_):
+    """`kernels.nms_padded`: NonMaxSuppression with a class for each group, which is exact."""
+    from onnxscript import opset18 as op
+
+    if method != "greedy":
+        raise NotImplementedError(f"{method} NMS among the candidates")
+    zero, one = op.Constant(value_ints=[0]), op.Constant(value_ints=[1])
+    number = op.Shape(scores)
+    last = op.ReduceMax(op.Concat(groups, zero, axis=0), keepdims=0)  # there may be no box
+    numbers = op.Unsqueeze(op.Range(0, op.Add(last, 1), 1), one)
+    same = op.Equal(numbers, op.Unsqueeze(groups, zero))
+    scores_by_group = op.Unsqueeze(op.Where(same, scores, float("-inf")), zero)  # [1, groups, N]
+    lowest = torch.finfo(torch.float32).min  # a score of -inf is absent
+    boxes = op.Unsqueeze(boxes, zero)
+    found = op.NonMaxSuppression(boxes, scores_by_group, number, iou_threshold, lowest)
+    keep = op.Squeeze(op.Slice(found, [2], [3], [1]), one)  # of image, group and box
+    keep, _ = op.TopK(keep, op.Shape(keep), largest=0)  # so that ties go to the lower index
+    kept_scores, order = op.TopK(op.Gather(scores, keep), op.Shape(keep))
+    count = op.Shape(keep)
+    room = op.Concat(zero, op.Sub(number, count), axis=0)
+    keep = op.Pad(op.Gather(keep, order), room, -1)
+    return keep, op.Pad(kept_scores, room, 0.0), op.Squeeze(count, zero)
+
+
+def sort_in_onnx(values, stable, dim=-1, descending=False):
+    """aten.sort.stable: of equal values TopK, too, takes the one of the lower index first."""
+    from onnxscript import opset18 as op
+
+    number = op.Gather(op.Shape(values), op.Constant(value_ints=[dim]))
+    return op.TopK(values, number, axis=dim, largest=int(descending))
+
+
+def cut_in_onnx(keep, reported, count):
+    """The first `count` entries of both."""
+    from onnxscript import opset18 as op
+
+    end = op.Reshape(count, [1])
+    return op.Slice(keep, [0], end, [0]), op.Slice(reported, [0], end, [0])
+
+
+def save_onnx(program: ExportedProgram, path: Path, names: tuple, categories: str) -> None:
+    """Write a program made on the CPU, with names for its outputs and metadata."""
+    ops: Any = torch.ops
+    in_torch = {
+        ops.aten.embedding_bag.padding_idx: sum_of_rows,
+        ops.aten.group_norm.default: group_norm,
+        ops.aten.repeat_interleave.self_int: repeat_rows,
+        ops.kernels_dense_decode.decode.default: lambda *args: decode_dense_reference(*args[:4]),
+    }
+    in_onnx: Any = {
+        ops.kernels_nms.padded.default: nms_in_onnx,
+        ops.kernels_nms.cut.default: cut_in_onnx,
+        ops.aten.sort.stable: sort_in_onnx,
+    }
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # torch's fault
+    called = {node.target for node in program.graph.nodes}
+    two_stage = ops.kernels_nms.padded.default in called
+    onnx = torch.onnx.export(
+        program.run_decompositions(in_torch),
+        dynamo=True,
+        custom_translation_table=in_onnx,
+        input_names=["image"],
+        output_names=names,
+        optimize=not two_stage,  # for which it takes minutes; runtimes do it as they load
+        verbose=False,
+    )
+    onnx.model.metadata_props["categories"] = categories
+    onnx.save(path, external_data=False)

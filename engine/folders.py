@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ except ImportError:  # Windows: runs are not kept apart there
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write into. A crash at any moment leaves either the old or the new file, whole.
+    """A file to write into. A crash leaves either the whole old file or the whole new one.
 
     Raises BadInput with the reason if the file cannot be written.
     """
@@ -44,7 +45,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def cannot_write(path: Path, error: BaseException) -> BadInput:
-    """The error to raise. torch's writer hides the system's reason behind an error of its own."""
+    """The error to raise, with the system's reason, which torch's writer hides."""
     reason: BaseException | None = error
     while reason is not None and not isinstance(reason, OSError):
         reason = reason.__context__
@@ -52,19 +53,8 @@ def cannot_write(path: Path, error: BaseException) -> BadInput:
     return BadInput(f"{path}: cannot write it: {why}")
 
 
-def set_aside(folder: Path) -> Path:
-    """Rename the folder of an earlier run, so that nothing is overwritten; return its new name."""
-    number = 1
-    while folder.with_name(f"{folder.name}-{number}").exists():
-        number += 1
-    older = folder.with_name(f"{folder.name}-{number}")
-    folder.rename(older)
-    print_once(f"moved the earlier run to {older}")
-    return older
-
-
 def check_folder(out: Path) -> None:
-    """Raise BadInput if results cannot be written there, before hours are spent on making them."""
+    """Raise BadInput if results cannot be written there, before hours are spent on them."""
     try:
         if Path.cwd().is_relative_to(out.resolve()):
             raise BadInput(f"--out {out}: the folder that you are in is no place for results")
@@ -74,7 +64,7 @@ def check_folder(out: Path) -> None:
         raise BadInput(f"--out {out}: cannot write there: {getattr(e, 'strerror', e)}") from e
 
 
-# ------------------------------------------------------------------------------ one run at a time
+# ------------------------------------------------------------------------------ locks
 
 
 _locks: list[IO[str]] = []  # the locks that this process holds
@@ -102,7 +92,7 @@ def lock(folder: Path) -> IO[str]:
             ) from None
         except OSError:
             pass  # a file system that has no locks
-        with contextlib.suppress(OSError):  # another run may have removed or moved it meanwhile
+        with contextlib.suppress(OSError):  # another run may have moved it
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 break
         file.close()
@@ -120,7 +110,7 @@ def unlock(file: IO[str], folder: Path) -> None:
 
 
 def leave_locks() -> None:
-    """Close the locks in a forked process, which would hold them beyond its parent's death."""
+    """Close the locks in a forked process, which could hold them after its parent's death."""
     for file in _locks:
         file.close()
     _locks.clear()
@@ -130,14 +120,18 @@ def leave_locks() -> None:
 def sole_writer(out: Path, set_aside_if: str = "") -> Iterator[None]:
     """Lock this folder while the block runs; raise BadInput if another run holds the lock.
 
-    A folder that already has a file named `set_aside_if`, from an earlier run, is renamed first.
+    If the folder has a file named `set_aside_if` from an earlier run, the folder is
+    renamed first, so that nothing is overwritten.
     """
     problem, file = "", None
     if rank_and_world()[0] == 0:
         try:
             file = lock(out)
             if set_aside_if and (out / set_aside_if).exists():
-                older = set_aside(out)
+                names = (out.with_name(f"{out.name}-{i}") for i in itertools.count(1))
+                older = next(name for name in names if not name.exists())
+                out.rename(older)
+                print_once(f"moved the earlier run to {older}")
                 unlock(file, older)
                 file = lock(out)
         except BadInput as e:

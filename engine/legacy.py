@@ -1,20 +1,20 @@
 """Conventions of older frameworks, for weights that were trained with them: `--legacy`.
 
-All are off by default. `studies.published` makes a checkpoint of an author's file, and turns on
-those that its weights need. Each acts in one place:
+All are off by default. `studies.published` makes a checkpoint of an author's file, and
+turns on those that its weights need. Each acts in one place:
 
-    caffe_stride     a bottleneck's stride lies in its first 1x1 convolution      `caffe_backbone`
-    caffe_pixels     the network sees BGR, 0 to 255, less Caffe's mean            `caffe_backbone`
-    rounded_corners  corners of anchors are whole pixels (MMDetection 1)          `make_anchors`
-    rounded_sides    sides of anchors are rounded, then scaled (Detectron)        `make_anchors`
-    unaligned        RoIAlign's grid lies half a cell further right and down      `roi_align`
-    adaptive         RoIAlign takes a sample for each cell of the map             `roi_align`
-    pixel_centres    GFL's distances end in the centre of the last pixel          GFL.decode
-    last_pixel       resizing scaled the last pixel's index, not the box's end    engine/metrics.py
+    caffe_stride     a bottleneck's stride lies in its first 1x1 convolution    `caffe_backbone`
+    caffe_pixels     the network sees BGR, 0 to 255, less Caffe's mean          `caffe_backbone`
+    rounded_corners  corners of anchors are whole pixels (MMDetection 1)        `make_anchors`
+    rounded_sides    sides of anchors are rounded, then scaled (Detectron)      `make_anchors`
+    unaligned        RoIAlign's grid lies half a cell further right and down    `roi_align`
+    adaptive         RoIAlign takes a sample for each cell of the map           `roi_align`
+    pixel_centres    GFL's distances end in the centre of the last pixel        GFL.decode
+    last_pixel       resizing scaled the last pixel's index, not the box's end  engine/metrics.py
 
 Those frameworks give a box the indices of its first and last pixel, so that its width is
-x2 - x1 + 1. Here the same box has x2 + 1 in place of x2. Widths, IoU, NMS, deltas and clipping then
-agree, and the list above holds the differences that remain.
+x2 - x1 + 1. Here the same box has x2 + 1 in place of x2. Widths, IoU, NMS, deltas and
+clipping then agree, and the list above holds the differences that remain.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ CAFFE_MEAN = (122.7717, 115.9465, 102.9801)  # RGB
 class CaffeStem(nn.Conv2d):
     """A ResNet's first convolution, whose weights expect Caffe's pixels.
 
-    Takes images as `common.pad_images` makes them. Padding stays zero, as it was in training. Only
-    padding is 0 in a normalised image: no pixel has ImageNet's mean, which is no whole number.
+    Takes images as `common.pad_images` makes them. Padding stays zero, as it was in
+    training. Only padding is 0 in a normalised image: no pixel has ImageNet's mean, which
+    is no whole number.
     """
 
     def __init__(self, conv: nn.Conv2d):
@@ -101,7 +102,8 @@ def make_anchors(shapes, strides, scales, ratios, device=None, legacy: Sequence[
 def roi_align(features, rois: Tensor, size: int, strides, legacy: Sequence[str] = ()) -> Tensor:
     """`kernels.roi_align` of rois [R, 5], with the grid or the samples that `legacy` names."""
     if "adaptive" not in legacy:
-        return kernels.roi_align(features, rois, size, strides, aligned="unaligned" not in legacy)
+        aligned = "unaligned" not in legacy
+        return kernels.roi_align(features, rois, size, strides, aligned=aligned)
     level = kernels.roi_level(rois, strides)
     pooled = features[0].new_zeros(len(rois), features[0].shape[1], size, size)
     for i, stride in enumerate(strides):

@@ -1,4 +1,4 @@
-"""A data set on its way into a run: shared out among processes, batched, moved to a device."""
+"""From a data set to a run: sharing among processes, batches, moving to a device."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ def per_process_batch(run: Run) -> int:
 class TrainBatches:
     """Lists of (epoch, index) for this process, from step `start` to step `total`.
 
-    Images wider than tall and the others go into different batches, which saves padding. The order
-    is a pure function of (seed, epoch), so that a resumed run continues in the middle of an epoch.
-    A set smaller than `batch` is one list; `self.batch` is then its length, what a step sees.
+    Wide images (w > h) and the others go into different batches, which saves padding. The
+    order is a pure function of (seed, epoch), so that a resumed run continues in the
+    middle of an epoch. A set smaller than `batch` is one list, and `self.batch` is then
+    its length.
     """
 
     def __init__(self, sizes: np.ndarray, batch: int, seed: int, start: int = 0, total: int = 0):
@@ -58,7 +59,8 @@ class TrainBatches:
             batches += [group[i : i + self.batch] for i in range(0, whole, self.batch)]
             rest += group[whole:]
         batches += [rest[i : i + self.batch] for i in range(0, len(rest), self.batch)]
-        # A last, smaller batch is left out (another one each epoch) unless there is no other.
+        # A last, smaller batch (of other images each epoch) is left out unless it is the
+        # only one.
         batches = [b for b in batches if len(b) == self.batch] or batches
         mixed = torch.Generator().manual_seed(self.seed + epoch)
         return [batches[i] for i in torch.randperm(len(batches), generator=mixed)]
@@ -75,7 +77,7 @@ class TrainBatches:
                 step += 1
 
 
-WAIT = 600  # seconds for a batch until its processes count as hanging
+WAIT = 600  # seconds without a batch after which the loader's processes count as hanging
 
 
 def _begin_worker(_) -> None:
@@ -86,10 +88,10 @@ def _begin_worker(_) -> None:
 
 
 def _collate(items: list) -> list:
-    """The list of items. In a worker their tensors are put into the memory that it shares.
+    """The list of items; in a worker their tensors are moved into shared memory.
 
-    torch would do that later, in a thread whose errors nobody hears: the parent would wait for ever
-    where /dev/shm is small, as it is in containers.
+    torch would do that later, in a thread whose errors go unheard: if /dev/shm is small,
+    as in containers, the parent would wait for ever.
     """
     if get_worker_info() is None:
         return items
@@ -106,7 +108,7 @@ def _collate(items: list) -> list:
 
 
 def _shared_memory() -> str:
-    """What to do about a failing worker."""
+    """Advice for a failing worker."""
     advice = "--workers 0 reads images without further processes"
     with contextlib.suppress(OSError, AttributeError):
         shm = os.statvfs("/dev/shm")
@@ -116,16 +118,17 @@ def _shared_memory() -> str:
 
 
 def worker_problem(error: RuntimeError) -> str:
-    """What happened, if this is torch's error for a worker that was killed or hangs; else ""."""
+    """The problem if this is torch's error for a killed or hanging worker; else ""."""
     first = str(error).splitlines()[0] if str(error) else ""
     if not first.startswith("DataLoader"):
         return ""
-    return f"a process that reads images has died or hangs ({first.strip()}): {_shared_memory()}"
+    advice = _shared_memory()
+    return f"a process that reads images has died or hangs ({first.strip()}): {advice}"
 
 
 def make_loader(data: Dataset, workers: int, device: torch.device, **sampling) -> DataLoader:
     """Batches as lists of items, read by that many processes (-1: see `Run.workers`)."""
-    if workers < 0:  # on a CPU they take cores from the training, whose threads wait for each other
+    if workers < 0:  # on a CPU they take cores from the training
         cores = os.cpu_count() or 1
         workers = min(4, cores) if device.type == "cuda" else min(2, max(0, cores - 2))
     return DataLoader(
@@ -144,7 +147,7 @@ def make_loader(data: Dataset, workers: int, device: torch.device, **sampling) -
 def batches_of(loader: DataLoader) -> Iterator[Iterator[list]]:
     """The loader's iterator, whose workers end with the block, however it ends.
 
-    Left to themselves they would be ended by a SIGTERM when Python exits, which they ignore.
+    When Python exits, torch would send them SIGTERM, which they ignore.
     """
     iterator: Any = iter(loader)
     try:
@@ -164,7 +167,7 @@ def to_device(items, device) -> tuple[list[Tensor], list[dict]]:
 
 
 def fingerprint(data) -> str:
-    """What identifies a data set in a checkpoint: its annotations, or the little that is known."""
+    """A text that identifies a data set in a checkpoint, by its annotations if known."""
     if hasattr(data, "fingerprint"):
         return data.fingerprint()
     return f"{len(data)} images, {np.asarray(data.sizes).sum(0).tolist()} px, {data.categories}"

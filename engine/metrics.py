@@ -36,7 +36,8 @@ def detect(
 ) -> Iterator[tuple[dict, dict[str, Tensor]]]:
     """Yield (target, detections in the original image's pixels) for this process's images.
 
-    Those are its share of the data set, or all images if not `shared`. See `detect_under`.
+    These are its share of the data set, or all images if not `shared`. See
+    `detect_under`.
     """
     for target, (found,) in detect_under(model, data, settings, [settings.test], shared):
         yield target, found
@@ -48,10 +49,10 @@ def detect_under(
 ) -> Iterator[tuple[dict, list[dict[str, Tensor]]]]:
     """Yield (target, the detections under each of `tests`), from one forward pass an image.
 
-    The views are those of settings.test: with several scales, or the mirrored image too, the
-    candidates of all views are merged before the last NMS. Every image is seen exactly once over
-    all processes, in order of aspect, so that a batch has few padded sizes. The target's boxes are
-    in pixels of the last scale.
+    settings.test says which views there are: the candidates of several scales and of the
+    mirrored image are merged before the last NMS. Exactly one process sees each image.
+    The images are sorted by aspect, so that a batch has few padded sizes. The target's
+    boxes are in pixels of the last scale.
     """
     model.eval()
     device, run = next(model.parameters()).device, settings.run
@@ -59,9 +60,10 @@ def detect_under(
     sizes = np.asarray(data.sizes)
     aspect = sizes[:, 1] / sizes[:, 0]
     mine = sorted(range(rank, len(data), world), key=aspect.__getitem__)
-    views = TestImages(
-        data, settings.test.test_scales, settings.data.max_size, settings.data.scales
-    )
+    limits = settings.data.max_size, settings.data.scales
+    views = TestImages(data, settings.test.test_scales, *limits)
+    flips = (False, True) if settings.test.test_flip else (False,)
+    last_pixel = "last_pixel" in settings.model.legacy
     batch = run.eval_batch or per_process_batch(run)
     loader = make_loader(views, run.workers, device, sampler=mine, batch_size=batch)
     with batches_of(loader) as iterator:
@@ -69,23 +71,16 @@ def detect_under(
             merged: list[list[dict]] = [[] for _ in tests]
             for one_scale in zip(*items):  # a list of (image, target) at this scale
                 images, targets = to_device(one_scale, device)
-                flips = (False, True) if settings.test.test_flip else (False,)
                 for flip in flips:
                     with autocast(run.amp, device):
                         seen = [i.flip(-1) for i in images] if flip else images
                         found = candidates_by_size(model, seen, tests)
-                    for parts, candidates in zip(merged, found):
-                        last_pixel = "last_pixel" in settings.model.legacy
-                        parts.append(
-                            in_original_pixels(candidates, images, targets, flip, last_pixel)
-                        )
-            all_views = [
-                {k: torch.cat([p[k] for p in parts]) for k in parts[0]} for parts in merged
-            ]
-            detections = [
-                model.detections(candidates, len(images), test)
-                for candidates, test in zip(all_views, tests)
-            ]
+                    for parts, part in zip(merged, found):
+                        parts.append(in_original_pixels(part, images, targets, flip, last_pixel))
+            detections = []
+            for parts, test in zip(merged, tests):
+                candidates = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+                detections.append(model.detections(candidates, len(images), test))
             for target, *under in zip(targets, *detections):
                 yield target, [{k: v.cpu() for k, v in found.items()} for found in under]
 
@@ -99,7 +94,8 @@ def in_original_pixels(
 ) -> dict[str, Tensor]:
     """Candidates of resized, perhaps mirrored images, in pixels of the images on disk.
 
-    With `last_pixel` resizing had scaled the index of a box's last pixel (engine/legacy.py).
+    `last_pixel`: in training, resizing scaled the index of a box's last pixel
+    (engine/legacy.py).
     """
     boxes, index = candidates["boxes"], candidates["image"]
     inner = constant([i.shape[1:] for i in images], boxes.device)
@@ -120,18 +116,15 @@ def in_original_pixels(
 def to_coco(image_id, found: dict, categories: list[dict], size=None) -> list[dict]:
     """Detections of an image -> COCO results: xywh boxes, the data set's own category ids.
 
-    Where masks are found and the image's size (h, w) is given, also `segmentation` (RLE) and
-    `mask_score`, by which masks are ranked.
+    If there are masks and the image's size (h, w) is given, results also have
+    `segmentation` (RLE) and `mask_score`, by which masks are ranked.
     """
-    results = []
-    for (x1, y1, x2, y2), score, label in zip(
-        found["boxes"].tolist(), found["scores"].tolist(), found["labels"].tolist()
-    ):
+    results: list[dict] = []
+    values = (found[name].tolist() for name in ("boxes", "scores", "labels"))
+    for (x1, y1, x2, y2), score, label in zip(*values):
+        result = {"image_id": image_id, "category_id": categories[label]["id"]}
         bbox = [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)]
-        category = categories[label]["id"]
-        results.append(
-            {"image_id": image_id, "category_id": category, "bbox": bbox, "score": score}
-        )
+        results.append({**result, "bbox": bbox, "score": score})
     if "masks" in found and size is not None:
         scores = found["mask_scores"].tolist()
         for result, mask, box, score in zip(results, found["masks"], found["boxes"], scores):
@@ -146,18 +139,18 @@ def to_coco(image_id, found: dict, categories: list[dict], size=None) -> list[di
 def coco_metrics(
     truth: dict, results: list[dict], detections=(1, 10, 100), sides=(0, 32, 96), masks=False
 ) -> dict:
-    """pycocotools' twelve numbers, AP55 to AP95 and per-class AP, in [0, 1]; None where undefined.
+    """pycocotools' twelve numbers, AP55 to AP95, AP per class; None where undefined.
 
-    `detections`: how many of an image AR1, AR10, AR100 count, AP the last; `sides`: where small,
-    medium and large begin, roots of areas. With `masks` the results' segmentations are scored, by
-    their mask_score, against the truth's.
+    `detections`: how many detections of an image AR1, AR10 and AR100 count; AP counts the
+    last. `sides`: where small, medium and large begin, roots of areas. With `masks` the
+    results' segmentations are scored, by their mask_score, against the truth's.
 
-    Objects marked `difficult` are ignored like COCO's out-of-range areas; crowds as COCO does. For
-    data with such marks (VOC) the 11-point AP of VOC 2007 at IoU 0.5 is added as `voc07_AP50`, for
-    UAVDT the AP of its own evaluator at IoU 0.7 as `uavdt_AP70` (`AP70` is COCO's, 101 recalls);
-    both are of boxes.
-    Without annotations (COCO's test sets) all are None. Of an annotation only image_id, category_id
-    and bbox are needed (`complete_truth`).
+    Objects marked `difficult` are ignored like COCO's out-of-range areas; crowds as COCO
+    does. Two metrics of boxes are added: for data with `difficult` marks (VOC) VOC 2007's
+    11-point AP at IoU 0.5, `voc07_AP50`; for UAVDT the AP of its own evaluator at IoU
+    0.7, `uavdt_AP70` (`AP70` is COCO's, with 101 recalls). Without annotations (COCO's
+    test sets) all metrics are None. An annotation needs only image_id, category_id and
+    bbox (`complete_truth`).
     """
     truth = complete_truth(truth)
     if masks:  # without boxes, from which pycocotools would take the areas
@@ -165,13 +158,15 @@ def coco_metrics(
         results = [{**{k: r[k] for k in keys}, "score": r["mask_score"]} for r in results]
     kind = "segm" if masks else "bbox"
     evaluation = coco_evaluation(truth, results, detections, sides, kind)
-    # precision [10 IoUs, 101 recalls, K, 4 areas, 3 maxDets], recall without the recalls; -1 where
-    # a class has no object. Not summarize(): it takes AP at 100 detections, whatever is asked.
+    # precision [10 IoUs, 101 recalls, K, 4 areas, 3 maxDets], recall without the recalls;
+    # -1 where a class has no object. Not summarize(): it takes AP at 100 detections,
+    # whatever is asked.
     precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
     number = lambda v: None if v != v or v < 0 else float(v)  # noqa: E731
     mean = lambda v: number(v[v > -1].mean()) if (v > -1).any() else None  # noqa: E731
     every = precision[..., 0, -1]
-    metrics: dict[str, Any] = {"AP": mean(every), "AP50": mean(every[:1]), "AP75": mean(every[5:6])}
+    metrics: dict[str, Any] = {"AP": mean(every)}
+    metrics |= {"AP50": mean(every[:1]), "AP75": mean(every[5:6])}
     areas = list(enumerate(("small", "medium", "large"), 1))
     metrics |= {f"AP_{name}": mean(precision[..., i, -1]) for i, name in areas}
     metrics |= {f"AR{n}": mean(recall[..., 0, i]) for i, n in enumerate(sorted(detections))}
@@ -186,9 +181,8 @@ def coco_metrics(
         metrics["uavdt_AP70"] = uavdt_ap(truth, results)
     names = {c["id"]: c["name"] for c in truth["categories"]}
     per_class = precision.nanmean((0, 1)).tolist()
-    metrics["per_class"] = {
-        names[i]: number(ap) for i, ap in zip(evaluation.params.catIds, per_class)
-    }
+    aps = zip(evaluation.params.catIds, per_class)
+    metrics["per_class"] = {names[i]: number(ap) for i, ap in aps}
     return metrics
 
 
@@ -200,12 +194,13 @@ def coco_evaluation(
     kind="bbox",
     ious=(),
 ):
-    """pycocotools' COCOeval, evaluated and accumulated, of a `complete_truth`.
+    """pycocotools' COCOeval of a `complete_truth`, evaluated and accumulated.
 
-    `ious`: thresholds, if not .50 to .95; `kind`: "bbox" or "segm"; the rest is `coco_metrics`'.
+    `kind`: "bbox" or "segm"; `ious`: thresholds other than .50 to .95; the rest: see
+    `coco_metrics`.
     """
     if not truth["annotations"]:
-        results = []  # spares matching a million detections with nothing
+        results = []  # saves matching a million detections with nothing
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -227,7 +222,7 @@ def coco_evaluation(
         evaluation.params.imgIds = sorted(image["id"] for image in truth["images"])
         evaluation.params.catIds = sorted(c["id"] for c in truth["categories"])
         evaluation.params.maxDets = list(detections)
-        ends = [*(side**2 for side in sides), 1e10]  # of all: from 0 on, whatever small ones are
+        ends = [*(side**2 for side in sides), 1e10]  # "all" begins at 0, wherever "small" does
         evaluation.params.areaRng = [[0, 1e10], *map(list, zip(ends, ends[1:]))]
         evaluation.evaluate()
         evaluation.accumulate()
@@ -235,22 +230,17 @@ def coco_evaluation(
 
 
 def complete_truth(truth: dict) -> dict:
-    """A copy with what pycocotools wants of annotations: `area`, here the box's, and `iscrowd`.
+    """A copy with all that pycocotools wants: `area`, `iscrowd`, a list `bbox`.
 
-    They are numbered anew from 1: pycocotools takes id 0 for "no match", and one id for one object.
+    Annotations are numbered anew from 1, because pycocotools takes id 0 for "no match"
+    and equal ids for one object.
     """
     truth = copy.deepcopy(truth)
-    truth["annotations"] = [
-        {
-            "area": a["bbox"][2] * a["bbox"][3],
-            "iscrowd": 0,
-            **a,
-            "bbox": [*a["bbox"]],  # it takes no tuples
-            "id": number,
-        }
-        for number, a in enumerate(truth.get("annotations", []), 1)
-    ]
-    return truth
+    annotations = []
+    for number, a in enumerate(truth.get("annotations", []), 1):
+        absent = {"area": a["bbox"][2] * a["bbox"][3], "iscrowd": 0}
+        annotations.append({**absent, **a, "bbox": [*a["bbox"]], "id": number})
+    return {**truth, "annotations": annotations}
 
 
 def evaluate(
@@ -260,12 +250,12 @@ def evaluate(
     out: str | Path | None = None,
     truth: dict | None = None,
 ) -> dict:
-    """Detect in all images of `data` and score with pycocotools; all processes get the metrics.
+    """Detect in all images and score with pycocotools; all processes get the metrics.
 
     Every setting of settings.test is honoured. With `out` the first process writes
     predictions.json, metrics.json and detections.png there. The metrics of a set without
-    annotations are all None: predictions.json is for its server. `truth` is data.coco(), for
-    callers that evaluate often.
+    annotations are all None: predictions.json is for its server. `truth` is data.coco(),
+    for callers that evaluate often.
     """
     results: list[dict] = []
     seen = []
@@ -281,19 +271,18 @@ def evaluate(
         results = [r for share, _ in shares for r in share]
         results.sort(key=lambda r: r["image_id"])  # the same file from any number of processes
         test = settings.test
-        metrics = coco_metrics(truth, results, test.metric_detections, test.metric_sides)
+        limits = dict(detections=test.metric_detections, sides=test.metric_sides)
+        metrics = coco_metrics(truth, results, **limits)
         known = all(a.get("segmentation") for a in truth.get("annotations", []))
         if settings.model.masks and known:
-            scored = coco_metrics(
-                truth, results, test.metric_detections, test.metric_sides, masks=True
-            )
+            scored = coco_metrics(truth, results, **limits, masks=True)
             metrics |= {f"mask_{name}": value for name, value in scored.items()}
         if out:
-            write_json(Path(out) / "predictions.json", results)
-            write_json(Path(out) / "metrics.json", metrics)
-            picture = Path(out) / "detections.png"
-            with drawing(picture):
-                draw_grid(data, results, test.draw_score, picture)
+            out = Path(out)
+            write_json(out / "predictions.json", results)
+            write_json(out / "metrics.json", metrics)
+            with drawing(out / "detections.png"):
+                draw_grid(data, results, test.draw_score, out / "detections.png")
     return gather(metrics)[0]
 
 
@@ -315,7 +304,7 @@ def show_metrics(metrics: dict) -> str:
 
 
 def show_per_class(metrics: dict, most: int = 40) -> str:
-    """AP of each class, the worst first, a few on each line."""
+    """AP of each class, the worst first."""
     known = {k: v for k, v in metrics.get("per_class", {}).items() if v is not None}
     parts = [f"{name} {ap:.3f}" for name, ap in sorted(known.items(), key=lambda kv: kv[1])]
     more = [f"... and {len(parts) - most} better ones"] if len(parts) > most else []

@@ -23,7 +23,7 @@ from engine.processes import print_once
 
 @contextlib.contextmanager
 def drawing(path: Path) -> Iterator[None]:
-    """No result is lost to a picture: one that cannot be drawn is a message."""
+    """If a picture cannot be drawn, print a message: no result is lost to it."""
     try:
         yield
     except Exception as e:  # fonts, disks and decoders fail in many ways
@@ -32,7 +32,7 @@ def drawing(path: Path) -> Iterator[None]:
 
 @functools.cache
 def font_file(characters: str) -> tuple[str, bool]:
-    """A font that has these characters, DejaVu Sans first, and whether there is one."""
+    """A font with these characters, DejaVu Sans if possible, and whether one exists."""
     from matplotlib import font_manager, get_data_path
     from matplotlib.ft2font import FT2Font
 
@@ -46,7 +46,7 @@ def font_file(characters: str) -> tuple[str, bool]:
 
 
 def readable_names(names: list[str]) -> tuple[list[str], str]:
-    """Names as they can be drawn, on one line, and a font file: class numbers if no font has them.
+    """Names that can be drawn, and a font file; class numbers if no font has the names.
 
     >>> readable_names(["traffic\\nlight"])[0]
     ['traffic light']
@@ -55,12 +55,12 @@ def readable_names(names: list[str]) -> tuple[list[str], str]:
     path, found = font_file("".join(sorted({c for name in names for c in name})))
     if not found:
         numbers = [str(i) for i in range(len(names))]
-        print_once(f"no font of this machine can draw all class names: numbers 0..{len(names) - 1}")
+        print_once(f"no font here can draw all class names: numbers 0..{len(names) - 1}")
         return numbers, path
     return names, path
 
 
-MOST_BOXES = 40  # choice: of more in one picture none can be read
+MOST_BOXES = 40  # choice: more in one picture could not be read
 
 
 def draw(
@@ -72,12 +72,12 @@ def draw(
     masks: Iterable[Tensor] | None = None,
     colours: list[tuple] | None = None,
 ) -> Tensor:
-    """uint8 [3, h, w] with boxes [G, 4], names and scores written on it.
+    """uint8 [3, h, w] with boxes [G, 4], names and scores drawn over masks, G bitmaps [h, w].
 
-    Over masks, G bitmaps [h, w], if there are any. `colours` are the objects'; by default a class
-    has its colour, or with masks an object. Of more than MOST_BOXES objects the best are drawn,
-    without scores the first. A line in a corner counts the others, and the boxes that had no room
-    for a label.
+    `colours` are the objects' colours; by default each class has its own, or with masks
+    each object. At most MOST_BOXES objects are drawn: the best ones, without scores the
+    first. A line in a corner counts the others, and the boxes that had no room for a
+    label.
     """
     import matplotlib
 
@@ -105,16 +105,18 @@ def draw(
     pen.font = ImageFont.truetype(font, font_size)
 
     def outline(box: list[float], thick: int, colour) -> None:
-        """Around the object, not over it, unless the image ends there."""
+        """Draw around the object, not over it, unless the image ends there."""
         x1, y1 = (min(max(0, round(v) - thick), n - 1) for v, n in zip(box[:2], (width, height)))
         x2, y2 = (min(round(v) + thick, n) - 1 for v, n in zip(box[2:], (width, height)))
         pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=thick)
 
     for i in reversed(order):  # the best ones last, over the others
-        outline(boxes[i].tolist(), line + 1, "black")  # seen where all is of the line's colour
+        outline(boxes[i].tolist(), line + 1, "black")  # for grounds of the line's own colour
         outline(boxes[i].tolist(), line, colours[i])
 
-    texts = [names[labels[i]] + (f" {scores[i]:.2f}" if scores is not None else "") for i in order]
+    texts = [names[labels[i]] for i in order]
+    if scores is not None:
+        texts = [f"{text} {scores[i]:.2f}" for text, i in zip(texts, order)]
     shown = [colours[i] for i in order]
     write_labels(pen, boxes[order], texts, shown, len(boxes) - len(order), (height, width))
     return rgb_tensor(picture)
@@ -123,7 +125,7 @@ def draw(
 def write_labels(
     pen, boxes: Tensor, texts: list[str], colours: list, more: int, image_size
 ) -> None:
-    """Each box's text on its colour where there is room; a line in a corner for what is left out.
+    """Write each box's text on its colour where there is room, and count the rest in a corner.
 
     `pen` is a PIL ImageDraw with a font; `more` boxes of the image are not drawn at all.
     """
@@ -139,7 +141,7 @@ def write_labels(
         ink = "black" if light else "white"
         pen.text((x + w / 2, y + h / 2), text, fill=ink, anchor="mm")
 
-    note = "+ {} more, {} without label"  # the last to find room: in a corner of the whole image
+    note = "+ {} more, {} without label"  # placed last, in a corner of the whole image
     framed = torch.cat([boxes, boxes.new_tensor([[0, 0, width, height]])])
     sizes = [size(text) for text in (*texts, note.format(more, len(texts)))]
     *corners, note_corner = place_labels(framed, sizes, height, width)
@@ -155,8 +157,9 @@ def write_labels(
 def place_labels(boxes: Tensor, sizes: list[tuple], height: int, width: int) -> list[tuple | None]:
     """Corner (x, y) of each box's label: at the box, inside the image, over no other label.
 
-    boxes [G, 4] and the labels' sizes (w, h) are in pixels of an image of height x width. One label
-    after the other takes the place that hides the least share of objects, or None if none is free.
+    boxes [G, 4] and the labels' sizes (w, h) are in pixels of an image of height x width.
+    Each label in turn takes the place that hides the least share of objects, or None if
+    none is free.
 
     >>> place_labels(torch.tensor([[10.0, 20, 50, 60]]).repeat(2, 1), [(30, 12)] * 2, 80, 60)
     [(10.0, 8.0), (10.0, 60.0)]
@@ -186,7 +189,7 @@ def overlap(a: Tensor, b: Tensor) -> Tensor:
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
-    """A matplotlib figure, inches, and its axes [rows, columns]: no display, nothing to close."""
+    """A matplotlib figure without a display, in inches, and its axes [rows, columns]."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="tight")
@@ -202,9 +205,9 @@ FOUND, FALSE, MISSED = (46, 160, 67), (218, 54, 51), (255, 176, 0)  # colours
 
 
 def judge(boxes: Tensor, labels: list[int], target: dict) -> tuple[list[bool], list[int]]:
-    """Which detections, best first, are on an object of their class (IoU 0.5), and what is missed.
+    """Whether each detection, best first, is on an object of its class (IoU 0.5).
 
-    -> a bool for each detection, and the numbers of the objects that no detection is on.
+    The second list has the numbers of the objects that no detection is on.
     """
     free = {i for i, ignored in enumerate(target["ignore"].tolist()) if not ignored}
     iou = torchvision.ops.box_iou(boxes, target["boxes"].as_subclass(Tensor))  # [D, G]
@@ -220,7 +223,7 @@ def judge(boxes: Tensor, labels: list[int], target: dict) -> tuple[list[bool], l
 def draw_grid(
     data: DetectionDataset, results: list[dict], score: float, path: Path, count: int = 6
 ) -> None:
-    """The first images twice: ground truth, and detections above `score`, told apart by colour."""
+    """The first images twice: their ground truth, and detections above `score`."""
     names = [c["name"] for c in data.categories]
     label = {c["id"]: i for i, c in enumerate(data.categories)}
     count = min(count, len(data))
@@ -230,12 +233,13 @@ def draw_grid(
         axis.axis("off")
     for i in range(count):
         image, target = data[i]
-        mine = [r for r in results if r["image_id"] == target["image_id"] and r["score"] >= score]
-        mine.sort(key=lambda r: -r["score"])
+        mine = [r for r in results if r["image_id"] == target["image_id"]]
+        mine = sorted((r for r in mine if r["score"] >= score), key=lambda r: -r["score"])
         boxes = xywh_to_xyxy([r["bbox"] for r in mine])
         labels = [label[r["category_id"]] for r in mine]
         hits, missed = judge(boxes, labels, target)
-        # enlarge small images, so that text fits, but not thin ones to thousands of pixels
+        # enlarge small images, so that text fits, but not thin ones to thousands of
+        # pixels
         zoom = max(1, min(512 // min(image.shape[1:]), 2048 // max(image.shape[1:])))
         image = enlarge_pixels(image, zoom)
         truth = target["boxes"].as_subclass(Tensor) * zoom
@@ -248,24 +252,11 @@ def draw_grid(
         if any("segmentation" in r for r in mine):
             seen_masks = [enlarge_pixels(decode_mask(r["segmentation"]), zoom) for r in mine]
         left = draw(image, truth, truth_labels, names, None, truth_masks)
-        right = draw(
-            image,
-            truth[missed],
-            [truth_labels[i] for i in missed],
-            names,
-            None,
-            None,
-            [MISSED] * len(missed),
-        )
-        right = draw(
-            right,
-            boxes * zoom,
-            labels,
-            names,
-            [r["score"] for r in mine],
-            seen_masks,
-            [FOUND if hit else FALSE for hit in hits],
-        )
+        missed_labels = [truth_labels[i] for i in missed]
+        colours = [MISSED] * len(missed)
+        right = draw(image, truth[missed], missed_labels, names, None, None, colours)
+        scores, colours = [r["score"] for r in mine], [FOUND if hit else FALSE for hit in hits]
+        right = draw(right, boxes * zoom, labels, names, scores, seen_masks, colours)
         titles = ("ground truth", f"above {score:g}: found green, false red, missed orange")
         for axis, picture, title in zip(axes.flat[2 * i : 2 * i + 2], (left, right), titles):
             axis.imshow(picture.permute(1, 2, 0).numpy())

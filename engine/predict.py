@@ -1,6 +1,7 @@
-"""Images without ground truth: `load(...).detect(...)` in Python, `predict_files` for --predict.
+"""Images without ground truth: `load(...).detect(...)`, and `predict_files` for --predict.
 
-Photos are turned upright as their EXIF data say, which training and evaluation do not do.
+Photos are turned upright by their EXIF data, which training and evaluation do not always
+do.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from torch.utils.data import Dataset
 from common import BadInput, check_image
 from data.checks import broken_images, refuse_images
 from data.contract import make_target
-from data.images import FORMATS, IMAGE_ENDINGS, MAX_PIXELS, read_image, rgb_tensor
+from data.files import IMAGE_ENDINGS, images_in
+from data.images import FORMATS, MAX_PIXELS, read_image, rgb_tensor
 from data.masks import decode_mask, paste_mask
 from engine.checkpoints import find_script, load_checkpoint, load_weights, write_json
 from engine.detector import build_detector
@@ -34,9 +36,9 @@ from engine.settings import Settings
 
 
 def to_image(source, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """uint8 [3, h, w] of a file (path or open), a PIL image, an RGB array [h, w, 3], or of itself.
+    """uint8 [3, h, w] of a path, open file, PIL image, RGB array [h, w, 3] or tensor.
 
-    Only a file is turned upright: an image in memory is as its owner wants it.
+    Only files are turned upright: an image in memory is as its owner wants it.
     """
     if isinstance(source, (str, Path)):
         return read_image(source, upright=True, max_pixels=max_pixels)
@@ -56,7 +58,7 @@ def to_image(source, max_pixels: int = MAX_PIXELS) -> Tensor:
 
 
 class Images(Dataset):
-    """A list of what `to_image` takes, as a data set without objects; image_id is the index."""
+    """Images for `to_image`, as a data set without objects; image_id is the index."""
 
     def __init__(self, images: list, max_pixels: int = MAX_PIXELS):
         self.images, self.max_pixels = images, max_pixels
@@ -70,10 +72,9 @@ class Images(Dataset):
         return image, make_target(torch.zeros(0, 4), [], [], index, tuple(image.shape[1:]))
 
 
-def images_in(folder: Path) -> list[Path]:
-    """All image files in a folder and in its folders, in order of name; BadInput without any."""
-    inside = [path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS]
-    inside = sorted(path for path in inside if not path.name.startswith("."))
+def some_images_in(folder: Path) -> list[Path]:
+    """All image files in a folder and below, sorted; BadInput without any."""
+    inside = images_in(folder, below=True)
     if not inside:
         raise BadInput(f"{folder}: no image in this folder ({' '.join(IMAGE_ENDINGS)})")
     return inside
@@ -86,22 +87,18 @@ class Files(Images):
     """
 
     def __init__(self, paths, categories: list[dict], max_pixels: int = MAX_PIXELS):
-        files, self.categories = [], categories
+        files: list[Path] = []
         for path in map(Path, paths):
-            if path.is_dir():
-                files += images_in(path)
-            else:
-                files.append(path)
+            files += some_images_in(path) if path.is_dir() else [path]
         rank, world = rank_and_world()
         mine = range(rank, len(files), world)
-        shares = gather(
-            broken_images(files, indices=mine, progress=progress, max_pixels=max_pixels)
-        )
-        broken = {i: why for share in shares for i, why in share.items()}
+        found = broken_images(files, indices=mine, progress=progress, max_pixels=max_pixels)
+        broken = {i: why for share in gather(found) for i, why in share.items()}
         if len(broken) == len(files):
             refuse_images(broken)
         for i in sorted(broken):
             print_once(f"skipped: {broken[i]}")
+        self.categories = categories
         self.files = [file for i, file in enumerate(files) if i not in broken]
         super().__init__(self.files, max_pixels)
 
@@ -109,44 +106,40 @@ class Files(Images):
 def predict_files(
     model: nn.Module, paths, categories: list[dict], settings: Settings, out: Path
 ) -> list[dict]:
-    """Detect in files and folders; writes OUT/predictions.json and draws OUT/pictures/*.
+    """Detect in files and folders; write OUT/predictions.json and draw OUT/pictures/*.
 
-    Returns the COCO results, in pixels of the upright image; each also names its file and category.
+    Return COCO results in pixels of the upright image, each with its file's and
+    category's name.
     """
     data = Files(paths, categories, settings.data.max_pixels)
     with sole_writer(out, set_aside_if="pictures"):
         return _detect_in_files(model, data, settings, out)
 
 
-def _detect_in_files(model: nn.Module, data: Files, settings: Settings, out: Path) -> list[dict]:
-    categories, names = data.categories, [c["name"] for c in data.categories]
+def _detect_in_files(model, data: Files, settings: Settings, out: Path) -> list[dict]:
+    names = [c["name"] for c in data.categories]
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     results, to_draw = [], []
     for target, found in detect(model, data, settings):
         file = data.files[target["image_id"]]
-        mine = to_coco(target["image_id"], found, categories, target["size"])
+        mine = to_coco(target["image_id"], found, data.categories, target["size"])
         for result, label in zip(mine, found["labels"].tolist()):
             results.append({**result, "category": names[label], "file_name": str(file)})
         shown = found["scores"] >= settings.test.draw_score
         masks = None
         if "masks" in found:
             masks = [r["segmentation"] for r, drawn in zip(mine, shown) if drawn]
-        values = {k: found[k][shown] for k in ("boxes", "labels", "scores")}
-        to_draw.append((target["image_id"], file, values, masks))
+        boxes, labels, scores = (found[k][shown] for k in ("boxes", "labels", "scores"))
+        to_draw.append((target["image_id"], file, boxes, labels, scores, masks))
     results = [r for share in gather(results) for r in share]
     if rank_and_world()[0] == 0:
         write_json(out / "predictions.json", sorted(results, key=lambda r: r["image_id"]))
-    for image_id, file, values, masks in to_draw:
-        path = out / "pictures" / f"{image_id:05d}_{file.stem}.jpg"  # files of one name may meet
+    for image_id, file, boxes, labels, scores, masks in to_draw:
+        path = out / "pictures" / f"{image_id:05d}_{file.stem}.jpg"  # stems repeat
         with drawing(path):
-            picture = draw(
-                to_image(file, data.max_pixels),
-                values["boxes"],
-                values["labels"].tolist(),
-                names,
-                values["scores"].tolist(),
-                None if masks is None else [decode_mask(m) for m in masks],
-            )
+            image = to_image(file, data.max_pixels)
+            bitmaps = None if masks is None else map(decode_mask, masks)
+            picture = draw(image, boxes, labels.tolist(), names, scores.tolist(), bitmaps)
             Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path, quality=92)
     return results
 
@@ -155,14 +148,14 @@ def _detect_in_files(model: nn.Module, data: Files, settings: Settings, out: Pat
 class Detections:
     """What is seen in one image, best first, on the CPU.
 
-    Unpacks to four: boxes, scores, labels, names = detector.detect(photo).
+    It unpacks to four: boxes, scores, labels, names = detector.detect(photo).
     """
 
     boxes: Tensor  # [D, 4] xyxy in pixels of the image as it was given
     scores: Tensor  # [D]
     labels: Tensor  # [D], places in `categories`
     names: list[str]  # the labels' names
-    masks: Tensor | None = None  # bool [D, h, w] of the image's size, if the detector makes masks
+    masks: Tensor | None = None  # bool [D, h, w], if the detector makes masks
     mask_scores: Tensor | None = None  # [D], by which masks are ranked, best highest
 
     def __iter__(self) -> Iterator:
@@ -178,13 +171,14 @@ class LoadedDetector:
     def detect(self, images, min_score: float | None = None) -> Detections | list[Detections]:
         """Detections in an image, or in each image of a list or folder, under `settings.test`.
 
-        An image is a file's path or an open binary file (both turned upright as their EXIF data
-        say), a PIL image, a uint8 array [h, w, 3] or a uint8 tensor [3, h, w], all RGB and of any
-        size. Detections whose final score is below `min_score` are left out.
+        An image is a file's path or an open binary file (both turned upright by their
+        EXIF data), a PIL image, a uint8 array [h, w, 3] or a uint8 tensor [3, h, w], all
+        RGB and of any size. Detections whose final score is below `min_score` are left
+        out.
         """
         many = isinstance(images, (list, tuple))
         if isinstance(images, (str, Path)) and Path(images).is_dir():
-            images, many = images_in(Path(images)), True
+            images, many = some_images_in(Path(images)), True
         settings = self.settings
         if min_score is not None:
             settings = settings.replace(min_score=min_score)
@@ -198,7 +192,8 @@ class LoadedDetector:
         names = [self.categories[label]["name"] for label in found["labels"].tolist()]
         detections = Detections(found["boxes"], found["scores"], found["labels"], names)
         if "masks" in found:
-            masks = [paste_mask(m, box, size) for m, box in zip(found["masks"], found["boxes"])]
+            pairs = zip(found["masks"], found["boxes"])
+            masks = [paste_mask(mask, box, size) for mask, box in pairs]
             detections.masks = torch.stack(masks) if masks else torch.zeros(0, *size).bool()
             detections.mask_scores = found["mask_scores"]
         return detections
@@ -207,14 +202,17 @@ class LoadedDetector:
 def load(path: str | Path, device: str = "auto", method=None, **changes) -> LoadedDetector:
     """The detector in a checkpoint: `load("runs/d2det/last.pt").detect("photo.jpg")`.
 
-    A checkpoint names the script that made it, which is imported here by that name. Older ones do
-    not: give it as `method`, "d2det" or the module. `changes` are settings to test under, such as
-    score_threshold=0.3 or test_scales=(600,). No weights are downloaded. Raises BadInput.
+    A checkpoint names the script that made it, which is imported here by that name. If it
+    is an older one without the name, give `method`, "d2det" or the module. `changes` are
+    settings to test under, such as score_threshold=0.3 or test_scales=(600,). No weights
+    are downloaded. Raises BadInput.
     """
     state, where = load_checkpoint(path), find_device(device)
     script = find_script(state, path, method)
-    # In this process: images are at hand, and other processes would cost more than they read.
-    settings = script.Settings.from_dict(state["settings"]).replace(device=str(where), workers=0)
+    # In this process: images are at hand, and other processes would cost more than they
+    # read.
+    settings = script.Settings.from_dict(state["settings"])
+    settings = settings.replace(device=str(where), workers=0)
     try:
         settings = settings.replace(**changes)
     except BadInput as e:

@@ -1,4 +1,4 @@
-"""One process or many: rank, messages, devices, and what is printed by the first one alone."""
+"""One process or many: rank, messages, devices, memory, and what the first process prints."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def gather(value) -> list:
-    """`value` of every process, as a list; [value] where there is one.
+    """The list of every process's `value`.
 
-    Travels through gloo, so that small messages never wait for the GPU.
+    It travels through gloo, so that small messages never wait for the GPU.
     """
     world = rank_and_world()[1]
     if world == 1:
@@ -41,7 +41,6 @@ _GLOO: list = []
 
 
 def end_processes() -> None:
-    """Leave the others, where there are any."""
     if dist.is_initialized():
         dist.destroy_process_group()
         _GLOO.clear()
@@ -60,7 +59,8 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BadInput(f"--device {name}: torch sees no GPU")
     if device.index and device.type == "cuda" and device.index >= torch.cuda.device_count():
-        raise BadInput(f"--device {name}: torch sees {torch.cuda.device_count()}, from cuda:0 on")
+        count = torch.cuda.device_count()
+        raise BadInput(f"--device {name}: torch sees {count}, from cuda:0 on")
     return device
 
 
@@ -72,7 +72,7 @@ def start_processes(name: str) -> torch.device:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if device.type == "cuda":  # what names no device of its own is then of this one
+    if device.type == "cuda":  # the default for all that names no device
         torch.cuda.set_device(device.index or 0)
     return device
 
@@ -80,10 +80,11 @@ def start_processes(name: str) -> torch.device:
 def keep_memory() -> None:
     """Have glibc keep the memory that this process frees, for its next tensors.
 
-    By default glibc returns each block of 32 MiB or more to the system, which hands it out again
-    page by page and zeroed: up to two fifths of a large prediction's time (docs/log.md). Kept
-    memory is up to half more memory held. Called by the command line alone, never by library code;
-    does nothing where any of glibc's MALLOC_ variables is set, or without glibc.
+    By default glibc returns each block of 32 MiB or more to the system, which hands it
+    out again page by page and zeroed. This takes up to two fifths of a large prediction's
+    time (docs/log.md). Keeping memory takes up to half more of it. Only the command line
+    calls this, never library code. Nothing is done without glibc, or if any of its
+    MALLOC_ variables is set.
     """
     if any(name.startswith("MALLOC_") for name in os.environ):
         return
@@ -94,7 +95,7 @@ def keep_memory() -> None:
 
 
 def warn_of_busy_cores(device: torch.device) -> None:
-    """OpenMP's threads wait for each other by spinning, which other programs' cores make long."""
+    """Warn if other programs use the cores: OpenMP's threads then spin long for each other."""
     own = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS"} & os.environ.keys()
     if device.type == "cuda" or own or torch.get_num_threads() == 1 or sys.platform != "linux":
         return
@@ -108,14 +109,14 @@ def warn_of_busy_cores(device: torch.device) -> None:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Give every process the first one's BN statistics, as DDP does only when a step begins."""
+    """Give all processes the first one's BN statistics, as DDP does before a step."""
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
 
 def uses_bf16(amp: str, device: torch.device) -> bool:
-    """Whether `amp` (auto, off, bf16) means bf16 on this device: auto only where it is fast."""
+    """Whether `amp` (auto, off, bf16) means bf16 here; auto does where bf16 is fast."""
     if amp != "auto" or device.type != "cuda":
         return amp == "bf16"
     with torch.cuda.device(device):  # a T4 or an RTX 20xx only emulates bf16, which is slow
@@ -128,7 +129,7 @@ def autocast(amp: str, device: torch.device):
 
 
 def progress(iterable, what: str, total: int):
-    """A bar on a terminal; elsewhere a line every half minute. On the first process only."""
+    """A bar on a terminal, elsewhere a line every half minute; on the first process only."""
     first, terminal = rank_and_world()[0] == 0, sys.stderr.isatty()
 
     def lines():
@@ -141,19 +142,21 @@ def progress(iterable, what: str, total: int):
 
     if first and not terminal and iterable is not None:
         return lines()
-    # a second's delay: an image that is detected in at once shows none
-    return tqdm(
-        iterable, desc=what, total=total, disable=not (first and terminal), leave=False, delay=1
-    )
+    hidden = not (first and terminal)
+    # delay: work of less than a second shows no bar
+    return tqdm(iterable, desc=what, total=total, disable=hidden, leave=False, delay=1)
 
 
 def print_once(text: str, bar=None) -> None:
     """Print on the first process, above a progress bar if one is shown."""
     if rank_and_world()[0] == 0:
         try:
-            tqdm.write(text) if bar is not None and not bar.disable else print(text, flush=True)
+            if bar is not None and not bar.disable:
+                tqdm.write(text)
+            else:
+                print(text, flush=True)
         except OSError as e:
-            if e.errno != errno.EIO:  # the terminal was closed: a run that ends must still be saved
+            if e.errno != errno.EIO:  # a closed terminal must not stop saving
                 raise
 
 
@@ -169,7 +172,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes held since the start or the last reset, of the GPU or resident; 0 on Windows."""
+    """Peak memory in bytes since the last reset, of the GPU or resident; 0 on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":
@@ -179,6 +182,5 @@ def peak_memory(device: torch.device) -> int:
         return 0
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,8 +1,9 @@
-"""The four settings objects of every detector: `Model`, `Test` and `Run` here, `Data` in data/.
+"""The settings objects of every detector: `Model`, `Test`, `Run`; `Data` is in data/.
 
-A method script extends `Model` and `Test` by its own fields and puts all four into one `Settings`,
-whose defaults are the paper's. Names are unique over the four objects, so that the command line can
-be flat (`--nms-iou 0.3 --lr 0.01`), and so can `Settings().replace(nms_iou=0.3, lr=0.01)`.
+A method script extends `Model` and `Test` by its own fields and puts all four into one
+`Settings`, whose defaults are the paper's. Names are unique over the four objects, so
+that the command line can be flat (`--nms-iou 0.3 --lr 0.01`), and so can
+`Settings().replace(nms_iou=0.3, lr=0.01)`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from engine.legacy import Switch
 OBJECTS = ("model", "test", "run", "data")
 Norm = Literal["auto", "frozen_bn", "eval_bn", "bn", "gn"]
 
-WHEN_ABSENT = dict(rpn_floor=0.3)  # what checkpoints that lack these settings were trained with
+WHEN_ABSENT = dict(rpn_floor=0.3)  # of checkpoints that lack these settings
 
 
 @dataclass
@@ -40,14 +41,14 @@ class Model(Checked):
 
     def without_download(self) -> Model:
         """The same network, for weights that a checkpoint brings or that do not matter."""
-        if self.backbone_weights == "none":  # from scratch is another network: nothing is frozen
+        if self.backbone_weights == "none":  # another network: nothing is frozen
             return self
         return dataclasses.replace(self, backbone_weights="random")
 
 
 @dataclass
 class Test(Checked):
-    """How detections are made and scored. May be changed after training, and is always honoured."""
+    """How detections are made and scored. It may be changed after training."""
 
     __test__ = False  # no test case, though pytest collects classes of this name
 
@@ -86,7 +87,7 @@ class Run(Checked):
     # loader processes per training process; -1: 2 on a CPU (of two cores: none), with a GPU 4,
     # at most one a core
     workers: Annotated[int, Range(-1, 1000)] = -1
-    # image files to decode before anything else: all, those new or changed since a check, or none
+    # image files to decode first: all, those new or changed since a check, or none
     check: Literal["all", "new", "none"] = "new"
     batch: Whole = 0  # images per step over all processes; 0: 2 per process
     optimizer: Literal["sgd", "adamw"] = "sgd"  # the papers use SGD
@@ -113,7 +114,7 @@ class Run(Checked):
     eval_batch: Whole = 0  # images per process when testing; 0: as in training
 
 
-# Settings that may differ when a run is resumed, beside all of Test: they do not affect training.
+# These may differ when a run is resumed, like all of Test: they do not affect training.
 MAY_CHANGE_ON_RESUME = (
     *("out", "device", "workers", "check", "compile"),
     *("log_every", "save_every", "eval_times", "eval_every", "eval_batch", "max_pixels"),
@@ -159,8 +160,8 @@ TINY_PHOTOS: dict[str, Any] = dict(
 class Settings:
     """All settings of a run. A script's own `Settings` has its paper's defaults.
 
-    A script may add fields that choose among defaults, such as `base`. `tiny`, no field, are the
-    values that --preset tiny changes.
+    A script may add fields that choose among defaults, such as `base`. `tiny`, no field,
+    are the values that --preset tiny changes.
     """
 
     tiny = TINY
@@ -201,9 +202,9 @@ class Settings:
     def from_dict(cls, saved: dict[str, Any]) -> Settings:
         """The settings in a checkpoint or config.json.
 
-        Checkpoints made before there were four objects hold one flat dict, by the same names. What
-        this version does not know is left out; what the older one did not know has its default,
-        or the value in WHEN_ABSENT.
+        Checkpoints made before there were four objects hold one flat dict, by the same
+        names. What this version does not know is left out; what the older one did not
+        know has its default, or the value in WHEN_ABSENT.
         """
         grouped = any(isinstance(saved.get(name), dict) for name in OBJECTS)
         flat = {k: v for k, v in saved.items() if k not in OBJECTS or not grouped}

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 
 from engine.processes import print_once, rank_and_world
 
-NUMBERS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-]
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+NUMBERS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
 class Stopped(SystemExit):
@@ -25,12 +24,13 @@ class Stopped(SystemExit):
 
 
 class Signals:
-    """The answer to a signal: raise `Stopped`, which ends the program at once.
+    """Answers a signal by raising `Stopped`, which ends the program at once.
 
-    While `hold` is true, a training step is under way, which must not be interrupted. Signals are
-    then only collected in `seen`, and the loop raises `Stopped` after the step. The third signal
-    raises even during the step: the user insists, because the step hangs.
-    `outcome` says what was saved and how to go on. The user reads it at the end.
+    While `hold` is true, a training step is under way and must not be interrupted.
+    Signals are then only collected in `seen`, and the loop raises `Stopped` after the
+    step. The third signal raises even during the step, because the user insists: the step
+    may hang. `outcome` says what was saved and how to go on. The user reads it at the
+    end.
     """
 
     def __init__(self, outcome: str):
@@ -40,10 +40,10 @@ class Signals:
 
     def answer(self, number: int, _=None) -> None:
         self.seen.append(number)
-        if len(self.seen) > 5:  # ending hangs as well
+        if len(self.seen) > 5:  # the ending hangs too
             os._exit(128 + number)
         if self.hold and len(self.seen) < 3:
-            if rank_and_world()[0] == 0:  # not print: the signal may have interrupted a print
+            if rank_and_world()[0] == 0:  # no print: the signal may have interrupted a print
                 with contextlib.suppress(OSError):
                     os.write(2, b"signal %d: stopping when this step is done\n" % number)
         elif not self.ending:
@@ -55,7 +55,7 @@ class Signals:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Hold signals while steps are taken in this block. Those still held act at its end."""
+        """Hold signals in this block of steps. Held signals act at its end."""
         self.hold = True
         try:
             yield
@@ -66,7 +66,7 @@ class Signals:
 
     @contextlib.contextmanager
     def released(self) -> Iterator[None]:
-        """Let signals end the program at once, between two steps, where nothing is half done."""
+        """Let signals end the program at once: between two steps nothing is half done."""
         self.hold = False
         if self.seen:
             self.end(self.seen[0])
@@ -78,10 +78,11 @@ class Signals:
 
 @contextlib.contextmanager
 def signals_answered(outcome: str, own_process: bool = False) -> Iterator[Signals]:
-    """Let `Signals` handle SIGINT, SIGTERM and SIGHUP; print one line if one stops the program.
+    """Let `Signals` handle SIGINT, SIGTERM and SIGHUP; print one line at the end.
 
-    `own_process`: only the exit follows, and the handlers stay, so that a second Ctrl-C does not
-    interrupt it with a traceback. Outside the main thread Python allows no handlers: none is set.
+    With `own_process` the handlers stay, because only the program's exit follows, which a
+    second Ctrl-C would interrupt with a traceback. Python allows handlers only in the
+    main thread: in other threads none is set.
     """
     signals = Signals(outcome)
     if threading.current_thread() is not threading.main_thread():
@@ -89,7 +90,8 @@ def signals_answered(outcome: str, own_process: bool = False) -> Iterator[Signal
         return
     before = {number: signal.getsignal(number) for number in NUMBERS}
     for number, handler in before.items():
-        # `nohup`'s ignored SIGHUP stays; ignored SIGINT does not: background jobs get it by `kill`
+        # A SIGHUP that `nohup` ignores stays ignored. Shells ignore SIGINT in background
+        # jobs, but `kill -INT` must reach them.
         if handler != signal.SIG_IGN or number == signal.SIGINT:
             signal.signal(number, signals.answer)
     try:
@@ -98,11 +100,11 @@ def signals_answered(outcome: str, own_process: bool = False) -> Iterator[Signal
         if not e.told:
             print_once(f"stopped by signal {e.number}: {signals.outcome}")
         e.told = True
-        for handler in before.values():  # an outer block ends as well
+        for handler in before.values():  # an outer block of this kind ends too
             if isinstance(outer := getattr(handler, "__self__", None), Signals):
                 outer.ending = True
         if own_process:
-            before = {}  # the handlers stay, and only count from here on
+            before = {}  # restore none of them
         raise
     finally:
         for number, handler in before.items():

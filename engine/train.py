@@ -37,11 +37,11 @@ from engine.processes import (
     uses_bf16,
 )
 from engine.settings import Run, Settings
-from engine.signals import Signals, signals_answered
+from engine.signals import signals_answered
 
 
 def learning_rate(run: Run, step: int, total: int, batch: int) -> float:
-    """A step's rate: linear in the batch, warmed up, then a tenth at each drop, or a cosine."""
+    """A step's rate: linear in the batch; after the warm-up drops, or a cosine."""
     base = run.lr * batch / run.lr_batch
     warmup = min(run.warmup, total // 10)
     share = min(1.0, step / warmup) if warmup else 1.0
@@ -56,11 +56,12 @@ def make_optimizer(model: nn.Module, run: Run) -> torch.optim.Optimizer:
     weights = [p for p in model.parameters() if p.requires_grad]
     if run.optimizer == "adamw":
         return torch.optim.AdamW(weights, lr=run.lr, weight_decay=run.weight_decay, fused=True)
-    return torch.optim.SGD(weights, lr=run.lr, momentum=run.momentum, weight_decay=run.weight_decay)
+    decay = run.weight_decay
+    return torch.optim.SGD(weights, lr=run.lr, momentum=run.momentum, weight_decay=decay)
 
 
 class LossOnly(nn.Module):
-    """DDP synchronises what `forward` computes, so training calls `loss` through this class."""
+    """DDP synchronises only what `forward` computes, so training calls `loss` through it."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -71,7 +72,7 @@ class LossOnly(nn.Module):
 
 
 def take_step(wrapped, optimizer, rate: float, items: list, run: Run, device):
-    """Update the weights once -> losses and gradient norm, still on the device; image ids."""
+    """Update the weights once -> losses and gradient norm (on the device), image ids."""
     images, targets = to_device(items, device)
     try:
         with autocast(run.amp, device):
@@ -93,7 +94,7 @@ def take_step(wrapped, optimizer, rate: float, items: list, run: Run, device):
 
 
 class LossWatch:
-    """The losses since the log's last line; a step's are copied to the host during the next."""
+    """The losses since the log's last line, each copied to the host during the next step."""
 
     def __init__(self, window: list[Tensor]):
         self.window = window
@@ -108,7 +109,8 @@ class LossWatch:
         copied = stream.record_event() if stream else None  # on the GPU that copies
         if self.window and self.window[-1].shape != values.shape:
             had = list(self.window[-1].shape)
-            raise BadInput(f"last.pt: its window has {had} losses a step, here are {len(values)}")
+            now = len(values)
+            raise BadInput(f"last.pt: its window has {had} losses a step, here are {now}")
         self.window.append(values)
         self.pending = step, image_ids, list(losses), values, copied
 
@@ -132,7 +134,8 @@ class LossWatch:
 
 def report(step: int, batches: TrainBatches, rate: float, means: dict, speed: float, device):
     """A step's line for the log, and its text for the terminal; speed in images/s."""
-    line: dict[str, Any] = {"step": step, "epoch": round(step / batches.per_epoch, 3), "lr": rate}
+    epoch = round(step / batches.per_epoch, 3)
+    line: dict[str, Any] = {"step": step, "epoch": epoch, "lr": rate}
     line |= {"loss": sum(means.values()), "losses": means}
     line |= {"images_per_s": speed, "memory_mib": peak_memory(device) >> 20}
     parts = " ".join(f"{k} {v:.3f}" for k, v in means.items())
@@ -144,7 +147,7 @@ def report(step: int, batches: TrainBatches, rate: float, means: dict, speed: fl
 
 
 def describe(settings: Settings, batches: TrainBatches, num_images: int, model, device) -> str:
-    """The line that a run begins with: its length, batch, learning rate, network and machine."""
+    """A run's first line: its length, batch, learning rate, network and machine."""
     run, batch = settings.run, batches.batch * batches.world
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     return (
@@ -158,7 +161,10 @@ def describe(settings: Settings, batches: TrainBatches, num_images: int, model, 
 
 
 class Evaluations:
-    """When a run is evaluated, and what follows: the log, the pictures, best.pt."""
+    """A run's evaluations, with the log, the pictures and best.pt.
+
+    `steps`: those that an evaluation follows, without the one at the end of the run.
+    """
 
     def __init__(
         self, model, val_data, truth, settings: Settings, out: Path, log: RunLog, total: int
@@ -173,37 +179,33 @@ class Evaluations:
         if val_data is None:
             self.steps = set()
 
-    def due(self, step: int) -> bool:
-        """Whether an evaluation follows a step; the one at the end of the run does not count."""
-        return step in self.steps
-
     def run(self, step: int, save: Callable[[Path], None], bar=None) -> None:
-        """Evaluate, log the metrics, draw, and save best.pt if no AP before was higher."""
+        """Evaluate, log the metrics, draw, and save best.pt if no earlier AP was higher."""
         share_buffers(self.model)
         earlier = [line["AP"] or 0 for line in self.log.lines if "AP" in line]
         self.metrics = evaluate(self.model, self.data, self.settings, self.out, self.truth)
         best = gather((self.metrics["AP"] or 0) >= max(earlier, default=0))[0]
         if best and self.metrics["AP"] is not None:
             save(self.out / "best.pt")
-        if not self.log.has_metrics(step):  # once logged, it is not repeated on resuming
+        if not self.log.has_metrics(step):  # a resumed run may have logged them before
             self.log.write({"step": step, **self.metrics})
         self.log.draw()
         print_once(f"step {step}: {show_metrics(self.metrics)}", bar)
 
 
 def check_data(model: nn.Module, settings: Settings, train_data, val_data) -> dict | None:
-    """Raise BadInput if the data are unfit for training, or if their classes are not the model's.
+    """Raise BadInput if the data are unfit, or if their classes are not the model's.
 
-    Return the ground truth of the validation data, but in the first process only.
+    The first process gets the ground truth of the validation data, the others None.
     """
     truth = None
     check_dataset(train_data, "training", masks=settings.model.masks)
     if val_data is not None:
         check_dataset(val_data, "validation", scored=True)
-        names = [[c["name"] for c in data.categories] for data in (train_data, val_data)]
-        if names[0] != names[1]:
-            those = f"the validation data have the categories {names[1]}"
-            raise BadInput(f"{those}, the training data {names[0]}: not the same in the same order")
+        own, others = ([c["name"] for c in data.categories] for data in (train_data, val_data))
+        if own != others:
+            those = f"the validation data have the categories {others}"
+            raise BadInput(f"{those}, the training data {own}: not the same in the same order")
         if rank_and_world()[0] == 0:
             truth = checked_truth(val_data)
     num_classes = len(train_data.categories)
@@ -211,14 +213,6 @@ def check_data(model: nn.Module, settings: Settings, train_data, val_data) -> di
         made_for = f"the detector is made for {model.num_classes} classes"
         raise BadInput(f"{made_for}, the training data have {num_classes}")
     return truth
-
-
-def length(run: Run, per_epoch: int) -> int:
-    """Steps of a whole run: `steps`, or `epochs` within `min_steps` and `max_steps`."""
-    if run.steps:
-        return run.steps
-    steps = max(1, run.min_steps, round(run.epochs * per_epoch))
-    return min(steps, run.max_steps) if run.max_steps else steps
 
 
 def train(
@@ -229,11 +223,12 @@ def train(
     out: str | Path = "runs/model",
     resume: bool = False,
 ) -> dict:
-    """Train until the schedule or a signal ends it; return the last metrics, {} without val_data.
+    """Train to the end or a signal; return the last metrics, {} without val_data.
 
-    `out` receives config.json, log.jsonl, last.pt, best.pt, curves.png and what `evaluate` writes.
-    With `resume` the run goes on from last.pt: exactly, on a CPU with the same number of threads.
-    Data sets keep the contract `data.DetectionDataset`; BadInput says what is missing.
+    `out` receives config.json, log.jsonl, last.pt, best.pt, curves.png and the files of
+    `evaluate`. With `resume` the run goes on from last.pt: exactly, on a CPU with the
+    same number of threads. Data sets keep the contract `data.DetectionDataset`; BadInput
+    says what is missing.
     """
     out = Path(out)
     truth = check_data(model, settings, train_data, val_data)
@@ -250,29 +245,22 @@ def train(
             raise
 
 
-def _train(
-    model: nn.Module,
-    settings: Settings,
-    train_data,
-    val_data,
-    truth: dict | None,
-    out: Path,
-    resume: bool,
-    signals: Signals,
-) -> dict:
-    """`train`, after the data were checked, in a folder where no other run writes."""
+def _train(model, settings: Settings, train_data, val_data, truth, out: Path, resume, signals):
+    """`train` with checked data, in a folder where no other run writes."""
     device, run = next(model.parameters()).device, settings.run
     rank, world = rank_and_world()
     batch = per_process_batch(run) * world
     batches = TrainBatches(train_data.sizes, batch // world, run.seed)
-    batches.total = length(run, batches.per_epoch)
+    steps = max(1, run.min_steps, round(run.epochs * batches.per_epoch))
+    batches.total = run.steps or (min(steps, run.max_steps) if run.max_steps else steps)
     step_images = batches.batch * world  # fewer than `batch` if the whole set is smaller
     wrapped: nn.Module = LossOnly(model)
     if world > 1:
         wrapped = nn.parallel.DistributedDataParallel(wrapped)
     optimizer = make_optimizer(model, run)
-    torch.manual_seed(run.seed + rank)  # from here on only sampling draws from it
-    # The derived batch sizes are saved: a later test may run on another number of processes.
+    torch.manual_seed(run.seed + rank)  # from here on only sampling draws random numbers
+    # The derived batch sizes are saved, because a test may run on another number of
+    # processes.
     derived = settings.replace(batch=batch, eval_batch=run.eval_batch or batch // world)
     state = RunState(derived, train_data.categories, fingerprint(train_data))
     resume_or_start(out, resume, model, optimizer, state)
@@ -280,7 +268,8 @@ def _train(
     last = out / "last.pt"
 
     def tell_saved() -> None:
-        signals.outcome = f"{last} holds step {state.step} of {batches.total}; --resume goes on"
+        done = f"step {state.step} of {batches.total}"
+        signals.outcome = f"{last} holds {done}; --resume goes on"
 
     if last.exists():
         tell_saved()
@@ -288,13 +277,8 @@ def _train(
     if rank == 0:
         write_json(out / "config.json", as_saved(derived))
     print_once(describe(settings, batches, len(train_data), model, device))
-    images = TrainingImages(
-        CheckedItems(train_data, settings.model.masks),
-        settings.data.scales,
-        settings.data.max_size,
-        settings.data.flip,
-        run.seed,
-    )
+    checked, data = CheckedItems(train_data, settings.model.masks), settings.data
+    images = TrainingImages(checked, data.scales, data.max_size, data.flip, run.seed)
     loader = make_loader(images, run.workers, device, batch_sampler=batches)
     bar = progress(None, "training", batches.total)
     bar.update(batches.start)
@@ -307,7 +291,7 @@ def _train(
             tell_saved()
 
     # make up for an evaluation during which the run was killed
-    if evaluations.due(state.step) and not gather(log.has_metrics(state.step))[0]:
+    if state.step in evaluations.steps and not gather(log.has_metrics(state.step))[0]:
         evaluations.run(state.step, save)
     logged, clock = state.step, time.perf_counter()
     with contextlib.closing(bar), batches_of(loader) as iterator, signals.held():
@@ -325,7 +309,7 @@ def _train(
                 log.write(line)
                 print_once(text, bar)
                 logged, clock = step, time.perf_counter()
-            evaluated = evaluations.due(step)  # save before it, so that a kill loses little
+            evaluated = step in evaluations.steps  # saved first: a kill loses little
             if stop or evaluated or step == batches.total or step % run.save_every == 0:
                 save(last)
             if stop:

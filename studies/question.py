@@ -8,7 +8,7 @@ candidates of IoU-aware RetinaNet with the object's label: the best class scores
 within IoU 0.85 of a better one. Plain NMS, the fused score and CL-NMS choose among the
 ten. A two-stage network gets them as its only proposals and tests them as usual. The case
 was picked from 2,000 images because every choice helps in it, which is rare: for averages
-see docs/results.md. The picture in docs/ was made without Double-Head and CPM R-CNN.
+see docs/results.md.
 """
 
 from __future__ import annotations

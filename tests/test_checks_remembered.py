@@ -15,8 +15,7 @@ from test_robust import NO_DOWNLOAD, coco
 import data.checks
 from common import BadInput
 from data import CocoDetection
-from data.checks import check_images
-from data.remembered import HEADER, memory_of, read_memory
+from data.checks import HEADER, check_images, memory_of, read_memory
 from engine.loader import TrainBatches
 
 pytestmark = pytest.mark.usefixtures("unpainted")

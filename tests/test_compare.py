@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from baselines import retinanet
-from engine import command
+from engine import rows
 from studies import bench, checkpoint, compare, cost, tables
 
 pytestmark = pytest.mark.usefixtures("unpainted")
@@ -141,16 +141,16 @@ def test_a_failed_run_does_not_stop_the_others(trainings, tmp_path, capsys):
 
 def test_the_first_command_names_its_baseline(tmp_path, monkeypatch):
     """From the files that `compare` leaves, and only for the run that they measured."""
-    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
     settings = checkpoint.settings_of("d2det", ["--train", "--seed", "5", "--workers", "0"])
-    assert command.beside_baseline("d2det", settings) == ""
+    assert rows.beside_baseline("d2det", settings) == ""
     for job in compare.make_jobs("synthetic", ["d2det"], [0, 1], "", []):
         run = {"settings": job.settings, "metrics": metrics(0.2 + 0.2 * job.seed)}
         (tmp_path / f"{job.name}.json").write_text(json.dumps(run))
-    line = command.beside_baseline("d2det", settings)
+    line = rows.beside_baseline("d2det", settings)
     assert "its baseline, trained as long: AP 0.300" in line and "2 seeds" in line
     for other in (dict(lr=0.5), dict(epochs=9.0), dict(num_convs=3), dict(data="photos")):
-        assert command.beside_baseline("d2det", settings.replace(**other)) == ""
+        assert rows.beside_baseline("d2det", settings.replace(**other)) == ""
 
 
 def test_compare_runs_a_method(tmp_path):

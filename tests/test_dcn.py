@@ -16,7 +16,7 @@ import d2det
 import engine
 from engine.checkpoints import load_checkpoint
 from engine.command import read_rows
-from engine.deformable import DeformableConv, make_deformable
+from engine.detector import DeformableConv, make_deformable
 from studies.bench import torchvision_detector
 from studies.cost import flop_counter
 

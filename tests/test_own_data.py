@@ -49,9 +49,8 @@ def test_a_wrong_ground_truth_is_refused(name):
             check_ids([data[i][1]["image_id"] for i in range(8)], truth)
         return
     field = next((w for w in ("images", "categories", "image_id", "category_id") if w in name), "")
-    with pytest.raises(
-        BadInput, match=rf"coco\(\) of OwnData.*({field}|image_id)|have the categories"
-    ):
+    said = f"{field}|image_id|no image|unknown category"
+    with pytest.raises(BadInput, match=rf"coco\(\) of OwnData.*({said})|have the categories"):
         check_data(None, engine.Settings(), OwnData(), data)
 
 
