@@ -43,8 +43,9 @@ from torchvision.ops import box_iou
 
 from .dense_decode import decode_dense_offsets, decode_dense_reference
 from .focal_loss import focal_loss, focal_loss_reference
-from .nms import batched_nms, cl_nms, nms, nms_padded, soft_nms
+from .nms import batched_nms, nms, nms_padded
 from .roi_align import deform_roi_pool, roi_align, roi_level
+from .soft_cl_nms import cl_nms, soft_nms
 
 # In the package, the name roi_align is the function.
 roi_module = importlib.import_module(".roi_align", __package__)
