@@ -1,7 +1,7 @@
 """Detection ops, each with a plain torch reference and a Triton implementation.
 
-Every file here also works when copied alone, and the folder works inside any other package.
-They need torch and numpy, and use triton and torchvision if installed.
+Every file of a kernel also works when copied alone, and the folder works inside any other
+package. They need torch and numpy, and use triton and torchvision if installed.
 `python -m kernels.bench` checks and times all ops; it needs torchvision.
 """
 

@@ -196,7 +196,7 @@ def test_padded_asks_for_no_value(method, monkeypatch):
 
 
 def test_candidates_of_real_images(detection_data):
-    from kernels.bench import class_candidates, scenes
+    from kernels.bench_boxes import class_candidates, scenes
 
     boxes, scores, groups, images = class_candidates(scenes(2, str(detection_data)), 2000)
     for image in (0, 1):
