@@ -543,12 +543,12 @@ def roi_align(
     Invariant: if the maps are linear in x and y, a box inside them pools to the maps' values
         at its bins' centres.
     """
-    pool, rois, size, strides, samples = _check(
+    pool, boxes, size, strides, samples = _check(
         features, rois, None, output_size, strides, sampling_ratio, impl
     )
     if not aligned:
-        rois = _unaligned(rois, strides)
-    return pool(features, rois, None, size, strides, samples, 0.0, False)
+        boxes = _unaligned(boxes, strides)
+    return pool(features, boxes, None, size, strides, samples, 0.0, False)
 
 
 def deform_roi_pool(
@@ -563,10 +563,10 @@ def deform_roi_pool(
     impl, Raises: as for roi_align.
     Invariant: with zero offsets and every sample inside the map, this equals roi_align.
     """
-    pool, rois, size, strides, samples = _check(
+    pool, boxes, size, strides, samples = _check(
         features, rois, offsets, output_size, strides, sampling_ratio, impl
     )
-    return pool(features, rois, offsets, size, strides, samples, gamma, True)
+    return pool(features, boxes, offsets, size, strides, samples, gamma, True)
 
 
 def _unaligned(rois: Tensor, strides: Sequence[int]) -> Tensor:
