@@ -157,12 +157,10 @@ def repeat_rows(values, repeats, dim=None, **_):
     return values.index_select(dim, torch.arange(values.shape[dim] * repeats) // repeats)
 
 
-def nms_in_onnx(boxes, scores, groups, iou_threshold, method, *_):
+def nms_in_onnx(boxes, scores, groups, iou_threshold, *_):
     """`kernels.nms_padded`: NonMaxSuppression with a class for each group, which is exact."""
     from onnxscript import opset18 as op
 
-    if method != "greedy":
-        raise NotImplementedError(f"{method} NMS among the candidates")
     zero, one = op.Constant(value_ints=[0]), op.Constant(value_ints=[1])
     number = op.Shape(scores)
     last = op.ReduceMax(op.Concat(groups, zero, axis=0), keepdims=0)  # there may be no box
@@ -174,11 +172,10 @@ def nms_in_onnx(boxes, scores, groups, iou_threshold, method, *_):
     found = op.NonMaxSuppression(boxes, scores_by_group, number, iou_threshold, lowest)
     keep = op.Squeeze(op.Slice(found, [2], [3], [1]), one)  # of image, group and box
     keep, _ = op.TopK(keep, op.Shape(keep), largest=0)  # so that ties go to the lower index
-    kept_scores, order = op.TopK(op.Gather(scores, keep), op.Shape(keep))
+    _, order = op.TopK(op.Gather(scores, keep), op.Shape(keep))
     count = op.Shape(keep)
     room = op.Concat(zero, op.Sub(number, count), axis=0)
-    keep = op.Pad(op.Gather(keep, order), room, -1)
-    return keep, op.Pad(kept_scores, room, 0.0), op.Squeeze(count, zero)
+    return op.Pad(op.Gather(keep, order), room, -1), op.Squeeze(count, zero)
 
 
 def sort_in_onnx(values, stable, dim=-1, descending=False):
@@ -189,12 +186,11 @@ def sort_in_onnx(values, stable, dim=-1, descending=False):
     return op.TopK(values, number, axis=dim, largest=int(descending))
 
 
-def cut_in_onnx(keep, reported, count):
-    """The first `count` entries of both."""
+def cut_in_onnx(keep, count):
+    """The first `count` indices."""
     from onnxscript import opset18 as op
 
-    end = op.Reshape(count, [1])
-    return op.Slice(keep, [0], end, [0]), op.Slice(reported, [0], end, [0])
+    return op.Slice(keep, [0], op.Reshape(count, [1]), [0])
 
 
 def save_onnx(program: ExportedProgram, path: Path, names: tuple, categories: str) -> None:

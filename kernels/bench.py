@@ -1,30 +1,16 @@
-"""Check every op against its reference, then time it: `python -m kernels.bench [--lines FILE]`.
+"""Check every op against its reference, then time it: `python -m kernels.bench`.
 
-NMS on random boxes, which all overlap or do not overlap at all, says little. So boxes here are
-made as a detector makes them:
-
-- Scenes: ground-truth boxes of real images, resized to fit 800 x 1333, if the environment variable
-  DETECTION_DATA names a folder with `coco_tiny/annotations/*.json`. Otherwise made up: 5 to 30
-  boxes, log-uniform from 16 to 500 px, half of them next to another one.
-- RPN: every anchor of 8 x stride with ratios 1/2, 1, 2 and strides 4 to 64. Its score is its IoU
-  with the nearest ground truth plus noise of 0.05. Its box moves 70 % of the way to that ground
-  truth if their IoU is above 0.3, and is jittered by 5 % of its size. The best 2,000 of each level.
-- RoIs: the best 1,000 of these for each of two images, after NMS at 0.7.
-- Classes: RetinaNet's anchors, moved likewise. The ground truth's class gets the score above,
-  another random class a third of it, a third one a floor of noise. The best (anchor, class) pairs
-  of each of eight images, 80 classes.
-
-Times are milliseconds: by events on a GPU, whose L2 cache is emptied before each call, by the clock
-on a CPU. `copy` is the share of a plain copy's bandwidth, measured in the same run. `ratio` is the
-median time of the op named under `against` divided by ours, so a number below 1 is a loss. `wall`
-is the clock time from a call to its return, without waiting for the GPU: what Python costs.
+bench_boxes.py makes the boxes. Times are milliseconds: by events on a GPU, whose L2 cache is
+emptied before each call, by the clock on a CPU. `copy` is the share of a plain copy's
+bandwidth in the same run. `ratio` is the median time of the op named under `against` divided
+by ours, so a number below 1 is a loss. `wall` is the clock time from a call to its return,
+without waiting for the GPU: what Python costs.
 """
 
 import argparse
 import importlib
 import io
 import json
-import math
 import os
 import platform
 import statistics
@@ -39,125 +25,23 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor
-from torchvision.ops import box_iou
 
+from .bench_boxes import class_candidates, proposals, rpn_candidates, scenes
 from .dense_decode import decode_dense_offsets, decode_dense_reference
 from .focal_loss import focal_loss, focal_loss_reference
-from .nms import batched_nms, cl_nms, nms, nms_padded, soft_nms
+from .nms import batched_nms, nms, nms_padded
 from .roi_align import deform_roi_pool, roi_align, roi_level
+from .soft_cl_nms import cl_nms, soft_nms
 
 # In the package, the name roi_align is the function.
 roi_module = importlib.import_module(".roi_align", __package__)
-HEIGHT, WIDTH = 800, 1333
-FRAME = torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT])
-
-
-def scenes(count: int, folder: str | None = None) -> list[Tensor]:
-    """Ground-truth boxes of `count` images, float32 [G, 4] xyxy each, in an 800 x 1333 frame."""
-    folder = folder or os.environ.get("DETECTION_DATA")
-    real = _real_scenes(Path(folder) / "coco_tiny" / "annotations") if folder else []
-    if real:
-        return [real[i % len(real)] for i in range(count)]
-    return [_made_up_scene(seed) for seed in range(count)]
-
-
-def _real_scenes(folder: Path) -> list[Tensor]:
-    """The boxes of each image that has any, from all COCO files of a folder."""
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        content = json.loads(path.read_text())
-        boxes: dict[int, list] = {image["id"]: [] for image in content["images"]}
-        for annotation in content["annotations"]:
-            boxes[annotation["image_id"]].append(annotation["bbox"])
-        for image in content["images"]:
-            if boxes[image["id"]]:
-                sides = (image["height"], image["width"])
-                scale = min(HEIGHT / min(sides), WIDTH / max(sides))
-                xywh = torch.tensor(boxes[image["id"]], dtype=torch.float32) * scale
-                xyxy = torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1)
-                found.append(torch.minimum(xyxy, FRAME))
-    return found
-
-
-def _made_up_scene(seed: int) -> Tensor:
-    g = torch.Generator().manual_seed(seed)
-    num = int(torch.randint(5, 31, (), generator=g))
-    size = 16 * torch.exp(torch.rand((num, 2), generator=g) * math.log(500 / 16))
-    centre = torch.rand((num, 2), generator=g) * torch.tensor([WIDTH, HEIGHT])
-    half = num // 2  # these stand next to one of the others, at its size
-    size[:half] = size[num - half :]
-    centre[:half] = centre[num - half :] + 0.7 * size[:half] * torch.tensor([1.0, 0.0])
-    return _clip(torch.cat([centre - size / 2, centre + size / 2], 1))
-
-
-def _clip(boxes: Tensor) -> Tensor:
-    return torch.minimum(boxes.clamp(min=0), FRAME)
-
-
-def _anchors(stride: int, sizes: list[float]) -> Tensor:
-    y = (torch.arange(math.ceil(HEIGHT / stride)) + 0.5) * stride
-    x = (torch.arange(math.ceil(WIDTH / stride)) + 0.5) * stride
-    centre = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flip(-1).reshape(-1, 1, 2)
-    shapes = [[s * r**-0.5, s * r**0.5] for s in sizes for r in (0.5, 1.0, 2.0)]  # (w, h)
-    half = torch.tensor(shapes) / 2
-    return torch.cat([centre - half, centre + half], -1).reshape(-1, 4)
-
-
-def _detect(anchors: Tensor, gt: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """A detector's boxes [A, 4] from the anchors [A, 4]; their scores and gt indices, both [A]."""
-    iou, nearest = torch.cat([box_iou(a, gt) for a in anchors.split(50_000)]).max(1)
-    moved = anchors + 0.7 * (iou > 0.3)[:, None] * (gt[nearest] - anchors)
-    size = (moved[:, 2:] - moved[:, :2]).repeat(1, 2)
-    moved = _clip(moved + 0.05 * size * torch.randn(moved.shape, generator=g))
-    score = iou + 0.05 * torch.randn(iou.shape, generator=g)
-    return moved, score.clamp(1e-4, 1), nearest
-
-
-def rpn_candidates(gts: list[Tensor], per_level: int = 2000):
-    """RPN boxes [N, 4], scores [N], groups [N] (image x level) and images [N], as at the top."""
-    parts = []
-    for image, gt in enumerate(gts):
-        g = torch.Generator().manual_seed(image)
-        for level, stride in enumerate((4, 8, 16, 32, 64)):
-            boxes, scores, _ = _detect(_anchors(stride, [8.0 * stride]), gt, g)
-            scores, best = scores.topk(min(per_level, len(scores)))
-            group = torch.full_like(best, image * 5 + level)
-            parts.append((boxes[best], scores, group, group // 5))
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
-
-
-def class_candidates(gts: list[Tensor], per_image: int, num_classes: int = 80):
-    """Class boxes [N, 4], scores [N], groups [N] (image x class) and images [N], as at the top."""
-    parts = []
-    for image, gt in enumerate(gts):
-        g = torch.Generator().manual_seed(image)
-        sizes = {s: [4 * s * 2 ** (i / 3) for i in range(3)] for s in (8, 16, 32, 64, 128)}
-        anchors = torch.cat([_anchors(stride, size) for stride, size in sizes.items()])
-        boxes, scores, nearest = _detect(anchors, gt, g)
-        # Classes are as uneven as in photographs: a few have most objects.
-        classes = (num_classes * torch.rand(len(gt), generator=g) ** 3).long()[nearest]
-        other = torch.randint(num_classes, (2, len(boxes)), generator=g)
-        noise = 0.2 * torch.rand(len(boxes), generator=g)
-        scores, best = torch.cat([scores, scores / 3, noise]).topk(per_image)
-        group = torch.cat([classes, *other])[best] + image * num_classes
-        parts.append((boxes[best % len(boxes)], scores, group, group // num_classes))
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
-
-
-def proposals(gts: list[Tensor], per_image: int = 1000) -> Tensor:
-    """RoIs [R, 5] (image, xyxy) that remain of RPN's boxes after NMS at 0.7."""
-    boxes, scores, groups, images = rpn_candidates(gts)
-    keep = batched_nms(boxes, scores, groups, 0.7)
-    keep = torch.cat([keep[images[keep] == i][:per_image] for i in range(len(gts))])
-    rois = torch.cat([images[keep, None].float(), boxes[keep]], 1)  # [R, 5]
-    return rois[((rois[:, 3:] - rois[:, 1:3]) > 0).all(1)]
 
 
 def mismatch(out, expected) -> str:
-    """What differs between two results, '' if nothing. A result is a tensor or a tuple of them.
+    """What differs between two results, each a tensor or a tuple of them; '' if nothing.
 
-    Whole numbers must be equal, unless scores come with them: then two boxes whose scores differ in
-    the last bit may change places, and only the scores are compared.
+    Whole numbers must be equal, unless scores come with them: then two boxes whose scores
+    differ in the last bit may change places, and only the scores are compared.
     """
     if isinstance(out, Tensor):
         out, expected = (out,), (expected,)
@@ -235,8 +119,8 @@ class Case:
 def nms_cases(device: torch.device, sets: dict) -> Iterator[Case]:
     """`sets` maps a name to (boxes [N, 4], scores [N], groups [N], images [N]).
 
-    torchvision is called once for each image, as its users do. On a CPU, soft_nms and cl_nms are
-    their references, so nothing is compared with them.
+    torchvision is called once for each image, as its users do. On a CPU, soft_nms and cl_nms
+    are their references, so nothing is compared with them.
     """
     for name, tensors in sets.items():
         boxes, scores, groups, images = (t.to(device) for t in tensors)
@@ -264,13 +148,12 @@ def nms_cases(device: torch.device, sets: dict) -> Iterator[Case]:
 
 
 def decode_cases(device: torch.device, rois: Tensor) -> Iterator[Case]:
-    """On proposals rois [R, 5]. Offsets and logits are like a trained head's: the offsets reach the
-    proposal's sides, with noise, and the logits are positive in the middle of the box.
-    """
+    """On proposals rois [R, 5]. As a trained head's, the offsets reach the proposal's sides,
+    with noise, and the logits are positive in the middle of the box."""
     generator = torch.Generator().manual_seed(0)
     bins = (torch.arange(7) + 0.5) / 7
     side = bins.expand(7, 7)
-    exact = torch.stack([side, side.T, 1 - side, 1 - side.T])  # [4, 7, 7] gives the proposal back
+    exact = torch.stack([side, side.T, 1 - side, 1 - side.T])  # [4, 7, 7]: the proposal
     middle = 0.4 - torch.maximum((side - 0.5).abs(), (side.T - 0.5).abs())  # [7, 7]
     for R in (1000, 200_000) if device.type == "cuda" else (1000,):
         proposals = rois[torch.arange(R) % len(rois), 1:].to(device)
@@ -280,12 +163,8 @@ def decode_cases(device: torch.device, rois: Tensor) -> Iterator[Case]:
         logits = (10 * middle + noise).to(device)
         for dtype in (torch.float32, torch.bfloat16):
             args = (proposals, offsets.to(dtype), logits.to(dtype), (800, 1333))
-
-            def run(args=args):
-                return decode_dense_offsets(*args)
-
-            def eager(args=args):
-                return decode_dense_offsets(*args, impl="torch")
+            run = partial(decode_dense_offsets, *args)
+            eager = partial(run, impl="torch")
 
             def reference(args=args):
                 return decode_dense_reference(*(a.double() for a in args[:3]), args[3]).float()
@@ -301,16 +180,16 @@ def decode_cases(device: torch.device, rois: Tensor) -> Iterator[Case]:
 
 
 def focal_cases(device: torch.device) -> Iterator[Case]:
-    """Loss and gradient for the anchors of 800 x 1333 images and 80 classes. torchvision's loss
-    takes one-hot targets.
-    """
+    """Loss and gradient for the anchors of 800 x 1333 images and 80 classes. torchvision's
+    loss takes one-hot targets."""
     generator = torch.Generator().manual_seed(0)
     K = 80
     for M in (20_000, 400_000) if device.type == "cuda" else (20_000,):
         scores = torch.randn((M, K), generator=generator) - 4.6  # a head's prior, p = 0.01
         labels = torch.randint(K, (M,), generator=generator)
         labels = torch.where(torch.rand(M, generator=generator) < 0.99, K, labels).to(device)
-        for dtype in (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,):
+        dtypes = (torch.float32, torch.bfloat16)
+        for dtype in dtypes if device.type == "cuda" else dtypes[:1]:
             logits = scores.to(device, dtype).requires_grad_()
 
             def ours(function=focal_loss, logits=logits, labels=labels):
@@ -353,8 +232,8 @@ def roi_align_torchvision(maps, rois, size, strides, sampling_ratio=2) -> Tensor
 def roi_cases(device: torch.device, rois: Tensor) -> Iterator[Case]:
     """Forward and backward over P2..P5 (256 channels) of two 800 x 1333 images.
 
-    `rois` [R, 5] are at least 1000. The deformable op is compared with roi_align. The bytes that
-    must move are each cell that is touched, and the result, once.
+    `rois` [R, 5] are at least 1000. The deformable op is compared with roi_align. The bytes
+    that must move are each cell that is touched, and the result, once.
     """
     layouts = [("NCHW fp32", torch.float32, torch.contiguous_format)]
     if device.type == "cuda":
@@ -375,7 +254,8 @@ def roi_cases(device: torch.device, rois: Tensor) -> Iterator[Case]:
         vision = partial(roi_align_torchvision, maps, boxes, S, strides, 2)
         deform = partial(deform_roi_pool, maps, boxes, shift, S, strides, 2)
         size = f"{R}x{C}x{S}x{S} {layout}"
-        ours = _forward_and_backward(f"roi_align {size}", align, maps, boxes, None, strides, grad)
+        name = f"roi_align {size}"
+        ours = _forward_and_backward(name, align, maps, boxes, None, strides, grad)
         for case, pool in zip(ours, _runs(vision, maps, grad)):
             case.baseline = pool
             yield case
@@ -388,12 +268,13 @@ def roi_cases(device: torch.device, rois: Tensor) -> Iterator[Case]:
 
 def _runs(pool, inputs, grad) -> tuple[Callable, Callable]:
     """The forward without a graph, and the backward alone."""
-    graph: list[Tensor] = []  # built at the first call, so that the others time only the backward
+    graph: list[Tensor] = []  # built at the first call; the others time only the backward
 
     def backward() -> tuple[Tensor, ...]:
         if not graph:
             graph.append(pool())
-        return torch.autograd.grad(graph[0], inputs, grad.to(graph[0].dtype), retain_graph=True)
+        out = graph[0]
+        return torch.autograd.grad(out, inputs, grad.to(out.dtype), retain_graph=True)
 
     return torch.no_grad()(pool), backward
 
@@ -418,8 +299,8 @@ def _forward_and_backward(name, pool, maps, boxes, shift, strides, grad) -> list
         written += touched  # read, for the gradient of the offsets
 
         def truth() -> tuple[Tensor, ...]:
-            # The gradient of an offset jumps where a sample crosses into another cell, and float32
-            # puts a few samples on the other side: 16 bits say how closely to compare it.
+            # The gradient of an offset jumps where a sample crosses into another cell, and
+            # float32 puts a few samples on the other side: so compare it as 16 bits.
             *map_grads, shift_grad = exact_backward()
             return *map_grads, shift_grad.bfloat16()
 
@@ -465,7 +346,7 @@ def run_case(case: Case, device: torch.device, seconds: float, copy: float) -> d
 
 
 def pick_device(name: str) -> torch.device:
-    """The device named "auto", "cpu", "cuda" or "cuda:1", made the current one if it is a GPU."""
+    """The device named "auto", "cpu", "cuda" or "cuda:1"; a GPU becomes the current one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
@@ -477,10 +358,11 @@ def pick_device(name: str) -> torch.device:
 def main(argv: list[str] | None = None) -> int:
     """Print the table; return the number of ops that did not match their reference."""
     parser = argparse.ArgumentParser("kernels.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--lines", type=Path, help="also write a line of JSON for each op there")
-    parser.add_argument("--device", default="auto", help="auto: cuda if there is one, else cpu")
-    parser.add_argument("--seconds", type=float, default=0.5, help="time for each op and baseline")
-    parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    add = parser.add_argument
+    add("--lines", type=Path, help="also write a line of JSON for each op there")
+    add("--device", default="auto", help="auto: cuda if there is one, else cpu")
+    add("--seconds", type=float, default=0.5, help="time for each op and baseline")
+    add("--only", default="", help="run the cases whose name contains this")
     config = parser.parse_args(argv)
     device = pick_device(config.device)
     info: dict[str, Any] = {
@@ -492,12 +374,12 @@ def main(argv: list[str] | None = None) -> int:
     if device.type == "cuda":
         info["device"] = torch.cuda.get_device_name(device)
         info["triton"] = __import__("triton").__version__
-    info["copy_gb_s"] = copy_bandwidth(device, config.seconds)
+    info["copy_gb_s"] = round(copy_bandwidth(device, config.seconds), 1)
     info["scenes"] = "real" if os.environ.get("DETECTION_DATA") else "made up"
-    described = (f"{k} {v:.0f}" if isinstance(v, float) else f"{k} {v}" for k, v in info.items())
-    print(", ".join(described))
+    print(", ".join(f"{key} {value}" for key, value in info.items()))
     columns = ("p20", "p50", "p80", "wall", "gb_s", "copy", "peak_mib", "ratio")
-    print(f"{'op':<62}" + "".join(f"{column:>10}" for column in columns) + "  against      check")
+    titles = "".join(f"{column:>10}" for column in columns)
+    print(f"{'op':<62}{titles}  against      check")
     lines = config.lines.open("w") if config.lines else io.StringIO()
     wrong = 0
     print(json.dumps(info), file=lines, flush=True)

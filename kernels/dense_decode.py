@@ -1,17 +1,18 @@
-"""Dense local regression, decoded (D2Det, section 3.1): S x S cells of a proposal vote for its box.
+"""Dense local regression, decoded (D2Det, section 3.1): S x S cells vote for a proposal's box.
 
 Contract
 
-- `proposals` [R, 4] are xyxy in pixels. `offsets` [R, 4, S, S] are the distances (l, t, r, b) from
-  a cell's centre to the object's sides, as fractions of the proposal's width and height.
+- `proposals` [R, 4] are xyxy in pixels. `offsets` [R, 4, S, S] are the distances (l, t, r, b)
+  from a cell's centre to the object's sides, as fractions of the proposal's width and height.
   `overlap_logits` [R, 1, S, S] are above 0 where the cell lies on the object.
-- A cell's centre (x, y) is the centre of its bin when the proposal is cut into S x S equal bins.
+- A cell's centre (x, y) is the centre of its bin if the proposal is cut into S x S equal bins.
   Its box is (x - l w, y - t h, x + r w, y + b h), where w and h are the proposal's.
-- The result [R, 4] float32 is the mean box of the cells whose logit is > 0, strictly. A NaN logit
-  does not count. If no cell qualifies, it is the mean over all cells. R = 0 gives an empty result.
-- Given `image_sizes`, one pair (h, w) or a tensor [R, 2] of them, x is clipped to [0, w] and y to
-  [0, h]. Otherwise nothing is clipped.
-- Inputs may be float16 or bfloat16 and have any strides. Sums are float32, also under autocast.
+- The result [R, 4] float32 is the mean box of the cells whose logit is > 0, strictly. A NaN
+  logit does not count. If no cell qualifies, the result is the mean box of all cells. R = 0
+  gives an empty result.
+- Given `image_sizes`, one pair (h, w) or a tensor [R, 2] of them, x is clipped to [0, w] and y
+  to [0, h]. Otherwise nothing is clipped.
+- Inputs may be float16 or bfloat16 and have any strides. Sums are float32, even in autocast.
 - The function is for inference: a backward pass through its result raises RuntimeError.
   `decode_dense_reference`, plain torch, is differentiable.
 """
@@ -31,7 +32,8 @@ def decode_dense_reference(
 ) -> Tensor:
     """Plain torch, any device, differentiable; float64 if proposals or offsets are."""
     R, _, S, _ = offsets.shape
-    dtype = torch.promote_types(torch.promote_types(proposals.dtype, offsets.dtype), torch.float32)
+    dtype = torch.promote_types(proposals.dtype, offsets.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
     x1, y1, x2, y2 = proposals.to(dtype)[:, :, None, None].unbind(1)  # [R, 1, 1]
     w, h = x2 - x1, y2 - y1
     bins = (torch.arange(S, device=proposals.device, dtype=dtype) + 0.5) / S
@@ -57,7 +59,7 @@ _CELLS_PER_PROGRAM = 256  # eight for each thread of one warp, whose sums need n
 
 
 def jit(*sizes: str):
-    """triton.jit without specialisation on `sizes`, arguments that change with every batch."""
+    """triton.jit that does not specialise on `sizes`: arguments that change every batch."""
     return triton.jit(do_not_specialize=sizes) if triton else lambda function: function
 
 
@@ -94,7 +96,7 @@ def _decode_kernel(
     ROIS: tl.constexpr,
     CLIP: tl.constexpr,
 ):
-    # Grid (cdiv(R, ROIS),): a program owns ROIS proposals, so [ROIS, CELLS] values in registers.
+    # Grid (cdiv(R, ROIS),): a program owns ROIS proposals, [ROIS, CELLS] values in registers.
     roi = tl.program_id(0) * ROIS + tl.arange(0, ROIS)
     cell = tl.arange(0, CELLS)
     row, column = cell // S, cell % S
@@ -144,11 +146,10 @@ INTERPRETED = triton is not None and not isinstance(_decode_kernel, triton.JITFu
 
 
 def _decode(
-    proposals: Tensor, offsets: Tensor, overlap_logits: Tensor, sizes: Tensor | None, height: float,
-    width: float, impl: str,
+    proposals: Tensor, offsets: Tensor, overlap_logits: Tensor, sizes: Tensor | None,
+    height: float, width: float, impl: str,
 ) -> Tensor:  # fmt: skip
-    """Decode checked arguments. Clips to `sizes` if given, else to height and width if they are
-    not negative."""
+    """Decode checked arguments. Clip to `sizes`, else to height and width if not negative."""
     R, _, S, _ = offsets.shape
     if impl == "torch":
         image_sizes: Tensor | tuple[float, float] | None = sizes
@@ -178,7 +179,8 @@ def _decode(
 
 # A graph that is being compiled sees one opaque operator; eager calls skip the dispatcher. The
 # operator's namespace is this module's name, so that copies of the file do not clash.
-_decode_op = library.custom_op(f"{__name__.replace('.', '_')}::decode", _decode, mutates_args=())
+_NAMESPACE = __name__.replace(".", "_")
+_decode_op = library.custom_op(f"{_NAMESPACE}::decode", _decode, mutates_args=())
 
 
 @_decode_op.register_fake
@@ -187,9 +189,7 @@ def _(proposals, offsets, overlap_logits, sizes, height, width, impl):
 
 
 def _no_backward(ctx, grad):
-    raise RuntimeError(
-        "decode_dense_offsets is for inference and has no gradient; decode_dense_reference has one"
-    )
+    raise RuntimeError("decode_dense_offsets has no gradient; decode_dense_reference has one")
 
 
 _decode_op.register_autograd(_no_backward)
@@ -204,10 +204,10 @@ def decode_dense_offsets(
 ) -> Tensor:
     """Mean box of the cells that lie on the object (D2Det, section 3.1; contract above).
 
-    Shapes: proposals [R, 4], offsets [R, 4, S, S], overlap_logits [R, 1, S, S], image_sizes None,
-        (h, w) or [R, 2] -> [R, 4] float32.
-    impl: "auto" is Triton on CUDA and "torch" elsewhere. "triton" needs CUDA, or CPU tensors with
-        TRITON_INTERPRET=1.
+    Shapes: proposals [R, 4], offsets [R, 4, S, S], overlap_logits [R, 1, S, S], image_sizes
+        None, (h, w) or [R, 2] -> [R, 4] float32.
+    impl: "auto" is Triton on CUDA and "torch" elsewhere. "triton" needs CUDA, or CPU tensors
+        with TRITON_INTERPRET=1.
     Raises: ValueError for other shapes, mixed devices, or an impl that cannot run here;
         RuntimeError in a backward pass.
     Invariant: if every cell's offsets reach the same box, the result is that box.
@@ -216,7 +216,8 @@ def decode_dense_offsets(
     if offsets.shape != (R, 4, S, S) or S == 0:
         raise ValueError(f"offsets must be [R, 4, S, S], not {[*offsets.shape]}")
     if overlap_logits.shape != (R, 1, S, S):
-        raise ValueError(f"overlap_logits must be {[R, 1, S, S]}, not {[*overlap_logits.shape]}")
+        shape = [*overlap_logits.shape]
+        raise ValueError(f"overlap_logits must be {[R, 1, S, S]}, not {shape}")
     if proposals.shape != (R, 4):
         raise ValueError(f"proposals must be {[R, 4]}, not {[*proposals.shape]}")
     if not proposals.device == offsets.device == overlap_logits.device:
@@ -225,10 +226,11 @@ def decode_dense_offsets(
     if isinstance(image_sizes, Tensor):
         sizes = image_sizes
         if sizes.shape != (R, 2) or sizes.device != offsets.device:
-            raise ValueError(f"image_sizes must be {[R, 2]} on {offsets.device}, or a pair (h, w)")
+            where = f"{[R, 2]} on {offsets.device}"
+            raise ValueError(f"image_sizes must be {where}, or a pair (h, w)")
     elif image_sizes is not None:
-        if len(image_sizes) != 2 or not all(isinstance(size, (int, float)) for size in image_sizes):
-            raise ValueError(f"image_sizes must be (h, w) or a tensor {[R, 2]}, not {image_sizes}")
+        if len(image_sizes) != 2 or not all(isinstance(v, (int, float)) for v in image_sizes):
+            raise ValueError(f"image_sizes must be (h, w) or {[R, 2]}, not {image_sizes}")
         height, width = (float(size) for size in image_sizes)
         if not (height >= 0 and width >= 0):
             raise ValueError(f"image_sizes must not be negative: {image_sizes}")
@@ -236,7 +238,8 @@ def decode_dense_offsets(
         impl = "triton" if offsets.is_cuda and triton is not None else "torch"
     elif impl == "triton":
         if triton is None or not (offsets.is_cuda or INTERPRETED):
-            raise ValueError(f"impl='triton' needs triton and CUDA tensors, not {offsets.device}")
+            device = offsets.device
+            raise ValueError(f"impl='triton' needs triton and CUDA tensors, not {device}")
     elif impl != "torch":
         raise ValueError(f"impl must be auto, triton or torch, not {impl!r}")
     tensors = (proposals, offsets, overlap_logits)

@@ -3,19 +3,20 @@
 Contract
     logits     [M, K] of any strides, K at least 1: a row is an anchor, a column a class.
     labels     [M] integers: 0..K-1 the true class, K or more background, below 0 ignored.
-    result     [M] float32, or float64 for float64 logits (which Triton refuses): the sum over the
-               classes of a_t (1 - p_t)^gamma (-log p_t). With p = sigmoid(logit), the true class
-               has p_t = p and a_t = alpha, every other class p_t = 1 - p and a_t = 1 - alpha.
-               Ignored rows give 0.
-    exact      nothing cancels: the loss of a confident positive, far below that of the same logit
-               as a negative, keeps its relative precision. Finite logits give finite losses.
-    gradient   to the logits, in their dtype; 0 for an ignored row of finite logits. Double backward
-               raises RuntimeError (the reference supports it).
+    result     [M] float32, or float64 for float64 logits (which Triton refuses): the sum over
+               the classes of a_t (1 - p_t)^gamma (-log p_t). With p = sigmoid(logit), the true
+               class has p_t = p and a_t = alpha, every other class p_t = 1 - p and
+               a_t = 1 - alpha. Ignored rows give 0.
+    exact      nothing cancels: the loss of a confident positive, far below that of the same
+               logit as a negative, keeps its relative precision. Finite logits give finite
+               losses.
+    gradient   to the logits, in their dtype; 0 for an ignored row of finite logits. Double
+               backward raises RuntimeError (the reference supports it).
     empty      M = 0 gives [0].
-    memory     the backward pass needs one buffer of the logits' size, the slope; without gradients
-               there is none. There is no one-hot target. bfloat16 logits keep a bfloat16 slope, but
-               float16 logits a float32 one: most slopes are below float16's smallest number, and a
-               scaled loss must not lose them.
+    memory     the backward pass needs one buffer of the logits' size, the slope; without
+               gradients there is none. There is no one-hot target. bfloat16 logits keep a
+               bfloat16 slope. float16 logits keep a float32 one, because most slopes are below
+               float16's smallest number, and a scaled loss must not lose them.
 """
 
 from types import SimpleNamespace
@@ -24,13 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
-# --- reference ------------------------------------------------------------------------------------
+# --- reference ------------------------------------------------------------------------------
 
 
 def focal_loss_reference(
     logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0
 ) -> Tensor:
-    """Plain torch with a one-hot target, any device, differentiable; float64 for float64 logits."""
+    """Plain torch with a one-hot target: any device, any float dtype, differentiable."""
     true = labels[:, None] == torch.arange(logits.shape[1], device=labels.device)  # [M, K]
     logits = logits.to(_compute_dtype(logits))
     wrong = torch.where(true, -logits, logits)  # sigmoid(wrong) = 1 - p_t
@@ -47,14 +48,14 @@ def _slope_dtype(logits: Tensor) -> torch.dtype:
     return torch.float32 if logits.dtype == torch.float16 else logits.dtype
 
 
-# --- torch: the reference in chunks, with the slope written by hand -------------------------------
+# --- torch: the reference in chunks, with the slope written by hand -------------------------
 
 
 def _torch_forward(logits, labels, alpha, gamma, want_slope) -> tuple[Tensor, Tensor]:
     """Loss [M] and slope [M, K] (empty unless wanted).
 
-    First treat every entry as a negative, then replace the M entries of true classes. This needs no
-    one-hot target.
+    First treat every entry as a negative, then replace the M entries of true classes. This
+    needs no one-hot target.
     """
     M, K = logits.shape
     dtype = _compute_dtype(logits)
@@ -76,7 +77,8 @@ def _torch_forward(logits, labels, alpha, gamma, want_slope) -> tuple[Tensor, Te
         probs, entropies = chunk.sigmoid(), F.softplus(chunk)
         weights = (probs**gamma).mul_(1 - alpha)
         terms = weights * entropies
-        # Replaced before the sum: a confident positive's loss is far below its loss as a negative.
+        # Replaced before the sum, because a confident positive's loss is far below its loss
+        # as a negative.
         own = torch.where(foreground[part], true_loss[part], terms.gather(1, true[part]))
         loss[part] = terms.scatter_(1, true[part], own).sum(1)
         if want_slope:  # weight' = weight gamma (1 - probs), entropy' = probs
@@ -89,11 +91,11 @@ def _torch_forward(logits, labels, alpha, gamma, want_slope) -> tuple[Tensor, Te
 
 
 def _empty_slope(logits: Tensor, want_slope: bool) -> Tensor:
-    dtype = _slope_dtype(logits)
-    return torch.empty_like(logits, dtype=dtype) if want_slope else logits.new_empty(0, dtype=dtype)
+    like = logits if want_slope else logits.new_empty(0)
+    return torch.empty_like(like, dtype=_slope_dtype(logits))
 
 
-# --- Triton ---------------------------------------------------------------------------------------
+# --- Triton ---------------------------------------------------------------------------------
 
 try:
     import triton
@@ -107,7 +109,7 @@ _TILE = 512  # rows times columns
 
 
 def jit(*sizes: str):
-    """triton.jit without specialisation on `sizes`, arguments that change with every batch."""
+    """triton.jit that does not specialise on `sizes`: arguments that change every batch."""
     return triton.jit(do_not_specialize=sizes) if triton else lambda function: function
 
 
@@ -126,7 +128,7 @@ def _power(base, EXPONENT: tl.constexpr):
 
 @jit()
 def _log1p(x):
-    """log(1 + x) for x in [0, 1], as 2 artanh(x / (2 + x)), because 1 + x would round a small x."""
+    """log(1 + x) for x in [0, 1], as 2 artanh(x / (2 + x)): 1 + x would round a small x."""
     s = x / (2.0 + x)  # at most 1/3, so eight terms leave an error of 2e-9
     t = s * s
     series = 1.0 / 13 + t * (1.0 / 15)
@@ -197,18 +199,20 @@ def _triton_forward(logits, labels, alpha, gamma, want_slope) -> tuple[Tensor, T
     if M == 0:
         return loss, slope
     columns = min(_MAX_COLUMNS, triton.next_power_of_2(K))
-    rows = _TILE // columns
+    # Unless K is a multiple of 16, every element has an address of its own. A whole tile then
+    # may spill two registers, as for K = 10 on sm_90.
+    rows = (_TILE if K % 16 == 0 else _TILE // 2) // columns
     slope_strides = slope.stride() if want_slope else (0, 0)
     with torch.cuda.device_of(logits):
         _focal_kernel[(triton.cdiv(M, rows),)](
-            logits, labels.contiguous(), loss, slope, M, K, *logits.stride(), *slope_strides, alpha,
-            GAMMA=gamma, SLOPE=want_slope, ROWS=rows, COLUMNS=columns, num_warps=4,
+            logits, labels.contiguous(), loss, slope, M, K, *logits.stride(), *slope_strides,
+            alpha, GAMMA=gamma, SLOPE=want_slope, ROWS=rows, COLUMNS=columns, num_warps=4,
             enable_fp_fusion=True,  # explicit: Triton announced another default
         )  # fmt: skip
     return loss, slope
 
 
-# --- the operator: a compiled graph keeps it whole; it never waits for the device -----------------
+# --- the operator: a compiled graph keeps it whole; it never waits for the device -----------
 
 
 # The namespace is this module's name, so that copies of the file do not clash.
@@ -246,7 +250,7 @@ def _backward(ctx, gradient, slope_gradient):
 _focal.register_autograd(_backward, setup_context=_setup_context)
 
 
-# --- public function ------------------------------------------------------------------------------
+# --- public function ------------------------------------------------------------------------
 
 
 def focal_loss(
@@ -255,8 +259,8 @@ def focal_loss(
     """Sigmoid focal loss of each row; label K is background, -1 ignored (contract above).
 
     Shapes: logits [M, K], labels [M] -> [M].
-    impl: "auto" is Triton on CUDA and "torch" elsewhere. "triton" needs CUDA, or CPU tensors with
-        TRITON_INTERPRET=1.
+    impl: "auto" is Triton on CUDA and "torch" elsewhere. "triton" needs CUDA, or CPU tensors
+        with TRITON_INTERPRET=1.
     Raises: ValueError for other shapes, or an impl that cannot run on them.
     Invariant: with gamma = 0 and alpha = 1/2 it is half the binary cross-entropy.
 
@@ -272,14 +276,15 @@ def focal_loss(
         raise ValueError(f"logits are on {logits.device}, labels on {labels.device}")
     if not gamma >= 0:
         raise ValueError(f"gamma must not be negative: {gamma}")
-    usable = triton is not None and logits.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    usable = triton is not None and logits.dtype in dtypes
     if impl == "auto":
         impl = "triton" if usable and logits.is_cuda else "torch"
     elif impl == "triton":
         if not (usable and (logits.is_cuda or INTERPRETED)):
             raise ValueError(
-                "impl='triton' needs triton, float32, float16 or bfloat16 logits, and CUDA tensors "
-                f"(or TRITON_INTERPRET=1): they are {logits.dtype} on {logits.device}"
+                "impl='triton' needs triton, float32, float16 or bfloat16 logits, and CUDA "
+                f"tensors (or TRITON_INTERPRET=1): they are {logits.dtype} on {logits.device}"
             )
     elif impl != "torch":
         raise ValueError(f"impl must be auto, triton or torch, not {impl!r}")

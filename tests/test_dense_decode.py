@@ -184,7 +184,8 @@ def test_compiles_without_a_graph_break():
 
 
 def test_bench_finds_wrong_results_and_scenes_without_data(monkeypatch):
-    from kernels.bench import mismatch, proposals, scenes
+    from kernels.bench import mismatch
+    from kernels.bench_boxes import proposals, scenes
 
     monkeypatch.delenv("DETECTION_DATA", raising=False)
     rois = proposals(scenes(2), per_image=100)

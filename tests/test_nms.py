@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.nms import batched_nms, cl_nms, cl_nms_padded, nms, soft_nms
+from kernels import batched_nms, cl_nms, cl_nms_padded, nms, soft_nms
 
 torchvision = pytest.importorskip("torchvision")
 module = importlib.import_module("kernels.nms")  # `kernels.nms` itself is the function

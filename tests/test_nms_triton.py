@@ -17,12 +17,13 @@ from test_nms import (
 )
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from kernels.nms import (
+from kernels import (
     batched_nms,
     cl_nms,
     cl_nms_padded,
     nms,
     nms_padded,
+    soft_cl_nms,
     soft_nms,
     soft_nms_padded,
 )
@@ -72,8 +73,8 @@ def test_over_is_the_rounded_quotients_answer():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_triton_groups_larger_than_a_block(method, monkeypatch):
-    for name in ("_GREEDY_LAUNCH", "_SOFT_LAUNCH"):
-        monkeypatch.setitem(getattr(module, name), "BLOCK", 8)
+    for file in (module, soft_cl_nms):
+        monkeypatch.setitem(file._LAUNCH, "BLOCK", 8)
     g = torch.Generator().manual_seed(1)
     centre = torch.randint(4, (48, 2), generator=g) * 10 + torch.randn((48, 2), generator=g)
     boxes = torch.cat([centre - 5, centre + 5], 1)
@@ -91,7 +92,7 @@ def test_triton_groups_larger_than_a_block(method, monkeypatch):
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_of_equal_scores_the_first_names_the_cluster(impl, monkeypatch):
     """Two best, a block apart: the first's cluster keeps its middle, box 1; else box 2 stays."""
-    monkeypatch.setitem(module._SOFT_LAUNCH, "BLOCK", 8)
+    monkeypatch.setitem(soft_cl_nms._LAUNCH, "BLOCK", 8)
     x = torch.full((9,), 100.0)
     x[[0, 1, 2, 8]] = torch.tensor([0.0, 3, 4, 6])
     boxes = torch.stack([x, torch.zeros(9), x + 10, torch.full((9,), 10.0)], 1)
@@ -177,20 +178,25 @@ def test_padded_asks_for_no_value(method, monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **kwargs: None
 
-    for kernel in ("_nms_kernel", "_soft_nms_kernel", "_cl_nms_kernel"):
-        monkeypatch.setattr(module, kernel, NoKernel())
+    monkeypatch.setattr(module, "_nms_kernel", NoKernel())
+    monkeypatch.setattr(soft_cl_nms, "_soft_nms_kernel", NoKernel())
+    monkeypatch.setattr(soft_cl_nms, "_cl_nms_kernel", NoKernel())
     tensors = big()[:3]
     with FakeTensorMode() as mode:
         boxes, scores, groups = (mode.from_tensor(t) for t in tensors)
-        out = module._padded(boxes, scores, groups, 0.5, method, 0.001, "triton")
-        keep, new, count = out
-        assert keep.shape == new.shape == scores.shape and count.shape == ()
+        if method == "greedy":
+            out = module._padded._init_fn(boxes, scores, groups, 0.5, "triton")
+        else:
+            padded = soft_cl_nms._padded._init_fn
+            out = padded(boxes, scores, groups, 0.5, method, 0.001, "triton")
+        *rows, count = out
+        assert {r.shape for r in rows} == {scores.shape} and count.shape == ()
         with pytest.raises(DataDependentOutputException):  # the control
             int(count)
 
 
 def test_candidates_of_real_images(detection_data):
-    from kernels.bench import class_candidates, scenes
+    from kernels.bench_boxes import class_candidates, scenes
 
     boxes, scores, groups, images = class_candidates(scenes(2, str(detection_data)), 2000)
     for image in (0, 1):

@@ -24,10 +24,8 @@ from kernels import (
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 STRIDES = [4, 8]
-nms, pooling, focal, dense = (
-    importlib.import_module(f"kernels.{name}")
-    for name in ("nms", "roi_align", "focal_loss", "dense_decode")
-)
+FILES = ("nms", "soft_cl_nms", "roi_align", "focal_loss", "dense_decode")
+nms, soft, pooling, focal, dense = (importlib.import_module(f"kernels.{name}") for name in FILES)
 
 
 def boxes_of(count: int) -> torch.Tensor:
@@ -67,12 +65,12 @@ def test_operators_keep_torchs_rules(impl):
     rois = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], 1)
     last = [f.contiguous(memory_format=torch.channels_last).requires_grad_() for f in features]
     moved = offsets[:, :2, :1, :1].clone().requires_grad_()
-    padded = nms._padded(boxes, scores, labels, 0.5, "cl", 0.0, impl)
     geometry = (rois, moved, 1, STRIDES, 1, 0.1, True)
     calls = [
-        (nms._padded_op, (boxes, scores, labels, 0.5, "greedy", 0.0, impl)),
-        (nms._padded_op, (boxes, scores, None, 0.5, "soft", 1e-3, impl)),
-        (nms._cut, padded),
+        (nms._padded, (boxes, scores, labels, 0.5, impl)),
+        (nms._cut, nms.nms_padded(boxes, scores, labels, 0.5, impl)),
+        (soft._padded, (boxes, scores, None, 0.5, "soft", 1e-3, impl)),
+        (soft._cut, soft.cl_nms_padded(boxes, scores, labels, 0.5, impl)),
         (focal._focal, (offsets.flatten(1).requires_grad_(), labels, 0.25, 2.0, True, impl)),
         (dense._decode_op, (boxes, offsets, overlap, None, -1.0, -1.0, impl)),
     ]
@@ -143,7 +141,8 @@ def alone(name):
     sys.path.remove(name)
     return sys.modules.pop(name)
 
-pooling, nms, focal, dense = map(alone, ("roi_align", "nms", "focal_loss", "dense_decode"))
+files = ("roi_align", "nms", "soft_cl_nms", "focal_loss", "dense_decode")
+pooling, nms, soft, focal, dense = map(alone, files)
 boxes = torch.tensor([[2.0, 3, 20, 30], [2, 3, 21, 30], [30, 30, 60, 50]])
 rois = torch.cat([torch.zeros(3, 1), boxes], 1)
 scores, groups = torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 0, 1])
@@ -158,8 +157,8 @@ for impl in impls:
     focal.focal_loss(logits, torch.tensor([0, 2, -1]), impl=impl).sum().backward()
     assert logits.grad[0, 0] < 0 < logits.grad[1, 0] and not logits.grad[2].any()
     assert nms.batched_nms(boxes, scores, groups, 0.5, impl=impl).tolist() == [0, 2]
-    assert len(nms.soft_nms(boxes, scores, groups, impl=impl)[0]) == 3
-    assert len(nms.cl_nms(boxes, scores, groups, 0.5, impl=impl)[0]) == 2
+    assert len(soft.soft_nms(boxes, scores, groups, impl=impl)[0]) == 3
+    assert len(soft.cl_nms(boxes, scores, groups, 0.5, impl=impl)[0]) == 2
     cells = torch.full((3, 4, 2, 2), 0.5), torch.ones(3, 1, 2, 2)
     assert torch.allclose(dense.decode_dense_offsets(boxes, *cells, impl=impl), boxes)
     cells[0].requires_grad_()
@@ -181,7 +180,7 @@ def test_each_kernel_file_works_when_copied_alone(alone_with, tmp_path):
     With torch alone neither triton nor torchvision is installed. With everything, the whole folder
     is also part of another package beside the copies: operators of one name do not clash.
     """
-    for name in ("roi_align", "nms", "focal_loss", "dense_decode"):
+    for name in FILES:
         (tmp_path / name).mkdir()
         shutil.copy(KERNELS / f"{name}.py", tmp_path / name)
     shutil.copytree(KERNELS, tmp_path / "mine" / "ops")
