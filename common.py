@@ -1,20 +1,20 @@
 """Boxes, matching, anchors, batches and the backbone, which every detector here builds on.
 
 Conventions, in all files:
-    Boxes are float32 xyxy in pixels of the network's input image, continuous: width = x2 - x1.
-    Sizes are (h, w). Dense offsets (l, t, r, b) are fractions of the proposal's width and height.
-    Labels: foreground 0..K-1, background K, ignore -1. Category ids of a data set are mapped to
-    labels once, at loading, and mapped back when results are written.
-    B images, R RoIs, G ground-truth objects, K classes, A anchors per cell, L levels, C channels,
-    S side of an RoI grid, N boxes entering an NMS. "gt" is a ground-truth object.
+    Boxes are float32 xyxy in pixels of the network's input, continuous: width = x2 - x1.
+    Sizes are (h, w). Dense offsets (l, t, r, b) are fractions of a proposal's sides.
+    Labels: foreground 0..K-1, background K, ignore -1. Category ids become labels when a data
+    set is loaded, and become ids again when results are written.
+    B images, R RoIs, G ground-truth objects (gts), K classes, A anchors per cell, L levels,
+    C channels, S side of an RoI grid, N boxes entering an NMS.
     Networks run channels_last, with bf16 autocast on a GPU that has it; boxes stay float32.
 
 `images` is a list of uint8 RGB tensors [3, h, w], resized but neither normalised nor padded.
-A target is a dict: boxes [G, 4], labels [G], ignore [G] (bool: crowd or difficult), image_id and
-size, the (h, w) of the image on disk; for detectors with masks also masks.
+A target is a dict: boxes [G, 4], labels [G], ignore [G] (bool: crowd or difficult), image_id
+and size, the (h, w) of the image on disk. For detectors with masks it also has masks.
 
-A remark such as "the host waits here" marks a line at which the CPU needs a number that the GPU has
-yet to compute. Training code avoids such lines, so that the GPU never runs out of work.
+"The host waits here" marks a line at which the CPU needs a number that the GPU has yet to
+compute. Training code avoids such lines, so that the GPU never runs out of work.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def encode_boxes(boxes: Tensor, gt_boxes: Tensor, stds=(1.0, 1.0, 1.0, 1.0)) -> 
 
         dx = (x* - x) / w     dy = (y* - y) / h     dw = log(w* / w)     dh = log(h* / h)
 
-    x, y, w, h are the box's centre and size; a * marks those of the gt. Each delta is divided by
-    its std. `decode_boxes` is the inverse. Sizes are clamped to 1e-6, so deltas are finite.
+    x, y, w, h are the box's centre and size; a * marks those of the gt. Each delta is divided
+    by its std. Sizes are clamped to 1e-6, so deltas are finite. `decode_boxes` is the inverse.
 
     >>> box, gt = torch.tensor([0., 0., 10., 20.]), torch.tensor([5., 0., 15., 40.])
     >>> encode_boxes(box, gt)
@@ -76,7 +76,7 @@ def decode_boxes(boxes: Tensor, deltas: Tensor, stds=(1.0, 1.0, 1.0, 1.0)) -> Te
 
 
 def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """Boxes [..., 4] cut to images of sizes [..., 2] (h, w), which broadcast over the boxes."""
+    """Boxes [..., 4] cut to images of sizes (h, w) [..., 2]; the two broadcast."""
     limit = torch.cat([sizes.flip(-1)] * 2, -1)  # (w, h, w, h)
     return torch.minimum(boxes.clamp(min=0), limit)
 
@@ -89,7 +89,7 @@ def aligned_iou(boxes: Tensor, gt_boxes: Tensor) -> Tensor:
     """
     corner = torch.maximum(boxes[..., :2], gt_boxes[..., :2])
     other = torch.minimum(boxes[..., 2:], gt_boxes[..., 2:])
-    w, h = (other - corner).clamp(min=0).unbind(-1)  # not prod: its backward makes the host wait
+    w, h = (other - corner).clamp(min=0).unbind(-1)  # not prod, whose backward waits
     box_w, box_h = (boxes[..., 2:] - boxes[..., :2]).unbind(-1)
     gt_w, gt_h = (gt_boxes[..., 2:] - gt_boxes[..., :2]).unbind(-1)
     return w * h / (box_w * box_h + gt_w * gt_h - w * h).clamp(min=1e-6)
@@ -127,38 +127,36 @@ def match(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Assign each box to the gt that it overlaps most, for all images of a batch at once.
 
-    boxes [..., N, 4], gt_boxes [..., G, 4] (leading dimensions broadcast), gt_valid and gt_ignore
-    [..., G] bool -> labels [..., N] (1: IoU >= high, 0: IoU < low, -1: between), gt index [..., N],
-    the box's best IoU [..., N]. `match_one_image` is the plain form; three rules come on top:
+    boxes [..., N, 4], gt_boxes [..., G, 4]; gt_valid and gt_ignore [..., G] are bool.
+    Returns labels (1: IoU >= high, 0: IoU < low, -1: between), the index of the box's gt, and
+    the box's best IoU, each [..., N]. Leading dimensions broadcast.
 
-    - Boxes are assigned to valid gts only: the others are padding, or to be ignored.
+    `match_one_image` is the plain form. This function adds three rules:
+    - A box is only assigned to a valid gt; the other gts are padding, or to be ignored.
     - A box at least half inside an ignored gt (crowd, difficult) is -1 instead of 0.
-    - If `low_quality` is given, each gt's best boxes are positive even below `high`, provided their
-      IoU is > 0 and >= `low_quality`. If two gts claim the same box, the later one wins.
-
-    Gts are compared in chunks, so that memory stays bounded.
+    - If `low_quality` is given, each gt's best boxes are positive even below `high`, provided
+      their IoU is > 0 and >= `low_quality`. If two gts claim the same box, the later one wins.
     """
     N, G = boxes.shape[-2], gt_boxes.shape[-2]
     batch = torch.broadcast_shapes(boxes.shape[:-2], gt_boxes.shape[:-2])
-    if gt_valid is None:
-        gt_valid = torch.ones_like(gt_boxes[..., 0], dtype=torch.bool)
     best_iou = boxes.new_zeros(*batch, N)
     best = torch.zeros(*batch, N, dtype=torch.long, device=boxes.device)
     in_ignored = torch.zeros_like(best, dtype=torch.bool)
     claimed_by = torch.full_like(best, -1)  # the gt whose best box this is, by `low_quality`
     x1, y1, x2, y2 = boxes.unsqueeze(-3).unbind(-1)  # [..., 1, N]
     area = (x2 - x1) * (y2 - y1)
-    chunk = max(1, 2**24 // max(1, N * math.prod(batch)))  # 64 MiB a matrix
+    chunk = max(1, 2**24 // max(1, N * math.prod(batch)))  # of gts: 64 MiB a matrix
     for g in range(0, G, chunk):
         gx1, gy1, gx2, gy2 = gt_boxes[..., g : g + chunk, None, :].unbind(-1)  # [..., g, 1]
-        inter = torch.minimum(x2, gx2).sub_(torch.maximum(x1, gx1)).clamp_(min=0)  # [..., g, N]
+        inter = torch.minimum(x2, gx2).sub_(torch.maximum(x1, gx1)).clamp_(min=0)
         inter *= torch.minimum(y2, gy2).sub_(torch.maximum(y1, gy1)).clamp_(min=0)
         gt_area = (gx2 - gx1) * (gy2 - gy1)
         if gt_ignore is not None:
-            inside = inter >= 0.5 * area.clamp(min=1e-6)  # choice: half of the box, as for crowds
+            inside = inter >= 0.5 * area.clamp(min=1e-6)  # choice: half of the box
             in_ignored |= (inside & gt_ignore[..., g : g + chunk, None]).any(-2)
         iou = inter / (area + gt_area - inter).clamp_(min=1e-6)  # [..., g, N]
-        iou.masked_fill_(~gt_valid[..., g : g + chunk, None], -1)
+        if gt_valid is not None:
+            iou.masked_fill_(~gt_valid[..., g : g + chunk, None], -1)
         value, index = iou.max(-2)
         better = value > best_iou
         best_iou = torch.where(better, value, best_iou)
@@ -170,10 +168,8 @@ def match(
             last = (claims * order).amax(-2) - 1  # -1: no gt of this chunk claims the box
             claimed_by = torch.where(last >= 0, last + g, claimed_by)
     labels = torch.full_like(best, -1)
-    labels[best_iou < low] = 0
-    labels[best_iou >= high] = 1
-    labels[(labels == 0) & in_ignored] = -1
-    labels[claimed_by >= 0] = 1
+    labels[(best_iou < low) & ~in_ignored] = 0
+    labels[(best_iou >= high) | (claimed_by >= 0)] = 1
     return labels, torch.where(claimed_by >= 0, claimed_by, best), best_iou
 
 
@@ -197,9 +193,9 @@ def sample(labels: Tensor, num: int, positive_fraction: float) -> tuple[Tensor, 
     """Draw up to `num` boxes of each image, at most `positive_fraction` of them positive.
 
     labels [B, N] (1, 0, -1) -> index [B, M], valid [B, M]; positives come first in a row.
-    The shapes are fixed, so the host never waits for the number of positives. There are slots for
-    as many positives and as many negatives as may be needed, M = num * (1 + positive_fraction), and
-    `valid` says which are used. `sample_one_image` is the plain form.
+    Shapes are fixed, so the host never waits for the number of positives: M slots hold the
+    most positives and the most negatives that may be drawn, M = num * (1 + positive_fraction),
+    and `valid` says which slots are used. `sample_one_image` is the plain form.
     """
     N, most = labels.shape[1], int(num * positive_fraction)
     key = torch.rand(labels.shape, device=labels.device)
@@ -214,9 +210,9 @@ def sample(labels: Tensor, num: int, positive_fraction: float) -> tuple[Tensor, 
 def shared_count(count: Tensor, least: float = 1.0) -> Tensor:
     """The number by which a process divides its summed losses, from its own count.
 
-    DDP averages the processes' gradients. To get the gradient of one process with all images, each
-    must divide by total count / number of processes, however unevenly the counts are spread. The
-    total is at least `least`.
+    DDP averages the processes' gradients. To give the gradient that one process would have for
+    all images, each process divides by total count / number of processes, however unevenly the
+    counts are spread. The total is at least `least`.
     """
     count = count.detach().float().clone()
     if not dist.is_initialized():
@@ -236,8 +232,8 @@ def shared_rows(x: Tensor) -> Tensor:
 def make_anchors(shapes, strides, scales, ratios, device=None) -> Tensor:
     """Anchors [sum(H*W*A), 4] over maps of shapes (H, W), level by level, cells row by row.
 
-    Anchors are centred on the cells and not rounded. Their sides are scale * stride, their ratios
-    h / w. The A anchors of a cell run over the ratios, and for each ratio over the scales.
+    Anchors are centred on the cells and not rounded. Their sides are scale * stride, their
+    ratios h / w. A cell's A anchors run over the ratios, and for each ratio over the scales.
 
     >>> make_anchors([(1, 2)], strides=[8], scales=[2], ratios=[1])
     tensor([[-4., -4., 12., 12.],
@@ -264,23 +260,23 @@ def flatten_levels(maps: list[Tensor], width: int) -> Tensor:
 
 
 def inside_image(anchors: Tensor, sizes: Tensor) -> Tensor:
-    """Whether each anchor's centre lies in the image rather than in the batch's padding: [B, N]."""
+    """Whether each anchor's centre lies in the image, not in the padding: [B, N]."""
     centre = (anchors[:, :2] + anchors[:, 2:]) / 2
     return (centre < sizes.flip(-1)[:, None]).all(-1)
 
 
 # ------------------------------------------------------------------------------ batches
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's weights ask
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # those of torchvision's weights
 
 
-def padded_size(image: Tensor, divisor: int = 32) -> tuple[int, ...]:
-    """The size (H, W) to which an image [3, h, w] is padded on its own."""
-    return tuple((side + divisor - 1) // divisor * divisor for side in image.shape[1:])
+def padded_size(image: Tensor) -> tuple[int, ...]:
+    """The size (H, W), multiples of 32, to which an image [3, h, w] is padded on its own."""
+    return tuple((side + 31) // 32 * 32 for side in image.shape[1:])
 
 
 def check_image(image) -> None:
-    """Raise BadInput unless it is uint8 [3, h, w]: floats in 0..1 would act as a black image."""
+    """Raise BadInput unless it is uint8 [3, h, w]: floats in 0..1 would look black."""
     if not isinstance(image, Tensor) or image.dtype != torch.uint8:
         kind = image.dtype if isinstance(image, Tensor) else type(image).__name__
         raise BadInput(f"images are uint8 tensors, not yet normalised; this one is {kind}")
@@ -288,11 +284,11 @@ def check_image(image) -> None:
         raise BadInput(f"images are [3, h, w], RGB; this one is {list(image.shape)}")
 
 
-def pad_images(images: list[Tensor], divisor: int = 32) -> tuple[Tensor, Tensor]:
-    """uint8 [3, h, w] images -> normalised, zero-padded batch [B, 3, H, W] and sizes [B, 2]."""
+def pad_images(images: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """uint8 images [3, h, w] -> a normalised, zero-padded batch [B, 3, H, W], sizes [B, 2]."""
     for image in images:
         check_image(image)
-    H, W = map(max, zip(*(padded_size(i, divisor) for i in images)))
+    H, W = map(max, zip(*(padded_size(i) for i in images)))
     mean, std = (constant(v, images[0].device)[:, None, None] for v in (MEAN, STD))
     padded = []
     for image in images:
@@ -320,7 +316,7 @@ def pad_targets(targets: list[dict]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 class ConvP6P7(ExtraFPNBlock):
     """RetinaNet's extra levels: P6 is a stride-2 convolution of C5 (GFL: of P5), P7 one of P6.
 
-    There is no ReLU between them, as the released models were trained (torchvision has one).
+    No ReLU lies between them: the released models were trained so (torchvision has one).
     """
 
     def __init__(self, in_channels: int, out_channels: int, on_p5: bool = False):
@@ -339,7 +335,7 @@ class ConvP6P7(ExtraFPNBlock):
 
 
 class FixedBatchNorm2d(FrozenBatchNorm2d):
-    """BatchNorm with fixed statistics. Weight and bias are fixed too, unless they are `trained`."""
+    """BatchNorm with fixed statistics. Weight and bias are fixed too, unless `trained`."""
 
     def __init__(self, channels: int, trained: bool = False):
         super().__init__(channels)
@@ -352,7 +348,7 @@ class FixedBatchNorm2d(FrozenBatchNorm2d):
 
 
 def make_norm(kind: str):
-    """A constructor channels -> normalisation layer: frozen_bn, eval_bn, bn or gn (32 groups)."""
+    """channels -> a normalisation layer: frozen_bn, eval_bn, bn or gn (32 groups)."""
     if kind == "gn":
         return lambda channels: nn.GroupNorm(math.gcd(32, channels), channels)
     if kind == "bn":
@@ -380,14 +376,14 @@ def make_resnet(name: str, weights: str | None, norm_layer) -> ResNet:
 
 
 class ResNetFPN(nn.Module):
-    """torchvision's ResNet or ResNeXt under a feature pyramid: [B, 3, H, W] -> 5 maps [B, C, h, w].
+    """torchvision's ResNet or ResNeXt with a pyramid: [B, 3, H, W] -> 5 maps [B, C, h, w].
 
-    extra="pool": P2..P6, strides 4..64, P6 by subsampling P5 (two-stage, or one-stage with `p2`).
-    extra="conv": P3..P7, strides 8..128, P6 and P7 by convolution (RetinaNet); "conv_p5": P6 of P5.
-    weights: "imagenet"; a file; "random", which builds the same network for a checkpoint to fill;
-    or "none", for training from scratch. With "none" nothing is frozen, and norm "auto" and
-    "eval_bn" mean GroupNorm, in the pyramid too. With all others the stem and the first stages are
-    frozen, and "auto" means frozen BN. Raises BadInput if weights cannot be had.
+    extra "pool": P2..P6, strides 4..64; P6 is P5 subsampled. extra "conv": P3..P7, strides
+    8..128; P6 is a convolution of C5. extra "conv_p5": the same, but P6 is one of P5.
+    weights "imagenet", a file, or "random" (a checkpoint will fill them): the stem and the
+    first stages are frozen, and norm "auto" is frozen BN. weights "none" (from scratch):
+    nothing is frozen, and the norms "auto" and "eval_bn" are GroupNorm, in the pyramid too.
+    Raises BadInput if the weights cannot be loaded.
     """
 
     def __init__(
@@ -401,18 +397,18 @@ class ResNetFPN(nn.Module):
     ):
         super().__init__()
         scratch = weights == "none"
-        if norm == "auto" or (norm == "eval_bn" and scratch):  # scratch has no statistics to keep
+        if norm == "auto" or (norm == "eval_bn" and scratch):  # no statistics to keep
             norm = "gn" if scratch else "frozen_bn"
         known = "IMAGENET1K_V1" if weights == "imagenet" else None  # the papers'
         try:
             net = make_resnet(name, known, make_norm(norm))
             if weights not in ("imagenet", "none", "random"):
                 state = torch.load(weights, map_location="cpu", weights_only=True)
-                net.load_state_dict({**net.fc.state_dict(prefix="fc."), **state})  # fc: not used
+                net.load_state_dict({**net.fc.state_dict(prefix="fc."), **state})  # fc: unused
         except Exception as e:  # downloads and files fail in many ways
             why = f"{name}, weights {weights}: {type(e).__name__}: {e}"
             if weights not in ("none", "random"):
-                why += "\n--backbone-weights takes a downloaded .pth file, or none: from scratch"
+                why += "\n--backbone-weights also takes a .pth file, or none: from scratch"
             raise BadInput(why) from e
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
         self.stages = nn.ModuleList([net.layer1, net.layer2, net.layer3, net.layer4])
@@ -427,7 +423,7 @@ class ResNetFPN(nn.Module):
             last = ConvP6P7(channels[-1], out_channels, extra == "conv_p5")
         own_norm = make_norm(norm) if scratch else None
         self.fpn = FeaturePyramidNetwork(channels[self.first :], out_channels, last, own_norm)
-        if scratch:  # choice: coarser maps enter faintly, so that fine maps learn from the start
+        if scratch:  # choice: coarse maps enter faintly, so that fine maps learn early
             for block in list(self.fpn.inner_blocks)[1:]:
                 nn.init.constant_(block[1].weight, 0.2)
         self.to(memory_format=torch.channels_last)

@@ -7,7 +7,7 @@ by points: it finds nine points of the box on heat maps. CPM R-CNN corrects two 
 Points and RoI. Heat maps are made from features inside the RoI, but the points lie on the
     object's border, often outside the RoI. Cascade mapping (CMM, 3.2) draws the box three
     times. Each stage takes its features from the box of the stage before, which is closer to
-    the object, and learns from higher IoUs. Its heat maps cover that box enlarged, 2 times in
+    the object, and learns from higher IoUs. Its heat maps cover this box enlarged, 2 times in
     the first stage, then less.
 Score and box. The class score does not depend on how well a box fits, and it belongs to the
     proposal, not to the box drawn from it. IoU scoring (ISM, 3.3.1) predicts the box's IoU.
@@ -16,36 +16,33 @@ Score and box. The class score does not depend on how well a box fits, and it be
 
     image -> ResNet-FPN -> P2..P6 -> RPN -> proposals
       class: RoIAlign 7x7 -> 2 fc -> cls [R, K + 1]
-      3 x  : RoIAlign 14x14 -> 8 convs, the first strided -> trunk [R, 576, 7, 7]
-             -> 2 transposed convs -> heat maps [R, 9, 28, 28], windows of a 56x56 grid
-             over the enlarged box -> 9 points -> box = RoI of the next stage
-      ISM  : trunk of the last stage -> 3 fc -> (1 - IoU, IoU) [R, 2]
-      RSM  : RoIAlign 7x7 of the final boxes -> 2 fc -> rsm [R, K + 1]
-    training: All sampled RoIs train cls. The positives, at most 96 an image, enter stage 1.
-              The boxes of stage 1 that reach IoU 0.6 train stage 2, those of stage 2 that
-              reach 0.7 train stage 3. The RoIs of stage 3 train ISM and, with cls's
-              negatives, RSM.
-    test:     cls -> NMS 0.3 on the proposals -> best 96 of an image -> 3 stages -> ISM, RSM
-              score = (cls ism)^0.8 rsm^0.2; no NMS follows
+      stage: RoIAlign 14x14 -> 8 convs, the first strided -> trunk [R, 576, 7, 7]
+             -> 2 transposed convs -> heat maps [R, 9, 28, 28] over the enlarged box
+             -> 9 points -> box, the RoI of the next stage; three stages
+      ISM:   trunk of the last stage -> 3 fc -> (1 - IoU, IoU) [R, 2]
+      RSM:   RoIAlign 7x7 of the final boxes -> 2 fc -> rsm [R, K + 1]
+    training: All sampled RoIs train cls. The positives, at most 96 an image, train stage 1.
+              Its boxes with IoU >= 0.6 train stage 2, whose boxes with IoU >= 0.7 train
+              stage 3. The RoIs of stage 3 train ISM, and RSM together with cls's negatives.
+    test:     cls of the proposals -> NMS 0.3 -> best 96 of an image -> 3 stages -> ISM, RSM
+              -> score = (cls ism)^0.8 rsm^0.2. No NMS follows.
 
-    Eq. 1   B' = S_j(M_j(g_j(RoIAlign(P_i, B_j))))        g: GridHead, M: decode_grid
-                                                          (baselines/grid_branch.py),
-                                                          S: select_boxes
+    Eq. 1   B' = S_j(M_j(g_j(RoIAlign(P_i, B_j))))    GridHead, decode_grid, select_boxes
     Eq. 2   L_CMM = sum_j beta_j omega BCE(g_j, map_gt)   grid_loss, map_gt: grid_targets
-    Eq. 3   ism = f(g'(RoIAlign(P_i, B)))                 f: IoUScoring, g': GridHead.trunk
-    Eq. 4   score = (cls ism)^gamma rsm^(1 - gamma)       fused_score
-    Eq. 5   L = L_rpn + L_cls + L_scoring + L_CMM         GridDetector.loss
+    Eq. 3   ism = f(g'(RoIAlign(P_i, B)))             f: IoUScoring, g': GridHead.trunk
+    Eq. 4   score = (cls ism)^gamma rsm^(1 - gamma)   fused_score
+    Eq. 5   L = L_rpn + L_cls + L_scoring + L_CMM     GridDetector.loss
     Eq. 6   L_scoring = alpha_1 L_RSM + alpha_2 L_ISM     FusedScoring.scoring_losses
-    Eq. 7   L_ISM = l2(predicted IoU, IoU)                iou_scoring_loss
+    Eq. 7   L_ISM = l2(predicted IoU, IoU)            iou_scoring_loss
 
 Where paper and release differ, we follow the release, which made the paper's numbers:
     ISM and RSM learn from the boxes that enter the last stage. In the paper (Eq. 3, 3.3.2)
     they learn from the boxes that leave it.
     In training, all ground truth enters stages 2 and 3 as perfect RoIs, which the paper does
     not mention. Here at most 100 objects an image enter, so that memory is bounded.
-docs/deviations.md lists all others. The variant of Table 3, ISM and RSM on Cascade R-CNN
-(`--base cascade`), is at the end of this file. "(3.4)" is a section of the paper, "(release)"
-a value seen in the release, "choice:" our own where neither decides.
+docs/deviations.md lists all others. `--base cascade`, at the end of this file, is Table 3's
+ISM and RSM on Cascade R-CNN. "(3.4)" is a section of the paper, "(release)" a value seen in
+the release, "choice:" our own where neither decides.
 """
 
 from __future__ import annotations
@@ -65,9 +62,7 @@ import kernels
 from baselines import cascade_rcnn, faster_rcnn
 from baselines.faster_rcnn import Rois, SampledRois, TrainingRois
 from baselines.grid_branch import GridHead, decode_grid, grid_loss, grid_targets
-from common import BadInput
 from engine import Amount, Natural, Share, Whole
-from engine.detector import over_threshold
 
 # B images, R RoIs, P positive RoIs, N candidates, K classes, C channels
 # labels 0..K-1, background K; stages count from 1
@@ -79,7 +74,7 @@ class Model(faster_rcnn.TwoStageModel):
 
     num_stages: Natural = 3  # grid stages N (Eq. 2); 1 without ISM and RSM: the Grid baseline
     ratios: tuple[Amount, ...] = (2.0, 1.5, 1.25)  # side of grid / side of box, by stage (3.2)
-    stage_ious: tuple[Share, ...] = (0.5, 0.6, 0.7)  # IoU from which boxes train a stage (3.4.1)
+    stage_ious: tuple[Share, ...] = (0.5, 0.6, 0.7)  # lowest IoU of a stage's RoIs (3.4.1)
     ism: bool = True  # predict IoU (3.3.1)
     rsm: bool = True  # classify the final boxes again (3.3.2)
     ism_loss: Literal["l2", "l1", "smooth_l1"] = "l2"  # loss of the predicted IoU (Table 6)
@@ -98,7 +93,7 @@ class Model(faster_rcnn.TwoStageModel):
 class Test(faster_rcnn.Test):
     """NMS on the proposals, none on the final boxes (3.4.3)."""
 
-    score_threshold: Share = 0.03  # lowest class score, and fused score of merged boxes (release)
+    score_threshold: Share = 0.03  # lowest class score; when merging, fused score (release)
     nms_iou: Share = 0.3  # NMS per class, on the proposals, before the grid stages (3.4.3)
     grid_test: Natural = 96  # boxes per image that enter the grid stages (3.4.3)
     test_stage: Whole = 0  # this stage's boxes are the result (Table 4); 0: the last one's
@@ -110,31 +105,22 @@ class Test(faster_rcnn.Test):
     soft_nms_score: Share = 1e-4  # soft-NMS drops boxes whose score falls below this (release)
 
 
-TINY = dict(
-    faster_rcnn.TINY,
-    point_channels=8,
-    num_convs=3,
-    groups=9,
-    grid_init=True,  # few cells are ones, which takes 300 steps to learn from 50 %
-    grid_rois=12,
-    grid_test=50,
-)
-FROM_BASE: Any = None  # stands for the default that `base` decides
+TINY = faster_rcnn.TINY | dict(point_channels=8, num_convs=3, groups=9)
+TINY |= dict(grid_rois=12, grid_test=50)
+TINY |= dict(grid_init=True)  # few cells are ones, which takes 300 steps to learn from 50 %
 
 
 @dataclass
 class Settings(engine.Settings):
     """CPM R-CNN with ResNet-50 on COCO: Table 2."""
 
-    tiny = TINY
-
-    model: engine.Model = FROM_BASE
-    test: engine.Test = FROM_BASE
-    run: engine.Run = FROM_BASE
+    model: engine.Model = None
+    test: engine.Test = None
+    run: engine.Run = None
     base: Literal["grid", "cascade"] = "grid"  # what draws boxes: points, or deltas (Table 3)
 
     def __post_init__(self) -> None:
-        """Fill in the defaults of the base."""
+        """Fill in what is None: `base` decides these defaults."""
         cascade = self.base == "cascade"
         self.tiny = cascade_rcnn.TINY if cascade else TINY
         self.model = self.model or (CascadeModel() if cascade else Model())
@@ -147,9 +133,7 @@ class Settings(engine.Settings):
         self.run = self.run or (cascade_rcnn.Settings().run if cascade else grid_run)
 
     def replace(self, **changes) -> engine.Settings:
-        """As in engine.Settings. Also raises BadInput if settings contradict each other."""
-        if isinstance(self.model, CascadeModel) != (self.base == "cascade"):
-            raise BadInput(f"base {self.base}: these model settings are the other base's")
+        """As in engine.Settings. Also raises BadInput if the tested stage does not exist."""
         settings = super().replace(**changes)
         tested_stage(settings.model, settings.test)
         return settings
@@ -163,10 +147,10 @@ class Settings(engine.Settings):
 
 
 def tested_stage(model, test) -> int:
-    """The stage that `test` asks for. Raises BadInput if it is missing or lacks a needed ISM."""
+    """The stage that `test` asks for. Raises BadInput without it, or without an ISM to use."""
     stage = cascade_rcnn.tested_stage(model, test)
     if test.ism_use == "replace" and not (model.ism and stage == model.num_stages):
-        raise BadInput("--ism-use replace: this model has no ISM, or not at this stage")
+        raise common.BadInput("--ism-use replace: this model has no ISM, or not at this stage")
     return stage
 
 
@@ -235,9 +219,9 @@ def iou_scoring_loss(
 
     The loss is the mean over both outputs and over num_rois, which is R unless given.
     """
-    # choice: smooth_l1 has beta 1/9; with beta 1 it would be l2 for all errors below 1
-    functions: dict[str, Any] = dict(l2=F.mse_loss, l1=F.l1_loss)
-    functions["smooth_l1"] = partial(F.smooth_l1_loss, beta=1 / 9)
+    # choice: beta 1/9 in smooth_l1; with beta 1 it would be l2 for all errors below 1
+    smooth_l1 = partial(F.smooth_l1_loss, beta=1 / 9)
+    functions: dict[str, Any] = dict(l2=F.mse_loss, l1=F.l1_loss, smooth_l1=smooth_l1)
     targets = torch.stack([1 - ious, ious], 1)  # [R, 2]
     loss = functions[kind](predicted.float(), targets, reduction="sum")
     num_rois = max(1, len(ious)) if num_rois is None else num_rois
@@ -250,8 +234,7 @@ def iou_scoring_loss(
 def join(first: TrainingRois, second: TrainingRois) -> TrainingRois:
     """Two sets of RoIs as one."""
     names = [field.name for field in dataclasses.fields(TrainingRois)]
-    joined = {k: torch.cat([getattr(first, k), getattr(second, k)]) for k in names}
-    return TrainingRois(**joined)
+    return TrainingRois(*(torch.cat([getattr(first, k), getattr(second, k)]) for k in names))
 
 
 def perfect_rois(objects: tuple[Tensor, ...], most: int = 100) -> TrainingRois:
@@ -304,44 +287,30 @@ class FusedScoring(faster_rcnn.TwoStage):
             losses["rsm"] = model.rsm_weight * faster_rcnn.class_loss(logits, both.labels)
         return losses
 
-    def predicted_iou(self, trunk: Tensor, stage: int) -> Tensor:
-        """ISM's score [R] in [0, 1]; ones in a stage without ISM. Only the last one has it."""
-        if not self.settings.ism or stage < self.settings.num_stages:
-            return torch.ones(len(trunk), device=trunk.device)
-        return self.ism(trunk)[:, 1].float().clamp(0, 1)
-
-    def reclassify(self, features: list[Tensor], rois: Rois) -> Tensor:
-        """RSM's probabilities [R, K + 1] of the final boxes. Ones where there is no RSM."""
-        if not self.settings.rsm:
-            return torch.ones(len(rois), self.num_classes + 1, device=rois.boxes.device)
-        return self.rsm(self.pool(features, rois, 7)).float().softmax(1)
-
     def rescored(
-        self, found: dict[str, Tensor], ism: Tensor, probs: Tensor, test: Test | CascadeTest
+        self, found: dict, outputs: dict, rois: Rois, trunk: Tensor, test, row=...
     ) -> dict[str, Tensor]:
         """Candidates with the fused score (Eq. 4), and with its factors cls, ism and rsm [N].
 
-        found: N candidates with class scores; ism [N] and probs [N, K + 1] of their boxes.
+        found: N candidates with class scores; rois, trunk: R final boxes, and what ISM reads
+        of each; row [N]: each candidate's box, unless these are as many and in order.
         """
-        cls = found["scores"]
-        rsm = probs.gather(1, found["labels"][:, None])[:, 0]  # of the candidate's class
+        model, cls = self.settings, found["scores"]
+        ism, rsm = torch.ones_like(cls), torch.ones_like(cls)
+        if model.ism and tested_stage(model, test) == model.num_stages:  # others lack ISM
+            ism = self.ism(trunk)[:, 1].float().clamp(0, 1)[row]
+        if model.rsm:
+            pooled = self.pool(outputs["features"], rois, 7)
+            probs = self.rsm(pooled).float().softmax(1)[row]  # [N, K + 1]
+            rsm = probs.gather(1, found["labels"][:, None])[:, 0]
         used_cls = torch.ones_like(cls) if test.ism_use == "replace" else cls
         used_ism = torch.ones_like(ism) if test.ism_use == "ignore" else ism
-        gamma = test.gamma if self.settings.rsm else 1.0
-        scores = fused_score(used_cls, used_ism, rsm, gamma)
+        scores = fused_score(used_cls, used_ism, rsm, test.gamma if model.rsm else 1.0)
         return {**found, "scores": scores, "cls": cls, "ism": ism, "rsm": rsm}
-
-    def merge(self, boxes: Tensor, scores: Tensor, groups: Tensor, test, iou: float):
-        """NMS or soft-NMS, at this IoU, of boxes whose fused score is over the threshold."""
-        scores = scores.where(scores > test.score_threshold, -torch.inf)  # NMS leaves out -inf
-        if test.soft_nms:
-            return kernels.soft_nms_padded(boxes, scores, groups, iou, test.soft_nms_score)[:2]
-        keep, _ = kernels.nms_padded(boxes, scores, groups, iou)
-        return keep, scores[keep]
 
 
 class GridDetector(FusedScoring):
-    """Figure 2. engine/detector.py says what `loss`, `outputs` and `candidates` promise."""
+    """Figure 2. engine/detector.py has the contract; `outputs` is in faster_rcnn.TwoStage."""
 
     settings: Model
     default_test = Test
@@ -360,77 +329,58 @@ class GridDetector(FusedScoring):
         self.to(memory_format=torch.channels_last)
 
     def loss(self, images: list[Tensor], targets: list[dict]) -> dict[str, Tensor]:
-        """Eq. 5: the RPN's losses, `cls`, one `grid` for each stage, `ism` and `rsm`."""
+        """Eq. 5: the RPN's losses, `cls`, one `grid` for each stage (Eq. 2), `ism` and `rsm`.
+
+        cls's positives enter stage 1. The boxes that a stage draws enter the next one. So does
+        the ground truth, so boxes drawn from copies of it are left out (release).
+        """
+        model, weight = self.settings, self.settings.grid_weight
         features, sizes, losses, sampled = self.training_rois(images, targets)
         logits = self.classify(self.pool(features, sampled, 7))  # [R, K + 1]
         losses["cls"] = faster_rcnn.class_loss(logits, sampled.labels)
-        grid_losses, rois, trunk = self.grid_losses(features, sampled, sizes, targets)
-        return losses | grid_losses | self.scoring_losses(features, sampled, rois, trunk)
-
-    def grid_losses(
-        self, features: list[Tensor], sampled: SampledRois, sizes: Tensor, targets: list[dict]
-    ) -> tuple[dict[str, Tensor], TrainingRois, Tensor]:
-        """Eq. 2's losses; the last stage's P RoIs, and their trunk features [P, ...].
-
-        cls's positives enter stage 1. The boxes that a stage draws enter the next one, together
-        with the ground truth, so boxes drawn from copies of it are left out (release).
-        """
-        model, weight = self.settings, self.settings.grid_weight
-        losses: dict[str, Tensor] = {}
         objects = common.pad_targets(targets)
         positives, _ = sampled.split(model.grid_rois)
         rois = sampled[positives]
-        for stage, (head, ratio) in enumerate(zip(self.grids, model.ratios), 1):
-            threshold = model.stage_ious[stage - 1]
+        stages = zip(self.grids, model.ratios, model.stage_ious)
+        for stage, (head, ratio, threshold) in enumerate(stages, 1):
             if stage > 1 or threshold > 0.5:  # all positives reach 0.5
                 rois = select_boxes(rois, objects, threshold)
-            logits, trunk = head(self.pool(features, rois, 14))
-            map_gt = grid_targets(rois.boxes, rois.gt_boxes, ratio, logits.shape[-1])
-            loss = grid_loss(logits, map_gt, common.shared_rows(rois.boxes))
+            heat, trunk = head(self.pool(features, rois, 14))  # [P, 9, S, S], [P, ...]
+            map_gt = grid_targets(rois.boxes, rois.gt_boxes, ratio, heat.shape[-1])
+            loss = grid_loss(heat, map_gt, common.shared_rows(rois.boxes))
             losses[f"grid{stage}"] = weight * loss
             weight *= model.stage_decay
             if stage < model.num_stages:
-                boxes = decode_grid(rois.boxes, logits.detach(), ratio, sizes[rois.image])
+                boxes = decode_grid(rois.boxes, heat.detach(), ratio, sizes[rois.image])
                 boxes = boxes * ~rois.is_gt[:, None]  # left out: without area
                 rois = join(rois.moved(boxes), perfect_rois(objects))
-        return losses, rois, trunk
-
-    @torch.no_grad()
-    def outputs(self, images: list[Tensor]) -> dict:
-        """Feature maps, sizes [B, 2], the proposals, and their class probabilities [R, K]."""
-        features, sizes, rois = self.test_rois(images)
-        probs = self.classify(self.pool(features, rois, 7)).float().softmax(1)[:, :-1]
-        return dict(features=features, sizes=sizes, rois=rois, probs=probs)
+        return losses | self.scoring_losses(features, sampled, rois, trunk)
 
     @torch.no_grad()
     def candidates(self, outputs: dict, test: Test) -> dict[str, Tensor]:
-        """NMS on the proposals (overlapping ones lead to one box), stages, scores (3.4.3)."""
+        """NMS, since overlapping proposals lead to one box; then stages and scores (3.4.3)."""
         stage = tested_stage(self.settings, test)
         features, sizes = outputs["features"], outputs["sizes"]
-        roi, labels, cls = over_threshold(outputs["probs"], test.score_threshold)
-        rois = outputs["rois"][roi]
-        keep = self.best_proposals(rois, cls, labels, len(sizes), test.nms_iou, test.grid_test)
-        rois = rois[keep]
+        rois, found = self.best_proposals(outputs, test, test.grid_test)
         for head, ratio in zip(self.grids[:stage], self.settings.ratios):
             logits, trunk = head(self.pool(features, rois, 14))
             rois = rois.moved(decode_grid(rois.boxes, logits, ratio, sizes[rois.image]))
-        found = dict(boxes=rois.boxes, scores=cls[keep], labels=labels[keep], image=rois.image)
-        found["roi"] = roi[keep]  # the proposal that each box was drawn from
-        ism = self.predicted_iou(trunk, stage)
-        return self.rescored(found, ism, self.reclassify(features, rois), test)
+        return self.rescored({"boxes": rois.boxes, **found}, outputs, rois, trunk, test)
 
     def suppress(self, boxes: Tensor, scores: Tensor, groups: Tensor, test: Test):
         """No NMS follows the stages (3.4.3), unless soft-NMS or several views ask for it."""
-        if test.soft_nms or test.several_views:
-            return self.merge(boxes, scores, groups, test, test.merge_iou)
-        keep = scores.argsort(descending=True, stable=True)
+        if not (test.soft_nms or test.several_views):
+            keep = scores.argsort(descending=True, stable=True)
+            return keep, scores[keep]
+        scores = scores.where(scores > test.score_threshold, -torch.inf)  # NMS leaves out -inf
+        if test.soft_nms:
+            iou, lowest = test.merge_iou, test.soft_nms_score
+            return kernels.soft_nms_padded(boxes, scores, groups, iou, lowest)[:2]
+        keep, _ = kernels.nms_padded(boxes, scores, groups, test.merge_iou)
         return keep, scores[keep]
 
 
 # ------------------------------------------------------------------------------ Cascade R-CNN
-
-# Table 3 adds ISM and RSM to Cascade R-CNN, whose stages classify boxes and move them by
-# deltas. ISM reads the last stage's hidden features. RSM classifies the final boxes.
 
 
 @dataclass
@@ -451,12 +401,13 @@ class CascadeTest(cascade_rcnn.Test):
     # predicted IoU times class score (Eq. 4), predicted IoU in its place, or class score alone
     ism_use: Literal["multiply", "replace", "ignore"] = "multiply"
     gamma: Share = 0.8  # share of cls * ism in the score; the rest is RSM's (Eq. 4)
-    soft_nms: bool = False  # linear soft-NMS instead of NMS, at the same IoU
-    soft_nms_score: Share = 1e-4  # soft-NMS drops boxes whose score falls below this
 
 
 class CascadeDetector(FusedScoring, cascade_rcnn.Detector):
-    """Cascade R-CNN ranked by the fused score. `loss` and `outputs` are the baseline's."""
+    """Cascade R-CNN, whose stages move boxes by deltas, with the fused score (Table 3).
+
+    ISM reads the last stage's hidden features. `loss` and `outputs` are the baseline's.
+    """
 
     settings: CascadeModel
     default_test = CascadeTest
@@ -466,22 +417,21 @@ class CascadeDetector(FusedScoring, cascade_rcnn.Detector):
         self.add_scoring(ism_features=model.fc_channels)
 
     def scoring_losses(self, features, sampled, rois: TrainingRois, hidden: Tensor):
-        """Eq. 6 for the positives among the last stage's R RoIs, with hidden features [R, D]."""
+        """Eq. 6 of the positives among the last stage's R RoIs, with hidden [R, D]."""
         positive = (rois.labels < self.num_classes).nonzero()[:, 0]  # the host waits here
         return super().scoring_losses(features, sampled, rois[positive], hidden[positive])
 
     @torch.no_grad()
     def candidates(self, outputs: dict, test: CascadeTest) -> dict[str, Tensor]:
         """Each class over the threshold, with the tested stage's box and the fused score."""
-        stage = tested_stage(self.settings, test)
         found = super().candidates(outputs, test)
-        ism = self.predicted_iou(outputs["hidden"], stage)  # [R], one for each proposal
-        probs = self.reclassify(outputs["features"], outputs["rois"][stage - 1])
-        return self.rescored(found, ism[found["roi"]], probs[found["roi"]], test)
+        rois = outputs["rois"][tested_stage(self.settings, test) - 1]  # one a proposal
+        return self.rescored(found, outputs, rois, outputs["hidden"], test, row=found["roi"])
 
     def suppress(self, boxes: Tensor, scores: Tensor, groups: Tensor, test: CascadeTest):
-        """NMS or soft-NMS in each class."""
-        return self.merge(boxes, scores, groups, test, test.nms_iou)
+        """NMS in each class, of boxes whose fused score is over the threshold."""
+        scores = scores.where(scores > test.score_threshold, -torch.inf)  # NMS leaves out -inf
+        return super().suppress(boxes, scores, groups, test)
 
 
 def Detector(model: Model | CascadeModel, num_classes: int) -> GridDetector | CascadeDetector:

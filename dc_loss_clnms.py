@@ -7,7 +7,7 @@ features". The paper calls this task spatial misalignment, names three harms and
 
 Dynamic coefficient (DC) loss, 2.1. Shared features that serve one task well serve the other
     badly. So the worse a positive's box fits, the less its class loss counts: the features
-    serve the box first, and the class once the box is good.
+    first learn the box, and then, once the box is good, the class.
 IoU-classification-aware (IAC) score, 2.2. Anchors are labelled by IoU alone. On an object of
     irregular shape this misjudges anchors that overlap the box little but see enough of the
     object to classify it ("anchor label misjudgment"). So an anchor is also positive if it
@@ -18,12 +18,13 @@ Classification-localisation balanced (CL) NMS, 2.3. NMS keeps the box with the b
     box with the best sum of score and nearness to this centre is kept.
 
 In our experiments (docs/results.md) the gain comes from DC loss. IAC does not raise AP: the
-classifier already knows the anchors that it adds. CL-NMS adds 0.1 AP at most.
+classifier already recognises the anchors that IAC adds. CL-NMS adds 0.1 AP at most.
 
     image -> ResNet-FPN -> P3..P7 -> two towers -> cls_logits [B, N, K], deltas [B, N, 4]
     training: label anchors by IoU and IAC score s -> weigh positives' class losses by lambda'
-    test:     scores p over 0.05 -> boxes -> per class, until no box is left: take the best p
-              and all boxes that overlap it, the cluster; keep only the one with the best p + d
+    test:     boxes with scores p over 0.05 -> CL-NMS, in each class: the box with the best p
+              and all boxes that overlap it are a cluster. The cluster's box with the best
+              p + d is kept. The boxes that are left form the next cluster.
 
     Eq. 1   L = (sum_pos L_cls + sum_neg L_cls + sum_pos L_reg) / N_pos   RetinaNet.loss
     Eq. 2   lambda = 1 / (error of the positive's box + eps)              dynamic_coefficient
@@ -60,7 +61,6 @@ import engine
 import kernels
 from baselines import gfl, retinanet
 from baselines.retinanet import Assignment, OneStage, Positives
-from common import BadInput
 from engine import Amount, Share
 
 # B images, K classes, A = 9 anchors per cell, N anchors per image
@@ -100,22 +100,19 @@ class Test(retinanet.Test):
 
 
 TINY = retinanet.TINY
-BY_BASE: Any = None  # the default of settings that depend on `base`
 
 
 @dataclass
 class Settings(engine.Settings):
     """RetinaNet with ResNet-50 and all three proposals on COCO: Table 2, last row."""
 
-    tiny = TINY
-
     base: Literal["retinanet", "gfl"] = "retinanet"  # what is extended; gfl: without IAC (3.2)
-    model: Model | ModelOnGFL = BY_BASE
-    test: Test = BY_BASE
-    run: engine.Run = BY_BASE
+    model: Model | ModelOnGFL = None
+    test: Test = None
+    run: engine.Run = None
 
     def __post_init__(self) -> None:
-        """Fill in the defaults of the base."""
+        """Fill in what is None: `base` decides these defaults."""
         on_gfl = self.base == "gfl"
         self.tiny = gfl.TINY if on_gfl else TINY
         self.model = self.model or (ModelOnGFL() if on_gfl else Model())
@@ -126,12 +123,6 @@ class Settings(engine.Settings):
             epochs=12.17,  # 90k steps of 16 of COCO's 118,287 images (3.1)
             drops=(67.5 / 90, 75 / 90),  # lr / 10 after 67.5k and 75k steps (3.1)
         )
-
-    def replace(self, **changes) -> engine.Settings:
-        """As in engine.Settings. Also raises BadInput if the model belongs to the other base."""
-        if isinstance(self.model, ModelOnGFL) != (self.base == "gfl"):
-            raise BadInput(f"--base {self.base}: its model is not a {type(self.model).__name__}")
-        return super().replace(**changes)
 
 
 # ------------------------------------------------------------------------------ DC loss (2.1)
@@ -167,9 +158,9 @@ def dynamic_coefficient(
         lambda = 1 / (e + eps)
 
     "A dynamic coefficient, which is the reciprocal of localization error", and eps "to ensure
-    that the denominator cannot be 0". No gradient flows to `boxes`: otherwise worse boxes would
-    lower the class loss, and the network would learn to make them. A padded row of zeros also
-    gets a finite coefficient; the caller leaves it out.
+    that the denominator cannot be 0". No gradient flows to `boxes`. Otherwise the network
+    would learn to make worse boxes, because they lower the class loss. A padded row of zeros
+    also gets a finite coefficient; the caller leaves it out.
 
     >>> box = torch.tensor([[0., 0., 10., 10.]])
     >>> dynamic_coefficient(torch.cat([box, box + 9]), torch.cat([box, box]))
@@ -184,9 +175,9 @@ def normalise_coefficient(coefficient: Tensor, losses: Tensor) -> Tensor:
         lambda'_i = lambda_i * sum_j L_j / sum_j (lambda_j L_j)
 
     "To make sure that the value range of the overall loss function remains invariant, we then
-    normalize the coefficient [lambda] by employing the classification loss function." Since
-    sum(lambda' L) equals sum(L), lambda' only changes gradients, and only if it is a constant.
-    With a gradient through lambda', the sum would have the gradient of the plain sum(L).
+    normalize the coefficient [lambda] by employing the classification loss function." The sum
+    of lambda' L then equals the sum of L, so lambda' only changes the gradient. It must be a
+    constant: with a gradient through lambda', the gradient would be that of the plain sum.
 
     >>> normalise_coefficient(torch.tensor([1., 3.]), torch.tensor([2., 2.]))
     tensor([0.5000, 1.5000])
@@ -199,7 +190,7 @@ def normalise_coefficient(coefficient: Tensor, losses: Tensor) -> Tensor:
 
 
 def iac_score(
-    probs: Tensor, anchors: Tensor, gt_boxes: Tensor, alpha: float = 0.75, form: str = "product"
+    probs: Tensor, anchors: Tensor, gt_boxes: Tensor, alpha: float = 0.75, form="product"
 ) -> Tensor:
     """Eq. 6: the IAC score [...] of anchors and their gts; 0 where the two do not overlap.
 
@@ -207,14 +198,13 @@ def iac_score(
         s = alpha * p + (1 - alpha) * inner / min_area           (form "sum")
 
     The text names an "intersection area" (inner), a "minimum area between the i-th anchor and
-    its corresponding ground truth" and an "adjustable weight" alpha. It does not say how these
-    combine, nor which factor alpha weighs. inner / min_area is 1 if one box contains the other.
-    So an anchor inside its gt is positive (s > 0.5) if p exceeds 0.40, or 1/3 with the sum. If
-    alpha weighed the areas (`alpha=0.25`), 0.06 would be enough, and with the sum any p.
+    its corresponding ground truth" and an "adjustable weight" alpha. It says neither how these
+    combine nor which factor alpha weighs; here alpha weighs p. For an anchor inside its gt,
+    inner / min_area is 1, so the anchor is positive (s > 0.5) if p exceeds 0.40, or 1/3 with
+    the sum. If alpha weighed the areas, 0.06 would be enough, and with the sum any p.
 
-    probs [...]: the anchor's probability of its gt's class; anchors, gt_boxes [..., 4]
-    broadcast. Gradients flow through probs; a caller that makes labels turns them off, and
-    leaves out anchors in the padding.
+    probs [...]: the anchor's probability of its gt's class; anchors, gt_boxes [..., 4]. They
+    broadcast. A caller that makes labels turns gradients off and leaves out the padding.
 
     >>> anchor, gt = torch.tensor([0., 0., 10., 10.]), torch.tensor([5., 0., 25., 20.])
     >>> [iac_score(torch.tensor(0.25), anchor, gt, 0.5, form) for form in ("product", "sum")]
@@ -284,7 +274,7 @@ def cl_nms_of_one_class(
 def readable_cl_nms(
     boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, literal: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.cl_nms` in readable form, group by group: the indices kept, and their scores."""
+    """`kernels.cl_nms` in readable form, group by group: the indices kept, their scores."""
     keep = groups.new_zeros(0)
     for group in groups.unique():
         members = (groups == group).nonzero()[:, 0]
@@ -314,7 +304,7 @@ class ThreeProposals(OneStage):
         return self.add_positives(out, assigned) if self.settings.iac else assigned
 
     def add_positives(self, out: dict, assigned: Assignment) -> Assignment:
-        """Eq. 6, 7: anchors with a high IAC score become positive for their assigned object."""
+        """Eq. 6, 7: anchors with a high IAC score become positive for their object."""
         settings, classes = self.settings, assigned.gt_labels[..., None]
         probs = out["cls_logits"].gather(2, classes)[..., 0].sigmoid()  # [B, N]
         alpha, form = settings.iac_alpha, settings.iac_form
@@ -348,9 +338,9 @@ class ThreeProposals(OneStage):
         """
         if test.nms == "plain":
             return super().suppress(boxes, scores, groups, test)
-        if test.nms == "soft":  # choice: linear, as the paper names no kind; MMDetection's limits
-            lowest = test.soft_nms_score
-            return kernels.soft_nms(boxes, scores, groups, test.soft_nms_iou, lowest)
+        if test.nms == "soft":  # choice: linear, with MMDetection's limits; the paper has none
+            iou, lowest = test.soft_nms_iou, test.soft_nms_score
+            return kernels.soft_nms(boxes, scores, groups, iou, lowest)
         cl_nms = readable_cl_nms if test.readable else kernels.cl_nms
         return cl_nms(boxes, scores, groups, test.nms_iou, literal=test.cl_literal)
 
@@ -365,8 +355,8 @@ class OnRetinaNet(ThreeProposals, retinanet.RetinaNet):
 # ------------------------------------------------------------------------------ on GFL
 
 # The last row of Table 1 puts DC loss and CL-NMS on GFL (baselines/gfl.py), without IAC (3.2).
-# The paper does not say how lambda' enters GFL's class loss. That loss already asks for a low
-# score where a box fits badly, and these are the boxes that DC loss makes count less.
+# The paper does not say how lambda' enters GFL's class loss. This loss already teaches a low
+# score for a box that fits badly, and DC loss makes just these boxes count less.
 
 
 @dataclass
@@ -374,8 +364,8 @@ class ModelOnGFL(Proposals, gfl.Model):
     """GFL with ResNet-50 and DC loss."""
 
     iac: bool = False  # anchors with a high IAC score are positive too (2.2); not on GFL (3.2)
-    # which class losses of a positive lambda' weighs; anchor: those of all classes, as on
-    # RetinaNet (choice); class: only that of the object's class
+    # which class losses of a positive lambda' multiplies: those of all classes (anchor, as on
+    # RetinaNet; choice), or only the loss of its object's class (class)
     gfl_dc: Literal["anchor", "class"] = "anchor"
 
 

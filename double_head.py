@@ -8,8 +8,8 @@ trains two kinds of head on both tasks and finds opposite preferences (Section 3
 fc-head, two fully connected layers, classifies better. Each cell of a proposal has weights of
     its own, so the head can tell a complete object from a part, and its scores follow the IoU
     of proposal and object. This sensitivity makes it less robust in regressing whole objects.
-conv-head, a stack of convolutions, localises better; all cells share its weights. Non-local
-    blocks, in which cells attend to each other, are there "to enhance foreground objects" (4.1).
+conv-head, a stack of convolutions, localises better; all cells share its weights. In its
+    non-local blocks cells attend to each other, "to enhance foreground objects" (4.1).
 Double-Head classifies with fc-head and regresses with conv-head. Double-Head-Ext, the default,
     also trains each head on the other's task, its "unfocused task" (4.2): regression is
     auxiliary supervision for fc-head, and the two classifiers, fused, complement each other.
@@ -22,7 +22,6 @@ Double-Head classifies with fc-head and regresses with conv-head. Double-Head-Ex
     training: class and box loss weigh 1.4 and 0.6 in fc-head, 0.5 and 2.0 in conv-head
     test:     score s_fc + s_conv (1 - s_fc), box from conv-head -> NMS per class -> best 100
 
-    Equation      Formula                                               Function
     1 (4.1)       L = omega_fc L_fc + omega_conv L_conv + L_rpn         task_weights
     2 (4.2)       L_fc = lambda_fc L_cls + (1 - lambda_fc) L_reg        task_weights
     3 (4.2)       L_conv = (1 - lambda_conv) L_cls + lambda_conv L_reg  task_weights
@@ -54,18 +53,18 @@ from data.settings import Range
 from engine import Amount, Natural, Share
 
 # B images, R RoIs, K classes (labels 0..K-1, background K), C channels, S = 7 side of the grid
-# rois: a `Rois`, or [R, 5] in plain functions: image index, x1, y1, x2, y2 in input pixels
+# rois: a `Rois`, or [R, 5] (image index, x1, y1, x2, y2) for functions of plain tensors
 # logits [R, K + 1], probs [R, K] (background dropped), deltas [R, K, 4] in units of RCNN_STDS
-# heads are named "fc" and "conv"; "fc2" or "conv2" is the second of two heads of one kind
+# names of heads: "fc" and "conv"; of two heads of one kind, the second is "fc2" or "conv2"
 
 
 @dataclass
 class Model(faster_rcnn.TwoStageModel):
     """Double-Head-Ext with ResNet-50."""
 
-    # which heads there are (Table 1). fc, conv: one, for both tasks. double_fc, double_conv:
-    # two of one kind; the first classifies, the second regresses. double_head: one of each
-    # kind; the lambdas divide the two tasks between them
+    # which heads there are (Table 1). fc, conv: one head, which does both tasks. double_fc,
+    # double_conv: two heads of one kind; the first classifies, the second regresses.
+    # double_head: an fc-head and a conv-head, which share the tasks as the lambdas say
     heads: Literal["fc", "conv", "double_fc", "double_conv", "double_head"] = "double_head"
     lambda_fc: Share = 0.7  # share of the class loss in double_head's fc-head (Eq. 2, 5.2)
     lambda_conv: Share = 0.8  # share of the box loss in double_head's conv-head (Eq. 3, 5.2)
@@ -97,7 +96,7 @@ class Test(faster_rcnn.Test):
     alone: Literal["", "fc", "conv"] = ""
 
 
-# lr_batch as in the other tiny presets; choice: 1.7 epochs reach 52 AP, 1.2 reach 43 (one seed)
+# lr_batch as in other tiny presets; choice: 1.7 epochs reach 52 AP, 1.2 reach 43 (one seed)
 TINY = dict(faster_rcnn.TINY, lr_batch=16, conv_channels=128, epochs=1.7)
 
 
@@ -111,7 +110,9 @@ class Settings(engine.Settings):
     test: Test = field(default_factory=Test)
     # 180k steps of 8 of COCO's 118,287 images; lr / 10 after 120k and 160k (5.1)
     run: engine.Run = field(
-        default_factory=lambda: engine.Run(lr=0.01, lr_batch=8, epochs=12.17, drops=(2 / 3, 8 / 9))
+        default_factory=lambda: engine.Run(
+            lr=0.01, lr_batch=8, epochs=12.17, drops=(120 / 180, 160 / 180)
+        )
     )
 
     def __post_init__(self) -> None:
@@ -123,15 +124,15 @@ class Settings(engine.Settings):
 # ------------------------------------------------------------------------------ equations
 
 
-def task_weights(heads: str, omega_fc=1.0, omega_conv=1.0, lambda_fc=1.0, lambda_conv=1.0) -> dict:
-    """Eq. 1 to 3: (weight of class loss, weight of box loss) of each head, by the head's name.
+def task_weights(heads: str, omega_fc=1.0, omega_conv=1.0, lambda_fc=1.0, lambda_conv=1.0):
+    """Eq. 1 to 3: by name of the head, its weights of (class loss, box loss).
 
         L      = omega_fc L_fc + omega_conv L_conv + L_rpn           (1)
         L_fc   = lambda_fc L_cls + (1 - lambda_fc) L_reg             (2)
         L_conv = (1 - lambda_conv) L_cls + lambda_conv L_reg         (3)
 
-    Lambdas act in "double_head" only; in the other variants each loss has weight omega. Lambdas
-    of 0 are the paper's Double-Head-Reverse. If a weight is 0, the head has no such output.
+    The lambdas only act in "double_head"; elsewhere each loss has weight omega. Lambdas of 0
+    are the paper's Double-Head-Reverse. If a weight is 0, the head has no such output.
 
     >>> task_weights("double_head", 2.0, 2.5)  # lambda = 1 and 1: each head has one task
     {'fc': (2.0, 0.0), 'conv': (0.0, 2.5)}
@@ -216,7 +217,7 @@ def conv_chain(widths: tuple[int, ...], sizes: tuple[int, ...]) -> nn.Sequential
 class ResidualBlock(nn.Module):
     """Figure 5 (a) and (b): relu(body(x) + shortcut(x)), [R, C, S, S] -> [R, channels, S, S].
 
-    If C equals `channels`, body is a bottleneck (b), else 3x3 and 1x1 beside a 1x1 shortcut (a).
+    If C equals `channels`, body is a bottleneck (b), else 3x3 and 1x1, with a 1x1 shortcut.
     """
 
     def __init__(self, in_channels: int, channels: int):
@@ -258,8 +259,8 @@ class NonLocalBlock(nn.Module):
         self.g = nn.Conv2d(channels, channels // 2, 1)
         norm = nn.BatchNorm2d(channels)
         self.out = nn.Sequential(nn.Conv2d(channels // 2, channels, 1), norm)
-        # choice: BN's weight starts at zero. The release zeroes the convolution; BN then divides
-        # by a standard deviation near 0, which made our first gradient 30 times larger.
+        # choice: BN's weight starts at zero. The release zeroes the convolution, so that BN
+        # divides by a standard deviation near 0; our first gradient was then 30 times larger.
         nn.init.zeros_(norm.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -276,14 +277,16 @@ class NonLocalBlock(nn.Module):
 class ConvHead(nn.Module):
     """conv-head (4.1): K blocks and the mean over cells, [R, C, S, S] -> [R, channels].
 
-    The first block is residual and widens C to `channels`. With `non_local`, a non-local block,
-    to which `softmax` goes, precedes each bottleneck; both count in K, so K is odd. R may be 0.
+    The first block is residual and widens C to `channels`. With `non_local`, a non-local block
+    (of this `softmax`) precedes each bottleneck. Both count in K, so K is odd. R may be 0.
 
     >>> ConvHead(8, num_blocks=5, non_local=True, channels=32)(torch.rand(3, 8, 7, 7)).shape
     torch.Size([3, 32])
     """
 
-    def __init__(self, in_channels=256, num_blocks=5, non_local=True, channels=1024, softmax=False):
+    def __init__(
+        self, in_channels=256, num_blocks=5, non_local=True, channels=1024, softmax=False
+    ) -> None:
         super().__init__()
         if num_blocks < 1 or (non_local and num_blocks % 2 == 0):
             raise ValueError(f"{num_blocks} blocks: at least 1, and odd with non-local ones")
@@ -308,9 +311,7 @@ class ConvHead(nn.Module):
 
 
 class Detector(faster_rcnn.TwoStage):
-    """Figure 1 (d), or another variant by `Model.heads`. `heads`, `cls` and `box` hold the heads
-    and their outputs by name of the head; an output whose loss has weight 0 is not built.
-    """
+    """Figure 1 (d), or the variant that `Model.heads` names."""
 
     settings: Model
     default_test = Test
@@ -318,6 +319,7 @@ class Detector(faster_rcnn.TwoStage):
     def __init__(self, model: Model, num_classes: int):
         super().__init__(model, num_classes)
         self.loss_weights = model.loss_weights()
+        # the heads and their output layers, by name of the head
         self.heads, self.cls, self.box = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         for name, (class_weight, box_weight) in self.loss_weights.items():
             self.heads[name], width = make_head(name, model)
@@ -329,10 +331,7 @@ class Detector(faster_rcnn.TwoStage):
         self.to(memory_format=torch.channels_last)
 
     def loss(self, images: list[Tensor], targets: list[dict]) -> dict[str, Tensor]:
-        """Eq. 1, term by term, for B images [3, h, w] with targets: boxes [G, 4], labels [G].
-
-        The RPN's two losses, and each head's on the RoIs drawn: `fc_cls`, `conv_reg`, ...
-        """
+        """Eq. 1, term by term: the RPN's losses, and each head's: `fc_cls`, `conv_reg`, ..."""
         features, _, losses, rois = self.training_rois(images, targets)
         labels, gt_boxes = rois.labels, rois.gt_boxes  # [R], [R, 4]
         logits, deltas = self.head_outputs(features, rois)
@@ -348,7 +347,8 @@ class Detector(faster_rcnn.TwoStage):
     def outputs(self, images: list[Tensor]) -> dict:
         """features (maps [B, C, H, W]), sizes [B, 2], rois (R proposals) and `predictions`."""
         features, sizes, rois = self.test_rois(images)
-        return dict(features=features, sizes=sizes, rois=rois) | self.predictions(features, rois)
+        found = self.predictions(features, rois)
+        return dict(features=features, sizes=sizes, rois=rois, **found)
 
     def candidates(self, outputs: dict, test: Test) -> dict[str, Tensor]:
         """Eq. 4, then each class over the threshold, with conv-head's box for that class.
@@ -382,7 +382,7 @@ class Detector(faster_rcnn.TwoStage):
         return logits, deltas
 
     def pool_for_heads(self, features: list[Tensor], rois: Rois) -> dict[str, Tensor]:
-        """Each head's pooled features of R RoIs, [R, C, 7, 7]; heads of one kind share them."""
+        """Each head's pooled features of R RoIs [R, C, 7, 7]; heads of one kind share them."""
         conv_scale = self.settings.conv_scale
         scales = {name: conv_scale if name.startswith("conv") else 1.0 for name in self.heads}
         pooled = {s: self.pool_enlarged(features, rois, s) for s in set(scales.values())}
@@ -403,12 +403,11 @@ def make_head(name: str, model: Model) -> tuple[nn.Module, int]:
     """The head of this name, and the width of its vectors."""
     if name.startswith("fc"):
         return FCHead(model.fpn_channels, model.fc_channels), model.fc_channels
-    width, softmax = model.conv_channels, model.non_local_softmax
+    C, width, softmax = model.fpn_channels, model.conv_channels, model.non_local_softmax
     try:
-        head = ConvHead(model.fpn_channels, model.num_blocks, model.non_local, width, softmax)
+        return ConvHead(C, model.num_blocks, model.non_local, width, softmax), width
     except ValueError as e:
         raise BadInput(f"--num-blocks, --conv-channels: {e}") from e
-    return head, width
 
 
 def main(argv=None):

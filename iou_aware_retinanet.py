@@ -1,4 +1,4 @@
-"""IoU-aware RetinaNet (Wu et al., 2019): predict how well each box fits, and rank boxes by that.
+"""IoU-aware RetinaNet (Wu et al., 2019): predict how well each box fits; rank boxes by that.
 Paper: "IoU-aware Single-stage Object Detector for Accurate Localization",
     https://arxiv.org/abs/1912.05992
 Release: https://github.com/ShengkaiWu/IoU-aware-single-stage-object-detector
@@ -8,8 +8,8 @@ losses. So the class score, which ranks the boxes, does not know how well they f
 names two harms. In NMS, a box with a high score and a low IoU suppresses a box that fits
 better. In AP, such a box ranks above boxes that fit better, which costs AP at high IoU.
 
-So the paper lets the network predict the missing number, the IoU of each predicted box with its
-object. One 3x3 convolution predicts it from the box regressor's last maps; separate layers would
+So the paper lets the network also predict the IoU of each predicted box with its object. One
+3x3 convolution predicts it from the box regressor's last maps, because separate layers would
 slow the detector down. Boxes are ranked by p^alpha * IoU^(1 - alpha), with p the class score.
 
 The target, the true IoU, depends on the predicted box. The release lets the gradient flow
@@ -32,10 +32,10 @@ most of the gain, which lies at AP90, comes from this gradient, little from the 
 
 The release decides two points about which the paper says little:
     The gradient flows into the target IoU. `--no-iou-grad` stops it.
-    Scores are fused before the best 1000 are taken and the threshold of 0.05 is applied. The
-    paper only says that they rank "all the detections in the subsequent NMS and AP computation".
-docs/deviations.md lists all others. In comments, "(3.1)" is a section of the paper, "(release)"
-a value seen in the release, and "choice:" our own where neither decides.
+    Scores are fused before the best 1000 are taken and before the threshold of 0.05. The paper
+    only says that they rank "all the detections in the subsequent NMS and AP computation".
+docs/deviations.md lists all others. "(3.1)" is a section of the paper, "(release)" a value
+seen in the release, "choice:" our own where neither decides.
 """
 
 from __future__ import annotations
@@ -194,9 +194,10 @@ def iou_branch_loss(
         L_IoU = (sum over positives of BCE(predicted IoU, IoU)) / N_pos
 
     iou_logits [P]; boxes [P, 4], as the network predicts them, and gt_boxes [P, 4]. With
-    `move_boxes` the gradient also reaches `boxes`, through the IoU that is the target. The
-    derivative of BCE by its target is -logit. So a box whose predicted IoU is above 0.5 is
-    pulled towards its object, and a box whose predicted IoU is below 0.5 is pushed away.
+    `move_boxes` the gradient also reaches `boxes`, through the IoU that is the target. BCE's
+    derivative with respect to the target is -logit. Where the predicted IoU is above 0.5, the
+    logit is positive, so the loss falls as the true IoU rises: the box moves towards its
+    object. Where the predicted IoU is below 0.5, the box moves away from its object.
 
     >>> box = torch.tensor([[0., 0., 20., 10.]])
     >>> gt = torch.tensor([[5., 0., 15., 10.]])  # IoU 1/2

@@ -1,4 +1,4 @@
-"""Cascade R-CNN (Cai and Vasconcelos, CVPR 2018): classify and move a box again, more strictly.
+"""Cascade R-CNN (Cai and Vasconcelos, CVPR 2018): move a box again, judge more strictly.
 Paper: https://arxiv.org/abs/1712.00726
 Release: https://github.com/zhubinQAQ/CPM-R-CNN, whose Table 3 adds two scores to this detector
 
@@ -14,12 +14,12 @@ The boxes of this stage could be the RoIs of a third stage, at 0.7.
       2 x: RoIAlign 7x7 -> 2 fc -> class logits [R, K + 1], deltas [R, 4] -> boxes = next RoIs
     training: Every stage draws 512 RoIs an image at its own IoU, a quarter of them positive.
               The ground truth joins each draw, so boxes made from copies of it are dropped.
-    test:     Every proposal passes all stages and gets the box of the last one. The class
-              logits are averaged over the stages -> softmax -> over 0.05 -> NMS 0.5 -> best 100
+    test:     Every proposal passes all stages and gets the box of the last one. Class logits:
+              mean over the stages -> softmax -> over 0.05 -> NMS 0.5 -> best 100
 
-Two things differ from Faster R-CNN's head. A box moves on before its class is known, so a stage
-predicts one box for all classes. Later stages have less to correct, so stage s predicts deltas
-in units that are s times smaller: otherwise its box loss would nearly vanish.
+Two things differ from Faster R-CNN's head. A box moves on before its class is known, so a
+stage predicts one box for all classes. Later stages have less to correct, so stage s predicts
+deltas in units that are s times smaller: otherwise its box loss would nearly vanish.
 
 "(release)" marks a value seen in CPM R-CNN's release, "choice:" our own. docs/deviations.md
 lists where this file differs from the release.
@@ -53,7 +53,7 @@ class Model(faster_rcnn.TwoStageModel):
     """Cascade R-CNN with two stages and ResNet-50."""
 
     num_stages: Natural = 2  # heads one after another (release); the paper has 3
-    stage_ious: tuple[Share, ...] = (0.5, 0.6, 0.7)  # a stage's RoIs are positive from this IoU on
+    stage_ious: tuple[Share, ...] = (0.5, 0.6, 0.7)  # a stage's RoIs are positive from here on
     stage_decay: Amount = 0.5  # weight of a stage's losses / of those before (release)
 
 
@@ -158,8 +158,8 @@ def by_image(rois: Rois, keep: Tensor, num_images: int, most: int) -> tuple[Tens
 class BoxHead(nn.Module):
     """One stage's class and box: R pooled RoIs -> logits, deltas and the features behind them.
 
-    [R, C, 7, 7] -> logits [R, K + 1], deltas [R, 4], hidden [R, D]. The deltas are the same for
-    all classes, in units of `stage_stds`.
+    [R, C, 7, 7] -> logits [R, K + 1], deltas [R, 4], hidden [R, D]. The deltas are the same
+    for all classes, in units of `stage_stds`.
 
     >>> logits, deltas, hidden = BoxHead(4 * 7 * 7, 16, 10)(torch.rand(3, 4, 7, 7))
     >>> logits.shape, deltas.shape, hidden.shape
@@ -179,9 +179,9 @@ class BoxHead(nn.Module):
 class BoxStages(nn.Module):
     """The stages, whose heads share nothing.
 
-    ious: a stage's RoIs are positive from this IoU on; decay: weight of a stage's losses divided
-    by the weight of those before; num_samples: RoIs that a stage draws from an image; positive:
-    largest share of positives among them; std: class outputs start at N(0, std).
+    ious: a stage's RoIs are positive from this IoU on; decay: weight of a stage's losses
+    divided by the weight of those before; num_samples: RoIs that a stage draws from an image;
+    positive: largest share of positives among them; std: class outputs start at N(0, std).
     """
 
     def __init__(
@@ -231,7 +231,7 @@ class BoxStages(nn.Module):
     def draw(self, rois: TrainingRois, targets: list[dict], iou: float) -> TrainingRois:
         """Draw a stage's RoIs from the boxes of the stage before and the ground truth.
 
-        Boxes made from copies of ground truth are left out, since ground truth joins (release).
+        Ground truth joins, so boxes made from copies of it are left out (release).
         """
         boxes, valid = by_image(rois, ~rois.is_gt, len(targets), self.num_samples)
         return faster_rcnn.sample_rois(

@@ -1,21 +1,18 @@
 """Faster R-CNN with a feature pyramid: propose boxes, then classify and move each of them.
-Papers: https://arxiv.org/abs/1506.01497 (Faster R-CNN)   https://arxiv.org/abs/1612.03144 (FPN)
+Paper: https://arxiv.org/abs/1506.01497   Feature pyramid: https://arxiv.org/abs/1612.03144
 
 D2Det, Double-Head and CPM R-CNN start from this detector. Its first stage, the region proposal
-network (RPN), predicts for every anchor whether it lies on an object of any class, and moves it:
-a thousand proposals are left of a quarter of a million anchors. Its second stage looks at each
-proposal alone. RoIAlign cuts features of one size out of the pyramid, whatever the proposal's
-size; two hidden layers predict its class, and a box for each class.
+network (RPN, rpn.py), reduces a quarter of a million anchors to a thousand proposals: boxes
+that probably hold an object of some class. Its second stage looks at each proposal alone.
+RoIAlign cuts features of one size out of the pyramid, whatever the proposal's size. Two hidden
+layers predict the proposal's class, and a box for each class.
 
-    image -> ResNet-FPN -> P2..P6, strides 4..64, [B, C, H, W] each
-      RPN, on every cell of every level: 3x3 conv -> A objectness logits and A deltas
-        -> the level's best 2000 anchors -> decode, clip -> NMS 0.7 inside each level
-        -> the image's best 2000: proposals [B, P, 4]       (in testing 1000 instead of 2000)
-      head, on every proposal: RoIAlign from one of P2..P5, by the proposal's size -> [R, C, 7, 7]
-        -> 2 fc -> class logits [R, K + 1], deltas [R, 4K]
-    training: 256 anchors of an image train the RPN; 512 of its proposals and gts train the head, at
-              most a quarter of them positive
-    test:     softmax -> classes over 0.05, each with its own box -> NMS 0.5 per class -> best 100
+    image -> ResNet-FPN -> P2..P6, strides 4..64, [B, C, H, W] each -> RPN -> proposals
+      head, on every proposal: RoIAlign from one of P2..P5, by the proposal's size
+        -> [R, C, 7, 7] -> 2 fc -> class logits [R, K + 1], deltas [R, 4K]
+    training: 512 proposals and gts of an image, at most a quarter of them positive
+    test:     softmax -> classes over 0.05, each with its own box -> NMS 0.5 in each class
+              -> best 100
 
 "choice:" marks what neither paper decides. Methods extend `TwoStageModel` and `TwoStage`.
 """
@@ -32,13 +29,14 @@ from torch import Tensor, nn
 import common
 import engine
 import kernels
+from baselines.rpn import RPN
 from engine import Amount, Natural, Share
 from engine.detector import BaseDetector, first_per_image, over_threshold
-from engine.legacy import make_anchors, roi_align
+from engine.legacy import roi_align
 
-# B images, R RoIs, K classes, C channels, A anchors per cell, P proposals per image (padded)
+# B images, R RoIs, K classes, C channels, L levels, P proposals per image (padded)
 # labels 0..K-1, background K
-# `rois` is a `Rois`, or [R, 5] for functions that take plain tensors: image index, x1, y1, x2, y2
+# rois: a `Rois`, or [R, 5] (image index, x1, y1, x2, y2) for functions of plain tensors
 
 
 @dataclass
@@ -53,7 +51,7 @@ class TwoStageModel(engine.Model):
     rpn_floor: Share = 0.0  # an object's best anchor is positive if its IoU is at least this
     proposals_train: Natural = 2000  # in training: boxes per level before NMS, per image after
     proposals_test: Natural = 1000  # the same in testing; can change without retraining
-    pool_norm: bool = False  # choice: heads see each channel of an RoI normalised (tiny preset)
+    pool_norm: bool = False  # choice: normalise each channel of an RoI (tiny preset)
     class_std: Amount = 0.01  # class outputs start at N(0, this) (releases)
 
 
@@ -92,110 +90,6 @@ class Settings(engine.Settings):
     test: Test = field(default_factory=Test)
 
 
-# ------------------------------------------------------------------------------ proposals
-
-
-def take(boxes: Tensor, index: Tensor) -> Tensor:
-    """Pick rows of each image: boxes [B, N, 4], index [B, M] -> [B, M, 4]."""
-    return boxes.gather(1, index[..., None].expand(-1, -1, 4))
-
-
-class RPN(nn.Module):
-    """Region proposal network: which anchors lie on an object, and where the object is.
-
-    All levels share its convolutions. NMS sees each level's best `pre_nms` boxes and leaves the
-    best `post_nms` of each image; both are pairs (in training, in testing). The `output` that
-    `proposals` and `loss` take is what `forward` returns.
-    """
-
-    def __init__(
-        self,
-        in_channels: int = 256,
-        strides=(4, 8, 16, 32, 64),
-        scale: float = 8.0,
-        ratios=(0.5, 1.0, 2.0),
-        pre_nms=(2000, 1000),
-        post_nms=(2000, 1000),
-        nms_iou: float = 0.7,
-        num_samples: int = 256,
-        floor: float = 0.0,
-        legacy: tuple[str, ...] = (),
-    ):
-        super().__init__()
-        self.strides, self.scales, self.ratios = strides, (scale,), ratios
-        self.pre_nms, self.post_nms, self.nms_iou = pre_nms, post_nms, nms_iou
-        self.num_samples, self.floor, self.legacy = num_samples, floor, legacy
-        self.conv = nn.Conv2d(in_channels, in_channels, 3, padding=1)
-        self.logits = nn.Conv2d(in_channels, len(ratios), 1)
-        self.deltas = nn.Conv2d(in_channels, 4 * len(ratios), 1)
-        for layer in (self.conv, self.logits, self.deltas):
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, features: list[Tensor]):
-        """L maps -> anchors [N, 4], logits [B, N], deltas [B, N, 4], and N of each level."""
-        hidden = [F.relu(self.conv(f)) for f in features]
-        shapes, device = [f.shape[-2:] for f in features], features[0].device
-        anchors = make_anchors(shapes, self.strides, self.scales, self.ratios, device, self.legacy)
-        logits = common.flatten_levels([self.logits(h) for h in hidden], 1).squeeze(-1).float()
-        deltas = common.flatten_levels([self.deltas(h) for h in hidden], 4).float()
-        return anchors, logits, deltas, [h * w * len(self.ratios) for h, w in shapes]
-
-    @torch.no_grad()
-    def proposals(self, output, sizes: Tensor, training: bool = False) -> tuple[Tensor, Tensor]:
-        """Best proposals of each image: boxes [B, P, 4] (best first, clipped), valid [B, P]."""
-        anchors, logits, deltas, per_level = output
-        logits = torch.where(common.inside_image(anchors, sizes), logits.detach(), -torch.inf)
-        picked, first = [], 0
-        for n in per_level:
-            most = min(n, self.pre_nms[not training])
-            picked.append(logits[:, first : first + n].topk(most, dim=1)[1] + first)
-            first += n
-        level = torch.cat([torch.full_like(p, i) for i, p in enumerate(picked)], 1)
-        index = torch.cat(picked, 1)  # [B, M]
-        B, M = index.shape
-        scores = logits.gather(1, index)
-        boxes = common.decode_boxes(anchors[index], take(deltas, index))  # [B, M, 4]
-        boxes = common.clip_boxes(boxes, sizes[:, None])
-        scores[(boxes[..., 2:] <= boxes[..., :2]).any(-1)] = -torch.inf
-        image = torch.arange(B, device=index.device)[:, None].expand(-1, M)
-        groups = image * len(per_level) + level  # [B, M]: boxes of one level of one image compete
-        # keep [B * M]: the survivors' indices, then -1s, so that the host need not know how many
-        scores, groups = scores.flatten(), groups.flatten()
-        keep, _ = kernels.nms_padded(boxes.flatten(0, 1), scores, groups, self.nms_iou)
-        scores = F.pad(scores, (0, 1), value=-torch.inf)  # index -1 is this last entry
-        survivors = torch.full_like(scores, -torch.inf)
-        survivors[keep] = scores[keep]
-        best, index = survivors[:-1].view(B, M).topk(min(self.post_nms[not training], M), 1)
-        valid = best > -torch.inf
-        return take(boxes, index) * valid[..., None], valid
-
-    def loss(self, output, sizes: Tensor, targets: list[dict]) -> dict[str, Tensor]:
-        """Objectness (BCE) and box (smooth L1) losses.
-
-        Anchors are positive from IoU 0.7 on, negative below 0.3. An object's best anchor is
-        positive as well, unless its IoU is below `floor`.
-        """
-        anchors, logits, deltas, _ = output
-        gt_boxes, _, gt_valid, gt_ignore = common.pad_targets(targets)
-        inside = common.inside_image(anchors, sizes)
-        visible = anchors * inside[..., None]  # [B, N, 4]; those in the padding lose their area
-        labels, matched, _ = common.match(
-            visible, gt_boxes, 0.7, 0.3, gt_valid, gt_ignore, low_quality=self.floor
-        )
-        labels[~inside] = -1
-        index, valid = common.sample(labels, self.num_samples, 0.5)
-        positive = valid & (labels.gather(1, index) == 1)
-        num = common.shared_count(valid.sum())
-        logit = logits.gather(1, index)
-        objectness = F.binary_cross_entropy_with_logits(logit, positive.float(), reduction="none")
-        gts = take(gt_boxes, matched.gather(1, index))  # [B, num_samples, 4]
-        delta_targets, delta = common.encode_boxes(anchors[index], gts), take(deltas, index)
-        box = F.smooth_l1_loss(delta, delta_targets, beta=1 / 9, reduction="none").sum(-1)
-        objectness = torch.where(valid, objectness, 0).sum() / num
-        return dict(rpn_cls=objectness, rpn_box=torch.where(positive, box, 0).sum() / num)
-
-
 # ------------------------------------------------------------------------------ rois
 
 
@@ -222,10 +116,23 @@ class Rois:
 
 
 @dataclass
+class Proposals(Rois):
+    """All RoIs of testing. The host knows how many lie on each level."""
+
+    per_level: Tensor  # [L] long, on the CPU
+
+    def __getitem__(self, index) -> Rois:
+        return Rois(self.image[index], self.boxes[index])
+
+    def moved(self, boxes: Tensor) -> Rois:
+        return Rois(self.image, boxes)
+
+
+@dataclass
 class TrainingRois(Rois):
     """RoIs, each with the object that it was matched to."""
 
-    labels: Tensor  # [R] of the object, background K
+    labels: Tensor  # [R] the object's class, background K
     gt: Tensor  # [R] index of the object among its image's targets, for background too
     gt_boxes: Tensor  # [R, 4] the object's box
     is_gt: Tensor  # [R] bool: the RoI is a copy of an object's box
@@ -235,7 +142,7 @@ class TrainingRois(Rois):
 class SampledRois(TrainingRois):
     """RoIs as they were drawn, image after image, the positives of an image first."""
 
-    counts: list[tuple[int, int]]  # of each image: all its RoIs, the positives among them
+    counts: list[tuple[int, int]]  # of each image: its RoIs, and the positives among them
 
     def __getitem__(self, index) -> TrainingRois:
         names = [f.name for f in dataclasses.fields(TrainingRois)]
@@ -266,7 +173,7 @@ def sample_rois(
     """Draw `num` RoIs of each image to train a head, at most `fraction` of them positive.
 
     proposals [B, P, 4], valid [B, P]. Ground truth joins the proposals, so that the head meets
-    every object however bad the proposals are. A RoI is positive if its IoU with a gt is >= `iou`.
+    every object even if no proposal fits it. An RoI is positive from IoU `iou` with a gt on.
     """
     gt_boxes, gt_labels, gt_valid, gt_ignore = common.pad_targets(targets)
     num_gt = gt_boxes.shape[1]
@@ -307,8 +214,8 @@ def output_layer(in_features: int, out_features: int, std: float) -> nn.Linear:
     return layer
 
 
-def two_fc(in_features: int, hidden: int, num_outputs: int, std: float = 0.01) -> nn.Sequential:
-    """[R, C, S, S] -> [R, num_outputs]: two hidden layers and an output that starts at N(0, std).
+def two_fc(in_features: int, hidden: int, num_outputs: int, std=0.01) -> nn.Sequential:
+    """[R, C, S, S] -> [R, num_outputs], by two hidden layers. The output starts at N(0, std).
 
     >>> two_fc(4 * 7 * 7, 16, 11)(torch.rand(3, 4, 7, 7)).shape
     torch.Size([3, 11])
@@ -319,15 +226,17 @@ def two_fc(in_features: int, hidden: int, num_outputs: int, std: float = 0.01) -
 
 
 def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy over all processes' RoIs: logits [R, K + 1], labels [R]; 0 with R = 0."""
+    """Mean cross entropy over the RoIs of all processes: logits [R, K + 1], labels [R]."""
     total = F.cross_entropy(logits.float(), labels, reduction="sum")
     return total / common.shared_rows(labels)
 
 
-def class_box_loss(deltas: Tensor, rois: Tensor, labels: Tensor, gt_boxes: Tensor, stds=RCNN_STDS):
-    """Smooth L1 (beta 1) of the true class's deltas, the sum over positives / the number of RoIs.
+def class_box_loss(
+    deltas: Tensor, rois: Tensor, labels: Tensor, gt_boxes: Tensor, stds=RCNN_STDS
+) -> Tensor:
+    """Smooth L1 (beta 1) of the true class's deltas: sum over positives / number of all RoIs.
 
-    deltas [R, 4K] in stds, rois [R, 5], labels [R] with background K, gt_boxes [R, 4] -> a scalar.
+    deltas [R, 4K] in units of stds, rois [R, 5], labels [R], gt_boxes [R, 4] -> a scalar.
     """
     num_classes = deltas.shape[1] // 4
     positive = labels < num_classes
@@ -342,8 +251,8 @@ def class_box_loss(deltas: Tensor, rois: Tensor, labels: Tensor, gt_boxes: Tenso
 def best_boxes(outputs: dict, threshold: float) -> dict[str, Tensor]:
     """Candidates for NMS: each class over a threshold, with that class's box.
 
-    outputs: R rois, sizes [B, 2], probs [R, K] and deltas [R, K, 4]. In what is returned, `roi` is
-    the index of the RoI that each candidate comes from.
+    outputs: R rois, sizes [B, 2], probs [R, K] and deltas [R, K, 4] -> boxes [N, 4]; scores,
+    labels, image and roi [N], the index of the RoI that a candidate comes from.
     """
     row, labels, scores = over_threshold(outputs["probs"], threshold)
     rois = outputs["rois"][row]
@@ -357,9 +266,13 @@ def best_boxes(outputs: dict, threshold: float) -> dict[str, Tensor]:
 
 
 class TwoStage(BaseDetector):
-    """Backbone, RPN and pooling. A detector adds heads, `loss`, `outputs` and `candidates`."""
+    """Backbone, RPN and pooling. A detector adds heads, `loss` and `candidates`.
+
+    A detector that does more with all proposals than to classify them has its own `outputs`.
+    """
 
     settings: TwoStageModel
+    classify: nn.Sequential  # [R, C, 7, 7] -> class logits [R, K + 1]
 
     def __init__(self, model: TwoStageModel, num_classes: int):
         super().__init__(model, num_classes)
@@ -378,7 +291,7 @@ class TwoStage(BaseDetector):
     def training_rois(
         self, images: list[Tensor], targets: list[dict], iou: float = 0.5
     ) -> tuple[list[Tensor], Tensor, dict[str, Tensor], SampledRois]:
-        """Run backbone and RPN: features, sizes [B, 2], the RPN's losses, and the RoIs drawn."""
+        """Run backbone and RPN: features, sizes [B, 2], the RPN's losses, the RoIs drawn."""
         batch, sizes = common.pad_images(images)
         features = self.backbone(batch)
         output = self.rpn(features)
@@ -388,25 +301,43 @@ class TwoStage(BaseDetector):
         rois = sample_rois(proposals, valid, targets, num, fraction, self.num_classes, iou)
         return features, sizes, losses, rois
 
-    def test_rois(self, images: list[Tensor]) -> tuple[list[Tensor], Tensor, Rois]:
+    def test_rois(self, images: list[Tensor]) -> tuple[list[Tensor], Tensor, Proposals]:
         """Run backbone and RPN: features, sizes [B, 2], and the proposals."""
         batch, sizes = common.pad_images(images)
         features = self.backbone(batch)
-        proposals, valid = self.rpn.proposals(self.rpn(features), sizes)
-        image, slot = valid.nonzero(as_tuple=True)
-        return features, sizes, Rois(image, proposals[image, slot])
+        boxes, valid = self.rpn.proposals(self.rpn(features), sizes)  # [B, P, 4], [B, P]
+        level = kernels.roi_level(F.pad(boxes, (1, 0)).flatten(0, 1), self.strides)  # [B*P]
+        on_level = F.one_hot(level, len(self.strides)) * valid.flatten()[:, None]  # [B*P, L]
+        per_level = on_level.sum(0).to("cpu", non_blocking=True)
+        image, slot = valid.nonzero(as_tuple=True)  # the host waits here, for R and per_level
+        return features, sizes, Proposals(image, boxes[image, slot], per_level)
 
-    def best_proposals(
-        self, rois: Rois, scores: Tensor, labels: Tensor, num_images: int, iou: float, most: int
-    ) -> Tensor:
-        """Indices of RoIs that NMS within each class keeps, at most `most` an image, best first.
+    @torch.no_grad()
+    def outputs(self, images: list[Tensor]) -> dict:
+        """Feature maps, sizes [B, 2], R proposals, and their class probabilities [R, K]."""
+        features, sizes, rois = self.test_rois(images)
+        logits = self.classify(self.class_features(features, rois))
+        probs = logits.float().softmax(1)[:, :-1]
+        return dict(features=features, sizes=sizes, rois=rois, probs=probs)
 
-        rois, scores and labels [N]: each RoI occurs once for each class that it may have.
+    def best_proposals(self, outputs: dict, test: Test, most: int) -> tuple[Rois, dict]:
+        """NMS on the proposals, within each class: the `most` best of each image, in order.
+
+        -> N RoIs, and their scores, labels, image and roi [N], the index among the proposals.
+        A proposal takes part once for each class in which its score is over the threshold.
         """
+        row, labels, scores = over_threshold(outputs["probs"], test.score_threshold)
+        rois = outputs["rois"][row]
         groups = rois.image * self.num_classes + labels
-        keep, _ = kernels.nms_padded(rois.boxes, scores, groups, iou)  # [N], the rest is -1
-        best = first_per_image(rois.image[keep], num_images, most) & (keep >= 0)
-        return keep[best.nonzero()[:, 0]]  # the host waits here
+        keep, _ = kernels.nms_padded(rois.boxes, scores, groups, test.nms_iou)  # then -1s
+        best = first_per_image(rois.image[keep], len(outputs["sizes"]), most) & (keep >= 0)
+        keep = keep[best.nonzero()[:, 0]]  # the host waits here
+        rois, row = rois[keep], row[keep]
+        return rois, dict(scores=scores[keep], labels=labels[keep], image=rois.image, roi=row)
+
+    def class_features(self, features: list[Tensor], rois: Rois) -> Tensor:
+        """The features that R RoIs are classified from: [R, C, 7, 7]."""
+        return self.pool(features, rois, 7)
 
     def pool(self, features: list[Tensor], rois: Rois, size: int) -> Tensor:
         """RoIAlign of R RoIs from P2..P5 -> [R, C, size, size]."""
@@ -423,10 +354,13 @@ class TwoStage(BaseDetector):
         return torch.group_norm(pooled, pooled.shape[1])
 
     def by_level(self, rois: Rois) -> tuple[Tensor, list[int]]:
-        """An order [R] that sorts the RoIs by level, and the number of RoIs of each, P2..P5."""
+        """An order [R] that sorts the RoIs by level, and how many lie on each of P2..P5."""
         level = kernels.roi_level(rois.flat(), self.strides)
-        counts = F.one_hot(level, len(self.strides)).sum(0).tolist()  # the host waits here
-        return level.argsort(stable=True), counts
+        if isinstance(rois, Proposals):
+            per_level = rois.per_level
+        else:  # the host waits for these numbers
+            per_level = F.one_hot(level, len(self.strides)).sum(0)
+        return level.argsort(stable=True), per_level.tolist()
 
 
 class Detector(TwoStage):
@@ -446,10 +380,6 @@ class Detector(TwoStage):
         if self.settings.shared:
             return output_layer(hidden, num_deltas, 0.001)  # std as in Fast R-CNN
         return two_fc(self.settings.fpn_channels * 7 * 7, hidden, num_deltas)
-
-    def class_features(self, features: list[Tensor], rois: Rois) -> Tensor:
-        """The features that R RoIs are classified from: [R, C, 7, 7]."""
-        return self.pool(features, rois, 7)
 
     def head(self, features: list[Tensor], rois: Rois) -> tuple[Tensor, Tensor]:
         """Class logits [R, K + 1] and deltas [R, 4K] of R RoIs."""

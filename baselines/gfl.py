@@ -283,14 +283,14 @@ def atss(
 ) -> Assignment:
     """ATSS's assignment of anchors [N, 4], one for each cell of maps of those `shapes`.
 
-    An object's candidates are the `most` anchors of each level nearest to its centre. A
-    candidate is positive if its IoU reaches the candidates' mean + standard deviation (with
-    n - 1) and its centre is more than 0.01 px inside the object (release). An object that
-    contains no candidate's centre has no positive. An anchor that is positive for several
-    objects learns the one that it overlaps most.
+    An object's candidates are the `most` anchors of each level that are nearest to its centre.
+    From their IoUs with the object, ATSS computes a threshold: mean + standard deviation (with
+    n - 1). A candidate is positive if its IoU reaches the threshold and its centre lies more
+    than 0.01 px inside the object (release). So an object may have no positive. An anchor that
+    is positive for several objects learns the one that it overlaps most.
 
-    Anchors in the padding, and those at least half inside a crowd, are ignored. All others are
-    negative. These anchors, too, have an object: the one that they overlap most.
+    Other anchors are negative, or ignored if they lie in the padding or at least half inside a
+    crowd. They have an object too: the one that they overlap most.
     """
     gt_boxes, gt_labels, gt_valid, ignore = common.pad_targets(targets)
     inside = common.inside_image(anchors, sizes)
@@ -310,7 +310,8 @@ def atss(
     G = gt_boxes.shape[1]
     numbers = torch.arange(G, device=near.device).repeat_interleave(positive.shape[-1])
     wins = (score >= 0) & (score == best.gather(1, near))
-    first = torch.full_like(gt, G).scatter_reduce(1, near, torch.where(wins, numbers, G), "amin")
+    numbers = torch.where(wins, numbers, G)
+    first = torch.full_like(gt, G).scatter_reduce(1, near, numbers, "amin")
     labels = torch.where(inside, torch.where(first < G, 1, labels), -1)
     gt = torch.where(first < G, first, gt)
     # An anchor without overlap has object 0. If it is a crowd, its box must not be learned.
@@ -356,13 +357,14 @@ class GFL(OneStage):
             settings.qfl_beta,
         )
         qfl = self.weigh(qfl.view_as(quality), positives)  # [B, N]
+        num_positives = retinanet.count_positives(assigned.labels)
         weights = positives.cls_logits.detach().amax(1).sigmoid()  # [P]
         weights = weights / common.shared_count(weights.sum(), least=1e-6)  # the sum may be 0
         giou = giou_loss(boxes, positives.gt_boxes)
         distances = encode_distances(points, positives.gt_boxes, settings.max_distance)
         dfl = distribution_focal_loss(bin_logits, distances).mean(1)
         return {
-            "cls": settings.cls_weight * qfl.sum() / retinanet.count_positives(assigned.labels),
+            "cls": settings.cls_weight * qfl.sum() / num_positives,
             "box": settings.box_weight * (weights * giou).sum(),
             "dfl": settings.dfl_weight * (weights * dfl).sum(),
         }

@@ -158,12 +158,16 @@ class GridHead(nn.Module):
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         trunk = self.trunk(pooled)
         hidden = self.heat[:-1](trunk)
-        # bf16 has steps of 1/64 from 2 to 4: neighbouring cells would tie, and the first one win
+        # In bf16, logits from 2 to 4 have steps of 1/64. Neighbouring cells would tie.
         with torch.autocast(hidden.device.type, enabled=False):
             return self.heat[-1](hidden.float()), trunk
 
 
-def grid_loss(heat_logits: Tensor, targets: Tensor, num_rois: Tensor | int | None = None) -> Tensor:
+def grid_loss(
+    heat_logits: Tensor,
+    targets: Tensor,
+    num_rois: Tensor | int | None = None,
+) -> Tensor:
     """L_BCE in Eq. 2, from two [R, 9, S, S]: mean over cells and num_rois, R unless given."""
     total = F.binary_cross_entropy_with_logits(heat_logits.float(), targets, reduction="sum")
     num_rois = max(1, len(targets)) if num_rois is None else num_rois

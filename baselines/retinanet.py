@@ -133,9 +133,9 @@ class RetinaTowers(nn.Module):
     L maps [B, C, H, W] -> cls_logits [B, N, K], deltas [B, N, 4], and the box tower's last L
     maps, from which another head can predict more; N = sum(H*W*A).
 
-    With `groups`, a GroupNorm of so many groups follows each tower convolution; the papers have
-    none (0). Training from scratch needs the norm, because a narrow tower that starts at
-    N(0, 0.01) passes on almost no signal.
+    With `groups`, a GroupNorm follows each tower convolution; the papers have none (0).
+    Training from scratch needs this norm, because a narrow tower that starts at N(0, 0.01)
+    passes on almost no signal.
 
     >>> head = RetinaTowers(8, num_anchors=9, num_classes=3)
     >>> cls_logits, deltas, maps = head([torch.rand(2, 8, 4, 4), torch.rand(2, 8, 2, 2)])
@@ -238,7 +238,7 @@ def box_loss(
 
         smooth_L1(x) = x^2 / (2 beta)  if |x| < beta,  else |x| - beta / 2
 
-    deltas, anchors, gt_boxes [P, 4] -> a scalar. d*, the right deltas, move an anchor onto its gt.
+    deltas, anchors, gt_boxes [P, 4] -> a scalar. The right deltas move an anchor onto its gt.
 
     >>> anchor, gt = torch.tensor([[0., 0., 10., 10.]]), torch.tensor([[5., 0., 15., 10.]])
     >>> box_loss(torch.zeros(1, 4), anchor, gt, beta=0.2)  # dx should be 0.5
@@ -267,7 +267,7 @@ def best_of_levels(values: Tensor, per_level: list[int], most: int) -> list[tupl
 
 
 def best_pairs(scores: Tensor, anchor: Tensor, most: int | None) -> tuple[Tensor, ...]:
-    """The `most` best (anchor, class) pairs of each image, or all if None: anchor, label, score.
+    """Each image's `most` best (anchor, class) pairs, or all if None: anchor, label, score.
 
     scores [B, M, K] of anchors [B, M] -> three tensors [B, number of pairs].
     """
@@ -346,7 +346,7 @@ class RetinaNet(OneStage):
     # outputs that repeat all classes for each anchor, for engine.checkpoints.start_from
     rows_by_anchor = ("head.cls_logits.weight", "head.cls_logits.bias")
 
-    def __init__(self, model: Model, num_classes: int, head: type[RetinaTowers] = RetinaTowers):
+    def __init__(self, model: Model, num_classes: int, head=RetinaTowers):
         super().__init__(model, num_classes, extra="pool" if model.p2 else "conv")
         self.head = head(
             model.fpn_channels,

@@ -184,6 +184,10 @@ class Settings:
             parts[name] = dataclasses.replace(part, **own)
         if changes:
             raise BadInput(f"{', '.join(sorted(changes))}: no such setting")
+        chosen = choices(type(self), self.flat())
+        if chosen and type(self.model) is not type(type(self)(**chosen).model):
+            flags = " ".join(flag(k, v) for k, v in chosen.items())
+            raise BadInput(f"{flags}: its model is not a {type(self.model).__name__}")
         return dataclasses.replace(self, **parts)
 
     def flat(self) -> dict[str, Any]:

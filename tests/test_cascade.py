@@ -317,9 +317,8 @@ def test_scores_of_table_3():
 
 def test_every_setting_of_testing_counts():
     model, (images, _) = sure(make(cpm_rcnn, **CPM)).eval(), batch(seed=1)
-    soft = dict(soft_nms=True)
-    changes = [{}, dict(gamma=0.5), dict(ism_use="replace"), dict(ism_use="ignore"), soft]
-    changes += [dict(test_stage=1), dict(nms_iou=0.1), dict(soft, soft_nms_score=0.3)]
+    changes = [{}, dict(gamma=0.5), dict(ism_use="replace"), dict(ism_use="ignore")]
+    changes += [dict(test_stage=1), dict(nms_iou=0.1)]
     found = []
     for change in changes:
         detections = model.predict(images, cpm_rcnn.CascadeTest(**change))
@@ -335,6 +334,8 @@ def test_the_flag_brings_what_the_rows_have():
     settings = parsed("--base", "cascade")
     assert settings == parsed("--row", "table3.cascade_ism_rsm")
     assert settings == cpm_rcnn.Settings(**CPM).replace(out=settings.run.out)
+    with pytest.raises(common.BadInput, match="--base cascade: its model is not a Model"):
+        cpm_rcnn.Settings(base="cascade", model=cpm_rcnn.Model()).replace(gamma=0.5)
     tiny = parsed("--base", "cascade", preset="tiny")
     assert (tiny.model.num_stages, tiny.model.rsm_weight) == (2, 0.2)
     assert tiny.run.epochs == cascade_rcnn.TINY["epochs"] and parsed().model.num_stages == 3
@@ -358,7 +359,7 @@ def test_rows_of_table_3():
         own = {name: value for name, value in flat.items() if name not in base}
         assert own == dict(
             base="cascade", ism="ism" in row, rsm="rsm" in row, ism_weight=ism, rsm_weight=rsm,
-            ism_loss="l2", ism_use="multiply", gamma=0.8, soft_nms=False, soft_nms_score=1e-4,
+            ism_loss="l2", ism_use="multiply", gamma=0.8,
         )  # fmt: skip
 
 

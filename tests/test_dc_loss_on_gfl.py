@@ -121,6 +121,8 @@ def test_what_is_given_stays_as_it_is():
     assert settings.model is model and settings.test is test and settings.run.clip_norm == 0
     assert settings.replace(nms_iou=0.3).flat() == {**settings.flat(), "nms_iou": 0.3}
     assert method.Settings.from_dict(settings.to_dict()) == settings
+    with pytest.raises(common.BadInput, match="--base retinanet: its model is not a ModelOnGFL"):
+        method.Settings(model=model).replace(nms_iou=0.3)
 
 
 @pytest.mark.parametrize(

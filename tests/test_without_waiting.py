@@ -99,3 +99,13 @@ def test_padding_and_crowds_enter_no_stage():
     for iou in (0.0, 0.7):
         kept = cpm_rcnn.select_boxes(perfect, objects, iou)
         assert kept.image.tolist() == [0, 1] and kept.labels.tolist() == [3, 4]
+
+
+def test_the_host_knows_how_many_proposals_lie_on_each_level():
+    images, _ = batch(2, 96)
+    model = small(d2det, conv_channels=16, num_convs=1, groups=4, proposals_test=60)
+    _, _, rois = model.test_rois([images[0], images[1][:, :70, :50]])  # of unequal numbers
+    order, counts = model.by_level(rois)
+    plain = Rois(rois.image, rois.boxes)
+    assert (order.tolist(), counts) == (model.by_level(plain)[0].tolist(), model.by_level(plain)[1])
+    assert sum(counts) == len(rois) and type(rois[:3]) is type(rois.moved(rois.boxes)) is Rois
