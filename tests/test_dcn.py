@@ -189,7 +189,7 @@ def test_resnext101_32x4d():
     assert sum(p.numel() for p in body.parameters()) == 44_177_704 - 2_049_000
     assert body.stages[0][0].conv2.weight.shape == (128, 4, 3, 3)
     with pytest.raises(
-        common.BadInput, match="torchvision has no weights of it(.|\n)*a downloaded"
+        common.BadInput, match="torchvision has no weights of it(.|\n)*takes a .pth file"
     ):
         backbone("none", "resnext101_32x4d", weights="imagenet")
 

@@ -333,7 +333,7 @@ def test_a_batch_of_two_equals_two_singles(monkeypatch, p2):
     seen = lambda *a, **k: counts.append(count(*a, **k)) or counts[-1]  # noqa: E731
     monkeypatch.setattr(common, "shared_count", seen)
     singles = [model.loss(images[i : i + 1], targets[i : i + 1]) for i in (0, 1)]
-    weights, positives = counts[::2], counts[1::2]
+    positives, weights = counts[::2], counts[1::2]
     for name, value in model.loss(images, targets).items():
         of = positives if name == "cls" else weights
         mean = sum(losses[name] * n for losses, n in zip(singles, of)) / sum(of)

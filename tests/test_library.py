@@ -325,7 +325,7 @@ def test_all_that_a_data_set_lacks_is_said_at_once(tmp_path):
     target = dict(labels=torch.tensor([2]), ignore=torch.tensor([0]), size=(60, 40))
     with pytest.raises(BadInput) as error:
         engine.train(model, settings, Own(target=target), None, tmp_path / "r")
-    for part in ("item 0: labels are 0..1", "item 1: labels", "ignore is not", "size is (60, 40)"):
+    for part in ("item 0: labels of 2", "item 1: labels", "ignore is not", "size is (60, 40)"):
         assert part in str(error.value)
     assert not (tmp_path / "r").exists()
     check_dataset(Own(), "training", scored=True)
@@ -336,7 +336,7 @@ def test_all_that_a_data_set_lacks_is_said_at_once(tmp_path):
     "broken, message",
     [
         (dict(target=dict(labels=torch.tensor([2]))), r"is \[2\]; torchvision's start at 1"),
-        (dict(target=dict(labels=torch.tensor([-1]))), r"labels are 0\.\.1 for 2 categories"),
+        (dict(target=dict(labels=torch.tensor([-1]))), r"labels of 2 categories are 0\.\.1"),
         (dict(target=dict(labels=torch.tensor([0.0]))), "labels are not .* torch.long"),
         (dict(target=dict(boxes=torch.tensor([[30.0, 10, 20, 20]]))), r"not \(x1, y1, x2, y2\)"),
         (dict(target=dict(boxes=torch.zeros(2, 4))), r"boxes are \[2, 4\], not \[G, 4\]"),
@@ -377,7 +377,7 @@ def test_a_label_that_is_wrong_later_stops_training_with_its_image(tmp_path):
             return image, {**target, "labels": target["labels"] + (10 if index > 3 else 0)}
 
     model, settings = small(10, steps=20, scales=(64,))
-    with pytest.raises(BadInput, match=r"item \d+ of Late.*: labels are 0\.\.9 for 10 categories"):
+    with pytest.raises(BadInput, match=r"item \d+ of Late.*: labels of 10 categories are 0\.\.9"):
         engine.train(model, settings, Late(12, 64), None, tmp_path / "r")
 
 
