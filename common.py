@@ -347,10 +347,17 @@ class FixedBatchNorm2d(FrozenBatchNorm2d):
         return F.batch_norm(x, mean, var, self.weight, self.bias, training=False, eps=self.eps)
 
 
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm that takes groups of a single value too, which torch's refuses."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 def make_norm(kind: str):
     """channels -> a normalisation layer: frozen_bn, eval_bn, bn or gn (32 groups)."""
     if kind == "gn":
-        return lambda channels: nn.GroupNorm(math.gcd(32, channels), channels)
+        return lambda channels: GroupNorm(math.gcd(32, channels), channels)
     if kind == "bn":
         return nn.BatchNorm2d
     return partial(FixedBatchNorm2d, trained=kind == "eval_bn")
@@ -369,8 +376,7 @@ def make_resnet(name: str, weights: str | None, norm_layer) -> ResNet:
     net.inplanes = 32
     net.conv1, net.bn1 = nn.Conv2d(3, 32, 7, 2, 3, bias=False), norm_layer(32)
     for i in range(4):
-        stage = net._make_layer(BasicBlock, 32 * 2**i, 1, stride=2 if i else 1)
-        setattr(net, f"layer{i + 1}", stage)
+        setattr(net, f"layer{i + 1}", net._make_layer(BasicBlock, 32 * 2**i, 1, 2 if i else 1))
     net.fc = nn.Linear(256, 1000)
     return net
 

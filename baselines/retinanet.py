@@ -109,7 +109,7 @@ def conv_tower(channels: int, num_convs: int, groups: int, bias: bool = True) ->
     for _ in range(num_convs):
         layers.append(nn.Conv2d(channels, channels, 3, padding=1, bias=bias))
         if groups:
-            layers.append(nn.GroupNorm(groups, channels))
+            layers.append(common.GroupNorm(groups, channels))
         layers.append(nn.ReLU())
     return nn.Sequential(*layers)
 

@@ -76,6 +76,7 @@ PLACES = """command.parse command.load_data command.execute command.check_folder
 
 def signals(count, work: Path) -> None:
     """Each signal where each of PLACES first begins, once and thrice; resumed, the run is whole."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and runs go on
     folder_of_images(work / "photos")
     photo = work / "photos" / "images" / "1.jpg"
     d2det = importlib.import_module("d2det")

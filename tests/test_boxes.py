@@ -321,6 +321,15 @@ def test_from_scratch_eval_bn_is_groupnorm():
     assert isinstance(body.stem[1], torch.nn.GroupNorm)
 
 
+def test_groupnorm_takes_one_value_a_group():
+    """A small photo's last level has one cell, and a narrow network one channel a group."""
+    norm = common.make_norm("gn")(8)
+    torch.nn.init.constant_(norm.bias, 0.5)
+    torch.testing.assert_close(norm(torch.rand(1, 8, 1, 1)), torch.full((1, 8, 1, 1), 0.5))
+    x = torch.rand(2, 8, 3, 5)
+    assert torch.equal(norm(x), torch.nn.GroupNorm.forward(norm, x))
+
+
 NAMES = ["small", "resnet18", "resnet34", "resnet50", "resnext101_32x8d"]
 
 
