@@ -66,7 +66,7 @@ def same(a: Path, b: Path) -> bool:
 
 # ------------------------------------------------------------------------------ signals
 
-PLACES = """command.parse command.load_data command.execute command.check_folder entries.check_size
+PLACES = """command.parse command.load_data command.execute command.check_folder
  detector.ResNetFPN train.check_data train.make_optimizer train.resume_or_start train.write_json
  train.describe train.make_loader train.take_step train.report train.save_run train.evaluate
  metrics.detect_under metrics.candidates_by_size metrics.to_coco metrics.coco_metrics
