@@ -340,6 +340,8 @@ INTERPRETED = triton is not None and not isinstance(_soft_nms_kernel, triton.JIT
 
 # ------------------------------------------------------------------------------ operators
 
+# `_prepare` and `_backend` stand in nms.py too, so that each file works when copied alone.
+
 
 def _prepare(boxes, scores, threshold: float):
     """Boxes and scores in the dtype to compute in, and the threshold rounded down to it.

@@ -4,7 +4,7 @@
 # Writes OUT/report.txt, one file to send: machine, versions, checks, tables, and what did not fit
 # into the time. Beside it lie the runs and JSON files. DETECTION_DATA may name a folder with bccd/
 # and coco_tiny/; without, bccd is left out and the kernels' boxes are made up. SMALL=1 rehearses it
-# with networks and images as small as they go, on DEVICE (cpu unless given); all limits are longer.
+# with small networks and images on DEVICE (cpu unless given), without hurry.
 set -u
 out=${1:?usage: studies/gpu.sh OUT [MINUTES]}
 minutes=${2:-10}
